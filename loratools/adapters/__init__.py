@@ -1,1 +1,7 @@
-"""placeholder."""
+"""Adapters as values: what each module's update is, and exact algebra on them."""
+
+from loratools.adapters.adapter import Adapter
+from loratools.adapters.selection import Selection
+from loratools.adapters.updates import AbstractUpdate, Full, LowRank, Sum, Term
+
+__all__ = ["AbstractUpdate", "Adapter", "Full", "LowRank", "Selection", "Sum", "Term"]

@@ -1,1 +1,15 @@
-"""placeholder."""
+"""Where storage meets formats: open a checkpoint, load an adapter, save one."""
+
+from loratools.files._load_adapter import load_adapter
+from loratools.files._open_checkpoint import open_checkpoint
+from loratools.files._save import concatenated_factors, encode_adapter, save, scaled_exactly, write_weights
+
+__all__ = [
+    "concatenated_factors",
+    "encode_adapter",
+    "load_adapter",
+    "open_checkpoint",
+    "save",
+    "scaled_exactly",
+    "write_weights",
+]

@@ -1,0 +1,144 @@
+"""An adapter: module paths and their updates, with the algebra of `ΔW`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from loratools.adapters import algebra
+from loratools.adapters.updates import AbstractUpdate
+from loratools.errors import UsageError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter(Mapping[str, AbstractUpdate]):
+    """A set of updates, keyed by module path (`model.layers.0.self_attn.q_proj`).
+
+    Algebra is on ΔW and exact: `0.7 * a + 0.3 * b - d` concatenates ranks and multiplies nothing out.
+
+    Attributes:
+        updates: module path → update, in file order.
+        format: the dialect it was read from, and is written in unless told otherwise.
+        name: a base name for reports; never a path.
+        config: the format's own configuration as read, unknown keys included.
+        base_model: what the adapter says it modifies, if it does.
+        files: the files it was read from.
+        provenance: the `base` entry of its `loratools.json`: fingerprints of the modules it was made for.
+        notes: what reading it had to say.
+        location: where it was loaded from, so that a plan can load it again; never in a report.
+    """
+
+    updates: Mapping[str, AbstractUpdate]
+    format: str = "peft"
+    name: str = "adapter"
+    config: Mapping[str, Any] = MappingProxyType({})
+    base_model: str | None = None
+    files: tuple[Path, ...] = ()
+    provenance: Mapping[str, Any] = MappingProxyType({})
+    notes: tuple[str, ...] = ()
+    location: str | None = None
+
+    def __getitem__(self, module: str) -> AbstractUpdate:
+        return self.updates[module]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.updates)
+
+    def __len__(self) -> int:
+        return len(self.updates)
+
+    def __repr__(self) -> str:
+        return f"<Adapter {self.name!r}: {len(self)} modules, {self.format}>"
+
+    def __mul__(self, weight: float) -> Adapter:
+        return self.with_updates({path: algebra.scaled(path, update, weight) for path, update in self.items()})
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Adapter:
+        return self * -1.0
+
+    def __add__(self, other: Adapter) -> Adapter:
+        return combined([self, other], [1.0, 1.0])
+
+    def __sub__(self, other: Adapter) -> Adapter:
+        return combined([self, other], [1.0, -1.0])
+
+    def with_updates(self, updates: Mapping[str, AbstractUpdate]) -> Adapter:
+        """The same adapter with other updates."""
+        return dataclasses.replace(self, updates=MappingProxyType(dict(updates)))
+
+    def inner(self, other: Adapter) -> float:
+        """⟨ΔW, ΔW'⟩ summed over modules; through (r × r) Gram matrices, in float64."""
+        return sum(algebra.inner(path, self[path], other[path]) for path in self if path in other)
+
+    def norm(self) -> float:
+        """‖ΔW‖_F over all modules."""
+        return float(max(self.inner(self), 0.0) ** 0.5)
+
+    def cosine(self, other: Adapter) -> float:
+        """⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖).
+
+        Raises:
+            UsageError: one of the two is zero.
+        """
+        size = self.norm() * other.norm()
+        if size == 0:
+            raise UsageError("The cosine with a zero adapter is not defined.")
+        return self.inner(other) / size
+
+    def truncate(
+        self, *, rank: int | None = None, energy: float | None = None, error: float | None = None, max_rank: int = 256
+    ) -> Adapter:
+        """The nearest adapter of lower rank, module by module (Eckart–Young); alpha = r, float32.
+
+        Costs O((m + n) R² + R³) per module; never forms an m × n matrix. Exactly one of the three rules.
+        """
+        if sum(value is not None for value in (rank, energy, error)) != 1:
+            raise UsageError("truncate takes exactly one of rank, energy, error.")
+        shortened = {
+            path: algebra.truncated(path, update, rank=rank, energy=energy, error=error, max_rank=max_rank)
+            for path, update in self.items()
+        }
+        return self.with_updates({path: update for path, update in shortened.items() if update is not None})
+
+
+def combined(adapters: list[Adapter], weights: list[float]) -> Adapter:
+    """`Σ w_i ΔW_i` as an adapter: ranks concatenate. A module may be present in some only.
+
+    Raises:
+        MismatchError: two adapters give a module different shapes.
+        UnsupportedError: parameters replaced whole would have to be added.
+    """
+    paths = dict.fromkeys(path for adapter in adapters for path in adapter)
+    updates = {}
+    for path in paths:
+        held = [(weight, adapter[path]) for weight, adapter in zip(weights, adapters, strict=True) if path in adapter]
+        updates[path] = algebra.summed(path, held)
+    first = adapters[0]
+    return dataclasses.replace(
+        first,
+        updates=MappingProxyType(updates),
+        name=" + ".join(adapter.name for adapter in adapters),
+        provenance=merged_provenance(adapters),
+        notes=tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes)),
+    )
+
+
+def merged_provenance(adapters: list[Adapter]) -> Mapping[str, Any]:
+    """The fingerprints of all adapters' bases, where they do not contradict each other."""
+    known: dict[str, str] = {}
+    for adapter in adapters:
+        for module, fingerprint in adapter.provenance.get("fingerprint", {}).items():
+            if known.setdefault(module, fingerprint) != fingerprint:
+                raise UsageError(
+                    "The adapters were made for different bases.",
+                    fix="Combine adapters of one base.",
+                    module=module,
+                    adapters=", ".join(adapter.name for adapter in adapters),
+                )
+    name = next((adapter.provenance["name"] for adapter in adapters if adapter.provenance.get("name")), None)
+    return MappingProxyType({"name": name, "fingerprint": known} if known else {})

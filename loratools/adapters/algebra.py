@@ -1,0 +1,108 @@
+"""What addition, scaling and truncation mean for each kind of update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from loratools.adapters.updates import AbstractUpdate, LowRank, Sum, Term
+from loratools.errors import MismatchError, UnsupportedError
+from loratools.tensors import in_memory
+
+if TYPE_CHECKING:
+    import torch
+
+
+def scaled(path: str, update: AbstractUpdate, weight: float) -> AbstractUpdate:
+    """`weight · ΔW`.
+
+    Raises:
+        UnsupportedError: the update replaces parameters, and weight is not 1: half a replacement
+            depends on the base.
+    """
+    return summed(path, [(weight, update)])
+
+
+def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate:
+    """`Σ weight · ΔW` of one module's updates.
+
+    Raises:
+        MismatchError: shapes or layers differ.
+        UnsupportedError: see `scaled`; or several updates replace parameters of one module.
+    """
+    whole = [(weight, update) for weight, update in held if update.replaced or update.added_rows]
+    if len(held) == 1 and held[0][0] == 1:
+        return held[0][1]
+    if whole:
+        names = sorted({name for _, update in whole for name in (*update.replaced, *update.added_rows)})
+        raise UnsupportedError(
+            f"A weighted sum over parameters that an adapter replaces whole ({', '.join(names)}) depends on the base.",
+            fix="Exclude these modules, or merge into the base one adapter at a time.",
+            module=path,
+        )
+    shapes = {(update.shape, update.layer) for _, update in held}
+    if len(shapes) != 1:
+        raise MismatchError(
+            f"The adapters disagree about this module: {', '.join(f'{layer} {shape}' for shape, layer in shapes)}.",
+            fix="They were made for different bases.",
+            module=path,
+        )
+    terms = [
+        Term(term.lora_A, term.lora_B, weight * term.scale)
+        for weight, update in held
+        for term in update.terms
+        if weight != 0
+    ]
+    if not terms:  # a module whose only weight is 0 stays, as an update of size zero
+        first = held[0][1].terms[0]
+        terms = [Term(first.lora_A, first.lora_B, 0.0)]
+    return Sum(parts=tuple(terms), of=held[0][1].layer)
+
+
+def concatenated(update: AbstractUpdate) -> tuple[torch.Tensor, torch.Tensor]:
+    """`A: (R, in)`, `B: (out, R)` in float64 with `ΔW = B A`; the scale is in B."""
+    import torch
+
+    downs = [term.lora_A.load().double() for term in update.terms]
+    ups = [term.lora_B.load().double() * term.scale for term in update.terms]
+    return torch.cat(downs), torch.cat(ups, dim=1)
+
+
+def inner(path: str, one: AbstractUpdate, other: AbstractUpdate) -> float:
+    """⟨ΔW, ΔW'⟩_F = tr((BᵀB')(A'Aᵀ)), in float64.
+
+    Raises:
+        UnsupportedError: one of them replaces the weight whole.
+    """
+    if "weight" in one.replaced or "weight" in other.replaced:
+        raise UnsupportedError("The size of a parameter replaced whole depends on the base.", module=path)
+    if not one.terms or not other.terms:
+        return 0.0
+    if one.shape != other.shape:
+        raise MismatchError(f"Shapes differ: {one.shape} and {other.shape}.", module=path)
+    down, up = concatenated(one)
+    other_down, other_up = concatenated(other)
+    return float(((up.T @ other_up) * (down @ other_down.T)).sum())
+
+
+def truncated(
+    path: str, update: AbstractUpdate, *, rank: int | None, energy: float | None, error: float | None, max_rank: int
+) -> AbstractUpdate | None:
+    """The best update of lower rank, or None where ΔW is zero."""
+    from loratools.linalg import balanced_factors, truncate_low_rank
+
+    if not update.terms:
+        return update
+    down, up = concatenated(update)
+    U, S, Vh, _ = truncate_low_rank(down, up, rank=rank, energy=energy, error=error, max_rank=max_rank)
+    if S.numel() == 0:
+        return None
+    lora_A, lora_B = balanced_factors(U, S, Vh)
+    return LowRank(
+        lora_A=in_memory(f"{path}.lora_A", lora_A.float()),
+        lora_B=in_memory(f"{path}.lora_B", lora_B.float()),
+        alpha=float(S.numel()),
+        of=update.layer,
+        replaced=update.replaced,
+        added_rows=update.added_rows,
+    )

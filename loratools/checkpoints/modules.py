@@ -1,0 +1,101 @@
+"""The module tree of a checkpoint, from tensor names, shapes and the config alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Literal
+
+from loratools.checkpoints import families
+from loratools.tensors import COMPUTABLE, TensorSpec
+
+Kind = Literal["linear", "conv1d", "embedding", "norm", "conv", "experts", "quantised", "other"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Module:
+    """A node that owns tensors.
+
+    Attributes:
+        name: the module path.
+        kind: `linear`, `conv1d` (HF Conv1D: weight stored (in, out)), `embedding`, `norm`, `conv`, `experts`
+            (3-D, fused), `quantised` (a dtype that we do not compute with), `other`.
+        parameters: parameter name → spec; `weight`, `bias`, or whatever the model calls it.
+        evidence: `confirmed` by shape or config, or `inferred` from the name.
+    """
+
+    name: str
+    kind: Kind
+    parameters: Mapping[str, TensorSpec]
+    evidence: Literal["confirmed", "inferred"]
+
+    @property
+    def weight(self) -> TensorSpec | None:
+        """The `weight` parameter, if there is one."""
+        return self.parameters.get("weight")
+
+    @property
+    def stored_transposed(self) -> bool:
+        """Whether the weight lies on disk as (in, out): HF Conv1D and embeddings."""
+        return self.kind in {"conv1d", "embedding"}
+
+    @property
+    def numel(self) -> int:
+        """Parameters that this module owns itself."""
+        return sum(spec.numel for spec in self.parameters.values())
+
+
+def owner(tensor: str) -> tuple[str, str]:
+    """(module path, parameter name) of a tensor name; a bare name belongs to the root, ``""``."""
+    module, _, parameter = tensor.rpartition(".")
+    return module, parameter
+
+
+def modules_of(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Mapping[str, Module]:
+    """Group tensors into modules and tell what each is."""
+    grouped: dict[str, dict[str, TensorSpec]] = {}
+    for name, spec in specs.items():
+        module, parameter = owner(name)
+        grouped.setdefault(module, {})[parameter] = spec
+    found = {}
+    for path, parameters in grouped.items():
+        kind, evidence = _kind(path, parameters, config)
+        found[path] = Module(path, kind, MappingProxyType(parameters), evidence)
+    return MappingProxyType(found)
+
+
+def _kind(
+    path: str, parameters: Mapping[str, TensorSpec], config: Mapping[str, Any]
+) -> tuple[Kind, Literal["confirmed", "inferred"]]:
+    weight = parameters.get("weight")
+    if weight is None:
+        three = any(len(spec.shape) == 3 for spec in parameters.values())  # noqa: PLR2004  (experts × out × in)
+        return ("experts", "inferred") if three and "expert" in path else ("other", "confirmed")
+    if weight.dtype not in COMPUTABLE:
+        return "quantised", "confirmed"
+    if len(weight.shape) == 2:  # noqa: PLR2004
+        return _matrix_kind(path, parameters, config)
+    if len(weight.shape) == 1:
+        return "norm", "inferred"
+    if len(weight.shape) == 3 and "expert" in path:  # noqa: PLR2004
+        return "experts", "inferred"
+    return ("conv", "inferred") if len(weight.shape) > 2 else ("other", "confirmed")  # noqa: PLR2004
+
+
+def _matrix_kind(
+    path: str, parameters: Mapping[str, TensorSpec], config: Mapping[str, Any]
+) -> tuple[Kind, Literal["confirmed", "inferred"]]:
+    rows, columns = parameters["weight"].shape
+    bias = parameters.get("bias")
+    conv1d_names = families.CONV1D.get(str(config.get("model_type", "")), frozenset())
+    if families.last(path) in conv1d_names:
+        return "conv1d", "confirmed"
+    if bias is not None and len(bias.shape) == 1 and rows != columns:
+        if bias.shape[0] == columns:
+            return "conv1d", "confirmed"
+        if bias.shape[0] == rows:
+            return "linear", "confirmed"
+    if bias is None and families.last(path) in families.EMBEDDINGS:
+        return "embedding", "inferred"
+    return "linear", "inferred"

@@ -1,0 +1,84 @@
+"""What an operation may see: opened sources, a sink, the settings of the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapters import AbstractUpdate, Adapter
+from loratools.checkpoints import Checkpoint
+from loratools.engine import memory
+from loratools.engine.plan import Input
+from loratools.engine.sinks import AbstractSink
+from loratools.errors import InternalError
+from loratools.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run a plan; nothing here changes what comes out.
+
+    Attributes:
+        threads: units at a time. Each computes on one thread, so that results do not depend on it.
+        device: `cpu`, `cuda[:N]`, `mps`; `auto` takes a GPU where there is one.
+        max_memory: limit in bytes for the predicted peak, or None.
+        tile_bytes: stored bytes of a row tile.
+    """
+
+    threads: int = 2
+    device: str = "cpu"
+    max_memory: int | None = None
+    tile_bytes: int = memory.TILE_BYTES
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a unit: the name of what happened, and facts for the report."""
+
+    target: str
+    operation: str
+    what: str
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+class Stopped(Exception):  # noqa: N818  (not an error: another unit failed, or the user interrupted)
+    """Raised inside units once the run is being given up."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Context:
+    """Handed to every operation."""
+
+    sources: Mapping[str, Checkpoint | Adapter]
+    sink: AbstractSink
+    settings: Settings
+    stop: threading.Event
+    advance: Callable[[int, str], None]
+
+    def tensor(self, address: Input) -> TensorRef:
+        """A tensor of a checkpoint."""
+        source = self.sources[address.source]
+        if not isinstance(source, Checkpoint):
+            raise InternalError("A tensor was asked of an adapter.", source=address.source)
+        return source[address.name]
+
+    def update(self, address: Input) -> AbstractUpdate:
+        """A module's update of an adapter."""
+        source = self.sources[address.source]
+        if not isinstance(source, Adapter):
+            raise InternalError("An update was asked of a checkpoint.", source=address.source)
+        return source[address.name]
+
+    def check(self) -> None:
+        """Give up where the run is being given up; called between tiles."""
+        if self.stop.is_set():
+            raise Stopped
+
+    def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` where the run computes."""
+        return tensor if self.settings.device == "cpu" else tensor.to(self.settings.device)

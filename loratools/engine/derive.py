@@ -1,0 +1,185 @@
+"""Adapters made of adapters: the plan and the report that stack and rescale share."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Final, TypeVar
+
+from loratools.adapters import Adapter, Selection
+from loratools.adapters.adapter import merged_provenance
+from loratools.engine import planning
+from loratools.engine.changes import source_id
+from loratools.engine.execute import Execution, execute
+from loratools.engine.plan import Input, Plan, Unit
+from loratools.engine.planning import Run
+from loratools.engine.reports import AbstractWrittenReport
+from loratools.errors import UsageError
+from loratools.files.locate import Source
+
+RULES: Final = {
+    "keep": "one adapter times a weight keeps its factors' bytes, alpha is multiplied; several are concatenated, "
+    "with alpha = r and the scaling in lora_B where scalings differ",
+    "bake": "the scaling goes into lora_B and alpha = r",
+    "restate": "alpha becomes the given number and lora_B takes the quotient",
+    "dtype": "a factor keeps its dtype where the multiplication is exact in it (a power of two), else float32",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DerivedReport(AbstractWrittenReport):
+    """What came out.
+
+    Attributes:
+        modules: `name, rank, alpha, scaling` of every module.
+        left_out: modules of the inputs that are not in the output, with the reason.
+        totals: counts and bytes.
+    """
+
+    modules: tuple[Mapping[str, Any], ...]
+    left_out: Mapping[str, str]
+    totals: Mapping[str, Any]
+
+
+Report = TypeVar("Report", bound=DerivedReport)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for.
+
+    Attributes:
+        verb: `stack` or `rescale`.
+        adapters: the inputs.
+        output: where to.
+        weights: one per input.
+        alpha: `keep`, `bake`, or the number to restate it as.
+        patterns: (include, exclude).
+        format: the dialect, or None.
+        options: what the report repeats.
+    """
+
+    verb: str
+    adapters: Sequence[Adapter]
+    output: Source
+    weights: Sequence[float]
+    alpha: str | float
+    patterns: tuple[Sequence[str], Sequence[str]]
+    format: str | None
+    options: Mapping[str, Any]
+
+
+def plan_of(request: Request, run: Run) -> Plan:
+    """Decide, from headers, what every module of the output is made of.
+
+    Raises:
+        UsageError: the output is no directory; a pattern matches nothing.
+    """
+    path = Path(request.output)
+    if path.suffix:
+        raise UsageError("A PEFT adapter is a directory.", fix="Give -o a directory.", output=path.name)
+    sources = {source_id(index): adapter for index, adapter in enumerate(request.adapters)}
+    paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
+    selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))
+    chosen = set(selection.selected(paths))
+    units = [
+        unit
+        for path in paths
+        if path in chosen or request.verb == "rescale"
+        for unit in [_unit(path, request, changed=path in chosen)]
+    ]
+    written = sum(unit.write_bytes for unit in units)
+    work = planning.hash_units(dict(sources)) + units
+    planning.check_output(path, run, sources.values(), 2 * written)
+    return Plan(
+        verb=request.verb,
+        kind="adapter",
+        output=str(path),
+        overwrite=run.overwrite,
+        sources=planning.infos(dict(sources)),
+        units=tuple(work),
+        bounds=planning.bounds(work, sources.values(), run, write=written, scratch=written),
+        options={
+            **request.options,
+            "weights": list(request.weights),
+            "include": list(selection.include),
+            "exclude": list(selection.exclude),
+            "format": _format(request),
+        },
+        rules=RULES,
+        notes=tuple(note for adapter in request.adapters for note in adapter.notes) + _format_notes(request),
+    )
+
+
+def _format(request: Request) -> str:
+    formats = {adapter.format for adapter in request.adapters}
+    return request.format or (formats.pop() if len(formats) == 1 else "peft")
+
+
+def _format_notes(request: Request) -> tuple[str, ...]:
+    formats = {adapter.format for adapter in request.adapters}
+    if request.format is None and len(formats) > 1:
+        return (f"The inputs are {', '.join(sorted(formats))}; the output is peft.",)
+    return ()
+
+
+def _unit(path: str, request: Request, *, changed: bool) -> Unit:
+    held = [(index, adapter[path]) for index, adapter in enumerate(request.adapters) if path in adapter]
+    size = sum(ref.nbytes for _, update in held for ref in update.tensors)
+    elements = sum(ref.spec.numel for _, update in held for ref in update.tensors)
+    return Unit(
+        "derive",
+        path,
+        inputs=tuple(Input(source_id(index), path) for index, _ in held),
+        parameters={
+            "weights": [request.weights[index] if changed else 1.0 for index, _ in held],
+            "alpha": request.alpha if changed else "keep",
+        },
+        read_bytes=size,
+        write_bytes=4 * elements + size,
+        peak_bytes=24 * elements,
+    )
+
+
+def run_of(request: Request, run: Run, report: type[Report]) -> Report:
+    """Plan and execute."""
+    plan = plan_of(request, run)
+    sources = {source_id(index): adapter for index, adapter in enumerate(request.adapters)}
+    template = _template(request)
+    return execute(
+        plan,
+        sources,
+        describe=lambda execution: _report(report, plan, request, template, execution),
+        template=template,
+        settings=run.settings(computes=False),
+        listener=run.listener,
+    )
+
+
+def _template(request: Request) -> Adapter:
+    first = request.adapters[0]
+    return dataclasses.replace(
+        first, updates={}, format=_format(request), provenance=merged_provenance(list(request.adapters))
+    )
+
+
+def _report(report: type[Report], plan: Plan, request: Request, template: Adapter, execution: Execution) -> Report:
+    outcomes = execution.of("derive")
+    kept = {outcome.target for outcome in outcomes}
+    left = {path: "excluded by the patterns" for adapter in request.adapters for path in adapter if path not in kept}
+    return report(
+        inputs=execution.inputs(plan),
+        parameters=plan.options,
+        files=execution.files,
+        base=template.provenance,
+        notes=(*plan.notes, *execution.notes),
+        modules=tuple({"name": outcome.target, "kind": outcome.what, **outcome.facts} for outcome in outcomes),
+        left_out=MappingProxyType(left),
+        totals={
+            "modules": len(outcomes),
+            "rank": sum(outcome.facts["rank"] for outcome in outcomes),
+            "bytes": sum(file["bytes"] for file in execution.files if file["name"].endswith(".safetensors")),
+        },
+    )

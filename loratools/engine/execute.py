@@ -1,0 +1,215 @@
+"""Run a plan: units over threads, results into the sink, then report, card and weights appear together."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from loratools.adapters import Adapter
+from loratools.checkpoints import Checkpoint
+from loratools.engine import memory
+from loratools.engine.cards import card
+from loratools.engine.context import Context, Outcome, Settings, Stopped
+from loratools.engine.events import Advanced, Listener, Stage, Started, ignore
+from loratools.engine.operations import OPERATIONS
+from loratools.engine.plan import Plan, Unit, canonical
+from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
+from loratools.engine.sinks import AbstractSink, AdapterSink, CheckpointSink
+from loratools.storage.outputs import OutputDirectory, OutputFiles, stale_partials
+from loratools.storage.writer import WrittenFile, write_bytes_durably
+
+Sources = Mapping[str, Checkpoint | Adapter]
+Report = TypeVar("Report", bound=AbstractWrittenReport)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Execution:
+    """What a run produced, for the verb to make its report of.
+
+    Attributes:
+        outcomes: one per unit, in the plan's order.
+        files: base name, bytes, SHA-256 of every file written so far.
+        tensors: SHA-256 of every tensor written, by name.
+        adapter: the adapter as written, where one comes out.
+        notes: what the run itself has to say.
+    """
+
+    outcomes: tuple[Outcome, ...]
+    files: tuple[Mapping[str, Any], ...]
+    tensors: Mapping[str, str]
+    adapter: Adapter | None
+    notes: tuple[str, ...]
+
+    def inputs(self, plan: Plan) -> tuple[dict[str, Any], ...]:
+        """Role, base name and hashes of every input."""
+        hashes: dict[str, dict[str, str]] = {}
+        for outcome in self.outcomes:
+            if outcome.operation == "hash":
+                hashes.setdefault(outcome.facts["source"], {})[outcome.target] = outcome.facts["sha256"]
+        return tuple(
+            {"role": source.role, "name": source.name, "sha256": hashes.get(source.id, {}), "hub": None}
+            for source in plan.sources
+        )
+
+    def of(self, operation: str) -> list[Outcome]:
+        """The outcomes of one operation."""
+        return [outcome for outcome in self.outcomes if outcome.operation == operation]
+
+
+def execute(  # noqa: PLR0913  (what to do, with what, and who is told)
+    plan: Plan,
+    sources: Sources,
+    *,
+    describe: Callable[[Execution], Report],
+    template: Adapter | None = None,
+    siblings: Sequence[str] = (),
+    settings: Settings | None = None,
+    listener: Listener = ignore,
+) -> Report:
+    """Run `plan` and publish its output; on any failure nothing is left.
+
+    Args:
+        plan: what to do.
+        sources: the opened inputs, by the ids that the plan uses.
+        describe: makes the report from what happened; pure.
+        template: for adapters, everything but the updates: format, configuration, base model.
+        siblings: for adapters, all module paths of the model.
+        settings: threads, device, limits.
+        listener: receives progress.
+
+    Raises:
+        MemoryLimitError: the plan exceeds the limit; nothing was written.
+        LoratoolsError: whatever a unit raised; nothing is left.
+    """
+    chosen = settings or Settings()
+    memory.require(plan, chosen.max_memory)
+    notes = tuple(
+        f"A run that was killed left {path.name} beside the output." for path in stale_partials(Path(plan.output))
+    )
+    listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
+    with _output(plan) as out:
+        sink = _sink(plan, out.path, template, siblings)
+        outcomes = _run(plan, sources, sink, chosen, listener)
+        listener(Stage("verifying"))
+        written = sink.finish()
+        _copy_companions(plan, sources, out.path)
+        adapter = sink.adapter if isinstance(sink, AdapterSink) else None
+        tensors = {name: digest for file in written for name, digest in file.tensors.items()}
+        files = _files(out.path, written)
+        report = describe(Execution(tuple(outcomes), files, tensors, adapter, notes))
+        report = _describe(report, out)
+        out.publish()
+    return report
+
+
+def _output(plan: Plan) -> OutputDirectory | OutputFiles:
+    path = Path(plan.output)
+    if path.suffix == ".safetensors":
+        return OutputFiles(path, overwrite=plan.overwrite)
+    return OutputDirectory(path, overwrite=plan.overwrite)
+
+
+def _sink(plan: Plan, directory: Path, template: Adapter | None, siblings: Sequence[str]) -> AbstractSink:
+    if plan.kind == "adapter":
+        assert template is not None
+        order = [unit.target for unit in plan.units if unit.operation in {"extract", "derive"}]
+        form = str(plan.options.get("format") or template.format)
+        return AdapterSink(directory, template=template, format=form, order=order, siblings=siblings)
+    counts = Counter(unit.file for unit in plan.units if unit.file)
+    return CheckpointSink(directory, plan.files, counts)
+
+
+def _run(plan: Plan, sources: Sources, sink: AbstractSink, settings: Settings, listener: Listener) -> list[Outcome]:
+    lock = threading.Lock()
+
+    def advance(nbytes: int, target: str) -> None:
+        with lock:
+            listener(Advanced(nbytes, target))
+
+    context = Context(sources, sink, settings, threading.Event(), advance)
+    tensors = sum(len(source) for source in sources.values())
+    gate = memory.Gate(memory.room(plan.units, tensors, settings.max_memory))
+
+    def work(unit: Unit) -> Outcome:
+        with gate.held(unit.peak_bytes + memory.BUFFERS):
+            context.check()
+            outcome = OPERATIONS[unit.operation](unit, context)
+            sink.unit_done(unit.file)
+            return outcome
+
+    with _one_thread_each(plan), ThreadPoolExecutor(settings.threads, "loratools") as pool:
+        futures = [pool.submit(work, unit) for unit in plan.units]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+            return _results(futures)
+        except BaseException:
+            context.stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _results(futures: Sequence[Future[Outcome]]) -> list[Outcome]:
+    """All results, or the first real failure in the plan's order."""
+    for future in futures:
+        if future.done() and not future.cancelled():
+            error = future.exception()
+            if error is not None and not isinstance(error, Stopped):
+                raise error
+    return [future.result() for future in futures]
+
+
+@contextmanager
+def _one_thread_each(plan: Plan) -> Iterator[None]:
+    """One BLAS thread per unit: the parallelism is between units, and results do not depend on it."""
+    if all(unit.operation in {"hash", "copy"} for unit in plan.units):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _copy_companions(plan: Plan, sources: Sources, directory: Path) -> None:
+    for name, text in plan.texts.items():
+        write_bytes_durably(directory / name, text.encode())
+    for source, name in plan.copies:
+        checkpoint = sources[source]
+        assert isinstance(checkpoint, Checkpoint)
+        found = next(path for path in (*checkpoint.companions, *checkpoint.files) if path.name == name)
+        write_bytes_durably(directory / name, found.read_bytes())
+
+
+def _files(directory: Path, written: Sequence[WrittenFile]) -> tuple[dict[str, Any], ...]:
+    """Every file of the output so far; weights by the hash of the bytes read back."""
+    known = {file.name: {"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in written}
+    for path in sorted(directory.iterdir()):
+        if path.name not in known and path.is_file():
+            data = path.read_bytes()
+            digest = hashlib.sha256(data).hexdigest()
+            known[path.name] = {"name": path.name, "bytes": len(data), "sha256": digest}
+    return tuple(known[name] for name in sorted(known))
+
+
+def _describe(report: Report, out: OutputDirectory | OutputFiles) -> Report:
+    """Write card and report; the card is one of the report's files, so it comes first."""
+    if isinstance(out, OutputFiles):
+        write_bytes_durably(out.sibling(f".{REPORT_FILE}"), canonical(report.to_json()).encode())
+        return report
+    text = card(report.to_json(), base_model=report.base.get("hub")).encode()
+    write_bytes_durably(out.path / "README.md", text)
+    entry = {"name": "README.md", "bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+    report = dataclasses.replace(report, files=tuple(sorted((*report.files, entry), key=lambda each: each["name"])))
+    write_bytes_durably(out.path / REPORT_FILE, canonical(report.to_json()).encode())
+    return report

@@ -1,0 +1,258 @@
+"""From two checkpoints to the units of an extraction: which rule applies to which parameter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratools.adapters import Adapter, Selection
+from loratools.adapters.selection import matches_any
+from loratools.checkpoints import Checkpoint, Module
+from loratools.engine import fingerprint, memory
+from loratools.engine.pairing import Pair, Pairing
+from loratools.engine.plan import Input, Unit
+from loratools.errors import UnsupportedError, UsageError
+
+_MATRIX = 2
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SvdOptions:
+    """How a module's ΔW is truncated; exactly one of rank, energy, error once checked."""
+
+    rank: int | None
+    energy: float | None
+    error: float | None
+    max_rank: int
+    preset: str
+    seed: int
+
+    def checked(self, default_rank: int) -> SvdOptions:
+        """With the default rank where no rule was given.
+
+        Raises:
+            UsageError: several rules, or a value outside its range.
+        """
+        given = [name for name in ("rank", "energy", "error") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)} are different rules for the rank.", fix="Give one of them.")
+        if self.rank is not None and self.rank < 1:
+            raise UsageError("A rank is at least 1.", rank=self.rank)
+        for name in ("energy", "error"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise UsageError("This must lie above 0 and not above 1.", **{name: value})
+        if self.max_rank < 1:
+            raise UsageError("A rank is at least 1.", max_rank=self.max_rank)
+        return dataclasses.replace(self, rank=default_rank) if not given else self
+
+    @property
+    def cap(self) -> int:
+        """The largest rank that can come out."""
+        return self.rank if self.rank is not None else self.max_rank
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractPlanner:
+    """Decides the rule of every parameter from headers, names and configuration.
+
+    Attributes:
+        pairing: which tensor of one side is which of the other.
+        svd: the rank rule.
+        save_full: patterns of modules to keep whole.
+        only_low_rank: leave out whatever is not a matrix.
+        chosen: module paths that are looked at.
+        left_out: tensor name → why it is not looked at.
+        notes: what was decided.
+    """
+
+    pairing: Pairing
+    svd: SvdOptions
+    save_full: tuple[str, ...]
+    only_low_rank: bool
+    chosen: tuple[str, ...]
+    left_out: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        base: Checkpoint,
+        tuned: Checkpoint,
+        svd: SvdOptions,
+        selection: Selection,
+        save_full: tuple[str, ...],
+        only_low_rank: bool,
+    ) -> ExtractPlanner:
+        """Pair the two checkpoints and choose the modules.
+
+        Raises:
+            MismatchError: the two are not of one architecture.
+            UsageError: a pattern matches no module.
+        """
+        pairing = Pairing.of(base, tuned)
+        paths = list(pairing.modules)
+        chosen = tuple(selection.selected(paths))
+        Selection(save_full).selected(paths)
+        left = {
+            pair.tuned_name: "excluded by the patterns, not compared"
+            for path in paths
+            if path not in set(chosen)
+            for pair in pairing.modules[path].values()
+        }
+        left |= dict.fromkeys(pairing.only_in_base, "only the base has it")
+        return cls(pairing, svd, save_full, only_low_rank, chosen, left, pairing.notes)
+
+    def paths(self) -> list[str]:
+        """Every module path of the model, containers included: a dialect may name modules by suffix."""
+        known: dict[str, None] = {}
+        for path in self.pairing.modules:
+            pieces = path.split(".")
+            known |= dict.fromkeys(".".join(pieces[:depth]) for depth in range(1, len(pieces) + 1))
+        return list(known)
+
+    def units(self) -> list[Unit]:
+        """A unit per module; those that may refuse come first, so that a run that fails fails early."""
+        units = [self._unit(path) for path in self.chosen]
+        return sorted(units, key=lambda unit: not _may_refuse(unit))
+
+    def _unit(self, path: str) -> Unit:
+        pairs = self.pairing.modules[path]
+        module = self.pairing.tuned_module(path)
+        shared = self.pairing.is_tied_embedding(path)
+        inputs: list[Input] = []
+        rules: dict[str, Any] = {}
+        for parameter, pair in pairs.items():
+            rule = self._rule(path, parameter, pair, module, shared=shared)
+            rules[parameter] = {"rule": rule, "tuned": len(inputs), "base": None}
+            inputs.append(Input("tuned", pair.tuned_name))
+            if pair.base_name is not None and rule != "added":
+                rules[parameter]["base"] = len(inputs)
+                inputs.append(Input("base", pair.base_name))
+        weight = rules.get("weight", {}).get("rule")
+        svd = dataclasses.asdict(self.svd)
+        if self.svd.rank is not None:
+            svd["max_rank"] = max(self.svd.max_rank, self.svd.rank)
+        return Unit(
+            "extract",
+            path,
+            inputs=tuple(inputs),
+            parameters={
+                "rules": rules,
+                "svd": svd,
+                "transposed": module.stored_transposed,
+                "layer": "embedding" if module.kind == "embedding" else "linear",
+                "shared": shared,
+                "together": weight in {"whole", "added"} and not shared,
+            },
+            read_bytes=sum(pair.nbytes for pair in pairs.values()),
+            write_bytes=sum(self._write_bytes(rules[name]["rule"], pair) for name, pair in pairs.items()),
+            peak_bytes=max((self._peak(rules[name]["rule"], pair) for name, pair in pairs.items()), default=0),
+        )
+
+    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:
+        whole = "left-out" if self.only_low_rank else "whole"
+        if pair.base is None or pair.relation == "reshaped":
+            if pair.relation == "new-parameter" and not self.only_low_rank:
+                raise UnsupportedError(
+                    "The tuned checkpoint gives a module a parameter that the base's module does not have; no adapter "
+                    "can add it.",
+                    fix="Leave it out with --only-low-rank.",
+                    tensor=pair.tuned_name,
+                )
+            return "left-out" if self.only_low_rank else "added"
+        keep = matches_any(self.save_full, path)
+        if pair.relation == "rows":
+            return "rows" if parameter == "weight" and not shared and not keep else "rows-whole"
+        if parameter == "weight" and module.kind in {"linear", "conv1d", "embedding"}:
+            return "whole" if shared or keep else "low-rank"
+        if module.kind in {"conv", "experts", "quantised"} and len(pair.tuned.shape) > 1 and not keep:
+            return f"refused:{module.kind}"
+        return whole if not keep else "whole"
+
+    def _write_bytes(self, rule: str, pair: Pair) -> int:
+        if rule == "low-rank":
+            rows, columns = pair.tuned.shape
+            return min(self.svd.cap, rows, columns) * (rows + columns) * 4
+        if rule == "rows":
+            rows, columns = pair.tuned.shape
+            return min(self.svd.cap, rows, columns) * (rows + columns) * 4 + pair.tuned.nbytes
+        return 0 if rule == "left-out" or rule.startswith("refused:") else pair.tuned.nbytes
+
+    def _peak(self, rule: str, pair: Pair) -> int:
+        tiles = 2 * min(memory.TILE_BYTES, pair.tuned.nbytes)
+        if rule not in {"low-rank", "rows"}:
+            return tiles
+        from loratools.linalg import workspace_bytes
+
+        assert pair.base is not None
+        rows, columns = pair.base.shape
+        rank = min(self.svd.cap, rows, columns)
+        return 4 * tiles + 4 * rows * columns + workspace_bytes(rows, columns, rank)
+
+    def template(self, format: str = "peft") -> Adapter:
+        """The adapter that comes out, without its updates."""
+        base = self.pairing.base
+        kinds = {self.pairing.tuned_module(path).kind for path in self.chosen if self._is_low_rank(path)}
+        config: dict[str, Any] = {
+            "task_type": _task(self.pairing.tuned.config),
+            "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
+        }
+        return Adapter({}, format=format, config=config, base_model=_hub_name(base))
+
+    def _is_low_rank(self, path: str) -> bool:
+        pair = self.pairing.modules[path].get("weight")
+        return pair is not None and pair.base is not None and len(pair.tuned.shape) == _MATRIX
+
+    def fingerprints(self, paths: Sequence[str]) -> dict[str, str]:
+        """Fingerprints of the base's weights of these modules."""
+        found = {}
+        for path in paths:
+            pair = self.pairing.modules[path].get("weight")
+            if pair is not None and pair.base is not None:
+                found[path] = fingerprint.of(pair.base)
+        return found
+
+    def advice(self, adapter: Adapter | None) -> list[str]:
+        """What the user should do next, where something does not go the usual way."""
+        notes = []
+        updates = dict(adapter or {})
+        rows = {name: ref for update in updates.values() for name, ref in update.added_rows.items()}
+        if rows:
+            count = max(ref.shape[0] for ref in rows.values())
+            notes.append(
+                f"The tuned vocabulary has {count} more rows. The adapter loads on the base as it is, without them; "
+                "they are in added_rows.safetensors. `loratools merge` puts them back; in Python, merge, call "
+                "resize_token_embeddings, and copy them in."
+            )
+        whole = sum(bool(update.replaced) for update in updates.values())
+        if whole:
+            notes.append(
+                f"{whole} modules have parameters stored whole. PEFT loads them; servers such as vLLM refuse such "
+                "adapters: --only-low-rank leaves them out."
+            )
+        if any(self.pairing.is_tied_embedding(path) for path in updates):
+            notes.append("The tied embedding is stored once and whole: no low-rank form of PEFT merges it right.")
+        return notes
+
+
+def _may_refuse(unit: Unit) -> bool:
+    return any(rule["rule"].startswith("refused:") for rule in unit.parameters["rules"].values())
+
+
+def _task(config: Mapping[str, Any]) -> str | None:
+    """PEFT's task type, only where it adds nothing of its own to what is loaded."""
+    names = config.get("architectures") or []
+    causal = any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return "CAUSAL_LM" if causal else None
+
+
+def _hub_name(base: Checkpoint) -> str | None:
+    """The base's name on the Hub, if its configuration says one; never a local path."""
+    name = base.config.get("_name_or_path")
+    parts = name.split("/") if isinstance(name, str) else []
+    plain = len(parts) == _MATRIX and all(
+        part and part[0] not in ".-" and all(c.isalnum() or c in "-_." for c in part) for part in parts
+    )
+    return name if plain else None

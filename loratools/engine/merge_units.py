@@ -1,0 +1,154 @@
+"""From changes to files and units: what a merge writes, tensor by tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from loratools.adapters import Adapter
+from loratools.checkpoints import Checkpoint
+from loratools.engine import layout, memory
+from loratools.engine.changes import AddedTensor, Changes, TensorChange
+from loratools.engine.plan import Input, Unit
+from loratools.errors import UsageError
+from loratools.tensors import TensorRef, TensorSpec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MergePlanner:
+    """Turns changes into files and units."""
+
+    base: Checkpoint
+    changes: Changes
+    sources: Mapping[str, Checkpoint | Adapter]
+    dtype: str | None
+
+    def files(self, max_bytes: int | None, *, single: bool, name: str) -> list[tuple[str, list[layout.Planned]]]:
+        """Output files with their tensors."""
+        tensors = {tensor: self._planned(tensor, ref) for tensor, ref in self.base.items()}
+        extra = [
+            layout.Planned(added.spec.renamed(tensor), None, added.spec.nbytes)
+            for tensor, added in self._added().items()
+        ]
+        if self.changes.untied and self.changes.untied[1] not in self.base:
+            embedding, head, _ = self.changes.untied
+            ref = self.base[embedding]
+            spec = TensorSpec(self._name(head), layout.recast(ref.dtype, self.dtype), ref.shape)
+            extra.append(layout.Planned(spec, embedding, ref.nbytes))
+        if max_bytes is not None:
+            return layout.resharded([*tensors.values(), *extra], max_bytes)
+        if single and len(self.base.shards) > 1:
+            raise UsageError("A sharded checkpoint needs a directory to be written to.", output=name)
+        files = layout.files_like(self.base, tensors, extra)
+        return [(name, files[0][1])] if single else files
+
+    def _name(self, tensor: str) -> str:
+        return self.changes.renaming.apply(tensor)
+
+    def _added(self) -> dict[str, AddedTensor]:
+        return {self._name(name): added for name, added in self.changes.added.items()}
+
+    def _planned(self, tensor: str, ref: TensorRef) -> layout.Planned:
+        change = self.changes.tensors.get(tensor)
+        shape = ref.shape
+        if change is not None and change.rows is not None:
+            shape = (shape[0] + int(change.rows["count"]), *shape[1:])
+        spec = TensorSpec(self._name(tensor), layout.recast(ref.dtype, self.dtype), shape)
+        return layout.Planned(spec, tensor, ref.nbytes)
+
+    def vocabulary(self) -> int | None:
+        """The number of rows where rows are appended."""
+        for name, change in self.changes.tensors.items():
+            if change.rows is not None:
+                return int(self.base[name].shape[0]) + int(change.rows["count"])
+        return None
+
+    def units(self, files: Sequence[tuple[str, list[layout.Planned]]]) -> list[Unit]:
+        """The work, in the order of the bytes."""
+        units: list[Unit] = []
+        for file, group in files:
+            run: list[layout.Planned] = []
+            for tensor in group:
+                if self._untouched(tensor):
+                    run.append(tensor)
+                    continue
+                units += layout.copy_units(file, run, "base")
+                run = []
+                units.append(self._unit(file, tensor))
+            units += layout.copy_units(file, run, "base")
+        return units
+
+    def _untouched(self, tensor: layout.Planned) -> bool:
+        if tensor.source is None or self._is_new_head(tensor):
+            return False
+        return tensor.source not in self.changes.tensors and tensor.spec.dtype == self.base[tensor.source].dtype
+
+    def _is_new_head(self, tensor: layout.Planned) -> bool:
+        untied = self.changes.untied
+        return untied is not None and tensor.spec.name == self._name(untied[1]) and untied[1] not in self.base
+
+    def _unit(self, file: str, tensor: layout.Planned) -> Unit:
+        if tensor.source is None:
+            return self._added_unit(file, tensor)
+        change = self.changes.tensors.get(tensor.source)
+        if self._is_new_head(tensor):
+            assert self.changes.untied is not None
+            change = self.changes.untied[2]
+        if change is None or (not change.terms and not change.wholes and change.rows is None):
+            return self._cast_unit(file, tensor)
+        return merge_unit(file, tensor.spec.name, self.base[tensor.source], "base", change, tensor.spec.dtype)
+
+    def _cast_unit(self, file: str, tensor: layout.Planned) -> Unit:
+        return Unit(
+            "cast",
+            tensor.spec.name,
+            inputs=(Input("base", str(tensor.source)),),
+            file=file,
+            parameters={"dtype": tensor.spec.dtype},
+            read_bytes=tensor.nbytes_read,
+            write_bytes=tensor.spec.nbytes,
+            peak_bytes=memory.tile_bytes(tensor.spec),
+        )
+
+    def _added_unit(self, file: str, tensor: layout.Planned) -> Unit:
+        added = self._added()[tensor.spec.name]
+        return Unit(
+            "add",
+            tensor.spec.name,
+            inputs=(Input(added.source, added.module),),
+            file=file,
+            parameters={"parameter": added.parameter},
+            read_bytes=tensor.nbytes_read,
+            write_bytes=tensor.spec.nbytes,
+        )
+
+    def copies(self, *, edited: bool) -> tuple[tuple[str, str], ...]:
+        """Companions, and the configuration where nothing in it became false."""
+        names = [path.name for path in self.base.companions]
+        if self.base.config and not edited:
+            names.append("config.json")
+        return tuple(("base", name) for name in names)
+
+    def texts(self, headers: Sequence[Any], edits: Mapping[str, Any]) -> dict[str, str]:
+        """The index, and the edited configuration."""
+        texts = layout.index_text(headers, self.base)
+        if edits:
+            texts["config.json"] = layout.config_text(self.base.config, edits)
+        return texts
+
+
+def merge_unit(file: str, name: str, ref: TensorRef, source: str, change: TensorChange, dtype: str) -> Unit:
+    """A unit that writes `round(W + Σ w ΔW)` for one tensor."""
+    factors = change.factor_elements
+    wholes = len(change.wholes)
+    return Unit(
+        "merge",
+        name,
+        inputs=(Input(source, ref.name),),
+        file=file,
+        parameters={**change.parameters(), "dtype": dtype},
+        read_bytes=ref.nbytes,
+        write_bytes=ref.spec.numel * 8,
+        peak_bytes=memory.tile_bytes(ref.spec, tiles=1 + wholes) + memory.factor_bytes(factors),
+    )

@@ -1,0 +1,23 @@
+"""The table of operations that units name. Each reads through the context and writes to its sink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+from loratools.engine.context import Context, Outcome
+from loratools.engine.operations import copying, deriving, extracting, merging
+from loratools.engine.plan import Unit
+
+Operation = Callable[[Unit, Context], Outcome]
+
+OPERATIONS: Final[Mapping[str, Operation]] = {
+    "hash": copying.hash_file,
+    "copy": copying.copy,
+    "cast": copying.cast,
+    "add": merging.add,
+    "merge": merging.merge,
+    "restore": merging.restore,
+    "extract": extracting.extract,
+    "derive": deriving.derive,
+}

@@ -1,0 +1,43 @@
+"""Bytes that stay bytes: copies, hashes, and changes of dtype."""
+
+from __future__ import annotations
+
+from loratools.engine.context import Context, Outcome
+from loratools.engine.operations.tiles import row_bytes, row_ranges
+from loratools.engine.plan import Unit
+from loratools.storage.files import sha256_of
+from loratools.tensors import torch_dtype
+
+
+def hash_file(unit: Unit, context: Context) -> Outcome:
+    """The SHA-256 of one input file, for the report."""
+    source = context.sources[str(unit.parameters["source"])]
+    path = next(path for path in source.files if path.name == unit.target)
+    digest = sha256_of(path)
+    context.advance(unit.read_bytes, unit.target)
+    return Outcome(unit.target, "hash", "hashed", {"source": unit.parameters["source"], "sha256": digest})
+
+
+def copy(unit: Unit, context: Context) -> Outcome:
+    """Tensors byte for byte, in the kernel; neighbours go together."""
+    refs = [context.tensor(address) for address in unit.inputs]
+    context.sink.copy(unit.file, list(unit.parameters["names"]), refs)
+    context.advance(unit.read_bytes, unit.target)
+    return Outcome(unit.target, "copy", "copied", {"count": len(refs)})
+
+
+def cast(unit: Unit, context: Context) -> Outcome:
+    """A tensor in another dtype: each entry rounded once, to nearest even."""
+    from loratools.linalg import round_to
+
+    ref = context.tensor(unit.inputs[0])
+    dtype = torch_dtype(str(unit.parameters["dtype"]))
+    written = 0
+    for start, stop in row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes):
+        context.check()
+        tile = (ref.rows(start, stop) if ref.shape else ref).load()
+        result = round_to(tile, dtype)
+        context.sink.write(unit.file, unit.target, result, written)
+        written += result.numel() * result.element_size()
+        context.advance(tile.numel() * tile.element_size(), unit.target)
+    return Outcome(unit.target, "cast", "cast", {"from": ref.dtype, "to": unit.parameters["dtype"]})

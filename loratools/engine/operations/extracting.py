@@ -1,0 +1,158 @@
+"""ΔW = W_tuned − W_base, module by module: identical, low-rank, whole, or refused."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from loratools.adapters import Full, LowRank
+from loratools.engine.context import Context, Outcome
+from loratools.engine.operations.tiles import row_bytes, row_ranges, same_bytes, same_values
+from loratools.engine.plan import Unit
+from loratools.errors import NonFiniteError, UnsupportedError
+from loratools.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.linalg import SVDInfo
+
+
+def extract(unit: Unit, context: Context) -> Outcome:
+    """Evaluate the rules of one module's parameters (see `loratools.verbs.extract.RULES`).
+
+    Raises:
+        UnsupportedError: a changed tensor of a kind that is refused.
+        NonFiniteError: NaN or infinity in the difference.
+    """
+    rules: Mapping[str, Any] = unit.parameters["rules"]
+    fates: dict[str, str] = {}
+    facts: dict[str, Any] = {"fates": fates}
+    replaced: dict[str, TensorRef] = {}
+    added: dict[str, TensorRef] = {}
+    low_rank: dict[str, Any] = {}
+    for parameter, rule in rules.items():
+        context.check()
+        base, tuned = _pair(unit, context, parameter)
+        fate = _fate(rule["rule"], base, tuned, context)
+        if fate == "low-rank":
+            low_rank = _factors(unit, context, parameter, base, tuned, facts)
+            fate = "low-rank" if low_rank else "equal in value"
+        grown = rule["rule"] in {"rows", "rows-whole"}
+        if fate == "whole":
+            replaced[parameter] = tuned.rows(0, base.shape[0]) if grown and base is not None else tuned
+        if grown:
+            assert base is not None
+            added[parameter] = tuned.rows(base.shape[0], tuned.shape[0])
+        fates[parameter] = fate
+        context.advance(tuned.nbytes + (base.nbytes if base else 0), unit.target)
+    _complete(unit, context, rules, replaced, fates)
+    whole = MappingProxyType(replaced)
+    rows = MappingProxyType(added)
+    if low_rank:
+        context.sink.update(unit.target, LowRank(**low_rank, replaced=whole, added_rows=rows))
+    elif replaced or added:
+        shared = bool(unit.parameters.get("shared"))
+        context.sink.update(unit.target, Full(replaced=whole, added_rows=rows, shared=shared))
+    return Outcome(
+        unit.target, "extract", "low-rank" if low_rank else "whole" if replaced or added else "identical", facts
+    )
+
+
+def _pair(unit: Unit, context: Context, parameter: str) -> tuple[TensorRef | None, TensorRef]:
+    sides: Mapping[str, Any] = unit.parameters["rules"][parameter]
+    tuned = context.tensor(unit.inputs[sides["tuned"]])
+    return (context.tensor(unit.inputs[sides["base"]]) if sides["base"] is not None else None), tuned
+
+
+def _fate(rule: str, base: TensorRef | None, tuned: TensorRef, context: Context) -> str:
+    if base is None:
+        return "whole" if rule == "added" else "left out: new in the tuned checkpoint"
+    common = tuned.rows(0, base.shape[0]) if rule in {"rows", "rows-whole"} else tuned
+    if same_bytes(base, common, context.settings.tile_bytes):
+        return "identical"
+    if base.dtype != common.dtype and same_values(base, common, context.settings.tile_bytes):
+        return "equal in value"
+    if rule.startswith("refused:"):
+        raise UnsupportedError(
+            f"A changed parameter of kind {rule.removeprefix('refused:')} cannot be extracted yet.",
+            fix="Exclude the module (--exclude), or keep it whole (--save-full).",
+            tensor=tuned.name,
+            shape=tuned.shape,
+            dtype=tuned.dtype,
+        )
+    if rule == "left-out":
+        return "left out: only low-rank updates were asked for"
+    return "whole" if rule in {"whole", "rows-whole"} else "low-rank"
+
+
+def _complete(
+    unit: Unit, context: Context, rules: Mapping[str, Any], replaced: dict[str, TensorRef], fates: dict[str, str]
+) -> None:
+    """A module kept whole takes its unchanged parameters along: PEFT loads all of them or fails."""
+    if not replaced or not unit.parameters.get("together"):
+        return
+    for parameter in rules:
+        if parameter not in replaced:
+            replaced[parameter] = _pair(unit, context, parameter)[1]
+            fates[parameter] = "whole: unchanged, kept since PEFT loads a module's parameters together"
+
+
+def _factors(
+    unit: Unit, context: Context, parameter: str, base: TensorRef | None, tuned: TensorRef, facts: dict[str, Any]
+) -> dict[str, Any]:
+    from loratools.linalg import balanced_factors, truncated_svd
+
+    assert base is not None
+    difference, weight_norm = _difference(base, tuned, context)
+    options: Mapping[str, Any] = unit.parameters["svd"]
+    try:
+        U, S, Vh, info = truncated_svd(difference, **options, overwrite=True)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            error.what, fix="One of the two checkpoints is damaged.", tensor=tuned.name, shape=tuned.shape
+        ) from error
+    facts |= _measured(info, weight_norm)
+    if not S.numel():
+        return {}
+    if unit.parameters["transposed"]:
+        U, Vh = Vh.T, U.T
+    lora_A, lora_B = balanced_factors(U, S, Vh)
+    context.check()
+    return {
+        "lora_A": context.sink.keep(f"{unit.target}.{parameter}.lora_A", lora_A),
+        "lora_B": context.sink.keep(f"{unit.target}.{parameter}.lora_B", lora_B),
+        "alpha": float(S.numel()),
+        "of": unit.parameters["layer"],
+    }
+
+
+def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[torch.Tensor, float]:
+    """`tuned − base` in float32 through one reused pair of tiles, and ‖base‖_F; added rows are not part of it."""
+    import torch
+
+    difference = torch.empty(base.shape, dtype=torch.float32, device=context.settings.device)
+    squares = 0.0
+    for rows in row_ranges(base.shape, max(row_bytes(base), row_bytes(tuned)), context.settings.tile_bytes):
+        context.check()
+        before = context.on_device(base.rows(*rows).load()).float()
+        squares += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
+        torch.sub(context.on_device(tuned.rows(*rows).load()).float(), before, out=difference[rows[0] : rows[1]])
+    return difference, squares**0.5
+
+
+def _measured(info: SVDInfo, weight_norm: float) -> dict[str, Any]:
+    return {
+        "rank": info.rank,
+        "captured": info.captured,
+        "residual": info.residual / info.norm if info.norm else 0.0,
+        "certificate": info.certificate,
+        "certificate_kind": info.certificate_kind,
+        "norm": info.norm,
+        "relative": info.norm / weight_norm if weight_norm else None,
+        "method": info.method,
+        "products": info.products,
+        "clipped": info.clipped,
+        "reached": info.reached,
+    }

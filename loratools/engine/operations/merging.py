@@ -1,0 +1,200 @@
+"""W' = round(W + Σ w ΔW): one rounding, row tile by row tile; and the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from loratools.engine.context import Context, Outcome
+from loratools.engine.operations.tiles import row_bytes, row_ranges
+from loratools.engine.plan import Input, Unit
+from loratools.errors import InternalError, MismatchError, NonFiniteError
+from loratools.tensors import TensorRef, torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.linalg import LowRankSum
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """What is added to one stored tensor.
+
+    Attributes:
+        products: Σ scale · B A, prepared, or None.
+        wholes: (weight, replacement) pairs: `weight · (W' − W)` is added for each.
+    """
+
+    products: LowRankSum | None
+    wholes: tuple[tuple[float, TensorRef], ...]
+
+    def tile(self, base: torch.Tensor, rows: tuple[int, int] | None, dtype: torch.dtype) -> torch.Tensor:
+        """One tile of the result, from the same tile of the base."""
+        from loratools.linalg import round_to
+
+        start = rows[0] if rows else 0
+        if self.wholes:
+            total = base.double()
+            for weight, ref in self.wholes:
+                given = (ref.rows(*rows) if rows else ref).load().to(base.device).double()
+                total = given if weight == 1 and len(self.wholes) == 1 else total + weight * (given - base.double())
+            base = total
+        if self.products is None:
+            return round_to(base, dtype)
+        return self.products.add_to(base, start=start, out_dtype=dtype)
+
+
+def _change(unit: Unit, context: Context, pieces: int) -> Change:
+    from loratools.linalg import LowRankSum
+
+    terms = []
+    for term in unit.parameters.get("terms", ()):
+        update = context.update(Input(term["source"], term["module"]))
+        for product in update.terms:
+            lora_A, lora_B = (context.on_device(ref.load()) for ref in (product.lora_A, product.lora_B))
+            _require_finite(lora_A, product.lora_A)
+            _require_finite(lora_B, product.lora_B)
+            terms.append((lora_A, lora_B, float(term["weight"]) * product.scale))
+    wholes = tuple(
+        (float(whole["weight"]), context.update(Input(whole["source"], whole["module"])).replaced[whole["parameter"]])
+        for whole in unit.parameters.get("wholes", ())
+    )
+    transposed = bool(unit.parameters.get("transposed"))
+    return Change(LowRankSum.of(terms, transposed=transposed, pieces=pieces) if terms else None, wholes)
+
+
+def _require_finite(tensor: torch.Tensor, ref: TensorRef) -> None:
+    from loratools.linalg import non_finite_count
+
+    bad = non_finite_count(tensor)
+    if bad:
+        raise NonFiniteError(
+            f"{bad} of {tensor.numel()} entries are NaN or infinite.",
+            fix="The file is damaged, or training diverged; nothing was written.",
+            tensor=ref.name,
+            file=ref.source.label,
+        )
+
+
+def merge(unit: Unit, context: Context) -> Outcome:
+    """Write `round(W + Σ w ΔW)` for one stored tensor, then rows that the adapter appends.
+
+    Raises:
+        NonFiniteError: an input holds NaN or infinity, or the sum overflows the output's dtype.
+    """
+    dtype = torch_dtype(str(unit.parameters["dtype"]))
+    ref = context.tensor(unit.inputs[0])
+    change = _change(unit, context, _pieces(str(unit.parameters["dtype"])))
+    written = changed = 0
+    bound = 0.0
+    for rows in _tiles(ref, context):
+        context.check()
+        tile = context.on_device((ref.rows(*rows) if rows else ref).load())
+        result = change.tile(tile, rows, dtype)
+        _require_finite_result(result, tile, ref)
+        changed += int((result != tile).sum())
+        if unit.parameters.get("bound"):
+            bound = max(bound, _half_steps(tile, result))
+        context.sink.write(unit.file, unit.target, result.cpu(), written)
+        written += result.numel() * result.element_size()
+        context.advance(tile.numel() * tile.element_size(), unit.target)
+    for row in _appended(unit, context):
+        result = row.to(dtype)
+        context.sink.write(unit.file, unit.target, result, written)
+        written += result.numel() * result.element_size()
+    facts = {"changed": changed, "entries": ref.spec.numel}
+    return Outcome(unit.target, "merge", "merged", facts | ({"bound": bound} if unit.parameters.get("bound") else {}))
+
+
+def _half_steps(before: torch.Tensor, after: torch.Tensor) -> float:
+    """How far subtraction can be from what was there before the merge: half a step of each of two roundings.
+
+    The merge rounded in steps of the merged entry, the subtraction in steps of its result; both at most half a
+    step, measured at the larger neighbour.
+    """
+    from loratools.linalg import ulp
+
+    return float((0.5 * (ulp(before) + ulp(after))).max())
+
+
+def _tiles(ref: TensorRef, context: Context) -> Sequence[tuple[int, int] | None]:
+    if not ref.shape:
+        return [None]
+    return list(row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes))
+
+
+def _pieces(dtype: str) -> int:
+    return 1 if dtype in {"BF16", "F16"} else 2
+
+
+def _require_finite_result(result: torch.Tensor, tile: torch.Tensor, ref: TensorRef) -> None:
+    from loratools.linalg import non_finite_count
+
+    if non_finite_count(result):
+        _require_finite(tile, ref)
+        raise NonFiniteError(
+            f"The merged weights overflow {result.dtype}.",
+            fix="Merge with a smaller weight, or with --dtype bf16.",
+            tensor=ref.name,
+        )
+
+
+def _appended(unit: Unit, context: Context) -> list[torch.Tensor]:
+    rows: Mapping[str, Any] | None = unit.parameters.get("rows")
+    if not rows:
+        return []
+    update = context.update(Input(rows["source"], rows["module"]))
+    return [update.added_rows[rows["parameter"]].load()]
+
+
+def add(unit: Unit, context: Context) -> Outcome:
+    """A tensor that an adapter brings along, byte for byte."""
+    ref = context.update(unit.inputs[0]).replaced[str(unit.parameters["parameter"])]
+    context.sink.copy(unit.file, [unit.target], [ref])
+    context.advance(unit.read_bytes, unit.target)
+    return Outcome(unit.target, "add", "added", {"entries": ref.spec.numel})
+
+
+def restore(unit: Unit, context: Context) -> Outcome:
+    """Put the base's bytes back, after checking that the merged tensor is what the adapters make of it.
+
+    Inputs: the merged tensor, the base's. The check recomputes the merge; an entry may differ by one unit
+    in the last place of the larger of the two, since others round ΔW first.
+
+    Raises:
+        MismatchError: merged is not base + adapters.
+    """
+    from loratools.linalg import ulp
+
+    merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
+    dtype = torch_dtype(merged.dtype)
+    change = _change(unit, context, _pieces(merged.dtype))
+    differing = 0
+    for rows in _tiles(base, context):
+        context.check()
+        found = (merged.rows(*rows) if rows else merged).load()
+        expected = change.tile((base.rows(*rows) if rows else base).load(), rows, dtype)
+        step = _maximum(ulp(found), ulp(expected))
+        if unit.parameters.get("tolerant"):
+            differing += int(((found.double() - expected.double()).abs() > step).sum())
+        else:
+            differing += int((found.double() != expected.double()).sum())
+        context.advance(2 * found.numel() * found.element_size(), unit.target)
+    if differing:
+        raise MismatchError(
+            f"The merged tensor is not this base plus these adapters: {differing} of {base.spec.numel} entries differ.",
+            fix="Are these the base, the adapters and the weights that it was merged from?",
+            tensor=unit.target,
+        )
+    context.sink.copy(unit.file, [unit.target], [base])
+    return Outcome(unit.target, "restore", "restored", {"entries": base.spec.numel})
+
+
+def _maximum(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    if one.shape != other.shape:
+        raise InternalError("Two tiles of one tensor have different shapes.")
+    return torch.maximum(one, other)

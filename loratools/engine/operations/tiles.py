@@ -1,0 +1,52 @@
+"""Row tiles: how an operation goes through a tensor that may be larger than memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from loratools.tensors import TensorRef
+
+
+def row_ranges(shape: tuple[int, ...], row_bytes: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
+    """`(start, stop)` rows of consecutive tiles of about `tile_bytes`; never less than a row."""
+    rows = shape[0] if shape else 1
+    step = max(1, tile_bytes // max(row_bytes, 1))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def row_bytes(ref: TensorRef) -> int:
+    """Stored bytes of one row."""
+    return ref.nbytes // ref.shape[0] if ref.shape and ref.shape[0] else ref.nbytes
+
+
+def elements_per_row(shape: tuple[int, ...]) -> int:
+    """Elements of one row of a tensor of this shape."""
+    return math.prod(shape[1:])
+
+
+def same_bytes(one: TensorRef, other: TensorRef, chunk_bytes: int) -> bool:
+    """Whether two tensors of equal dtype and shape hold the same bytes; stops at the first difference."""
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    size = min(chunk_bytes, max(one.nbytes, 1))
+    left, right = memoryview(bytearray(size)), memoryview(bytearray(size))
+    for start, stop in one.chunks(size):
+        one.read_into(left[: stop - start], start)
+        other.read_into(right[: stop - start], start)
+        if left[: stop - start] != right[: stop - start]:
+            return False
+    return True
+
+
+def same_values(one: TensorRef, other: TensorRef, tile_bytes: int) -> bool:
+    """Whether two tensors of equal shape hold the same numbers in different dtypes; stops at the first difference."""
+    if one.shape != other.shape:
+        return False
+    if not one.shape:
+        return bool(one.load().double() == other.load().double())
+    for start, stop in row_ranges(one.shape, max(row_bytes(one), row_bytes(other)), tile_bytes):
+        if not bool((one.rows(start, stop).load().double() == other.rows(start, stop).load().double()).all()):
+            return False
+    return True

@@ -1,0 +1,161 @@
+"""What all planners share: describing sources, hashing units, bounds, checking the output."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypedDict
+
+from loratools.adapters import Adapter
+from loratools.checkpoints import Checkpoint
+from loratools.engine import memory
+from loratools.engine.context import Settings
+from loratools.engine.events import Listener, ignore
+from loratools.engine.plan import Bounds, SourceInfo, Unit
+from loratools.errors import UsageError
+from loratools.storage.outputs import OutputDirectory, OutputFiles
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Run:
+    """How a verb that writes is to run; the same options in every command.
+
+    Attributes:
+        overwrite: replace an existing output.
+        max_memory: limit of the predicted peak in bytes.
+        threads: units at a time; None takes the machine's processors, at most 4.
+        device: `auto`, `cpu`, `cuda[:N]`, `mps`.
+        listener: receives progress.
+    """
+
+    overwrite: bool = False
+    max_memory: int | None = None
+    threads: int | None = None
+    device: str = "auto"
+    listener: Listener = ignore
+
+    def settings(self, *, computes: bool = True) -> Settings:
+        """The executor's settings.
+
+        Raises:
+            UsageError: a device that is not there.
+        """
+        threads = self.threads if self.threads is not None else min(os.cpu_count() or 1, 4)
+        if threads < 1:
+            raise UsageError("At least one thread is needed.", threads=threads)
+        return Settings(threads=threads, device=device(self.device) if computes else "cpu", max_memory=self.max_memory)
+
+
+def device(name: str) -> str:
+    """A device that torch has; `auto` takes a CUDA GPU where there is one, else the CPU.
+
+    Raises:
+        UsageError: there is no such device here.
+    """
+    if name == "cpu":
+        return name
+    import torch
+
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    family, _, index = name.partition(":")
+    available = torch.cuda.is_available() if family == "cuda" else torch.backends.mps.is_available()
+    if family not in {"cuda", "mps"} or not available or (index and not index.isdigit()):
+        raise UsageError("This device is not available here.", fix="Use --device cpu.", device=name)
+    return f"{family}:{index or 0}" if family == "cuda" else family
+
+
+class RunOptions(TypedDict, total=False):
+    """The fields of `Run` as keyword arguments of a verb."""
+
+    overwrite: bool
+    max_memory: int | None
+    threads: int | None
+    device: str
+    listener: Listener
+
+
+def infos(sources: Mapping[str, Checkpoint | Adapter]) -> tuple[SourceInfo, ...]:
+    """All sources; the id without its number is the role."""
+    return tuple(info(key, key.rstrip("0123456789"), each) for key, each in sources.items())
+
+
+def info(identifier: str, role: str, source: Checkpoint | Adapter) -> SourceInfo:
+    """A source as a plan describes it."""
+    kind: Any = "checkpoint" if isinstance(source, Checkpoint) else "adapter"
+    sizes = [path.stat().st_size for path in source.files]
+    names = tuple(path.name for path in source.files)
+    return SourceInfo(identifier, role, kind, source.name, source.location, names, sum(sizes))
+
+
+def hash_units(sources: Mapping[str, Checkpoint | Adapter]) -> list[Unit]:
+    """A unit per input file that hashes it."""
+    return [
+        Unit("hash", path.name, parameters={"source": identifier}, read_bytes=path.stat().st_size, peak_bytes=0)
+        for identifier, source in sources.items()
+        for path in source.files
+    ]
+
+
+def bounds(
+    units: Sequence[Unit], sources: Iterable[Checkpoint | Adapter], run: Run, *, write: int, scratch: int = 0
+) -> Bounds:
+    """The plan's upper bounds."""
+    settings = run.settings(computes=False)
+    tensors = sum(len(source) for source in sources)
+    peak = memory.predicted_peak(units, tensors, settings.threads, run.max_memory)
+    return Bounds(sum(unit.read_bytes for unit in units), write, scratch, peak)
+
+
+def check_output(output: Path, run: Run, sources: Iterable[Checkpoint | Adapter], needed: int) -> None:
+    """Refuse an output that could not be published, before any work.
+
+    Raises:
+        OutputExistsError, OutputError, StorageError, AccessError: see `storage.outputs`.
+    """
+    inputs: list[Path] = []
+    for source in sources:
+        inputs += source.files
+        if source.location is not None:
+            inputs.append(Path(source.location))
+    single = output.suffix == ".safetensors"
+    (OutputFiles if single else OutputDirectory).check(output, run.overwrite, inputs, needed)
+
+
+def weights_for(count: int, weights: Sequence[float] | float | None) -> list[float]:
+    """One weight per adapter: none is 1 each, one is for all.
+
+    Raises:
+        UsageError: another number of weights, or one that is not finite.
+    """
+    given = [weights] if isinstance(weights, (int, float)) else list(weights or [1.0])
+    if len(given) == 1:
+        given *= count
+    if len(given) != count:
+        raise UsageError(f"{len(given)} weights were given for {count} adapters.", fix="Give none, one, or one each.")
+    if any(weight != weight or weight in {float("inf"), float("-inf")} for weight in given):  # noqa: PLR0124
+        raise UsageError("A weight must be a finite number.")
+    return [float(weight) for weight in given]
+
+
+DTYPE_NAMES: Final[Mapping[str, str]] = {
+    "bf16": "BF16", "bfloat16": "BF16", "fp16": "F16", "f16": "F16", "float16": "F16", "half": "F16",
+    "fp32": "F32", "f32": "F32", "float32": "F32", "fp64": "F64", "f64": "F64", "float64": "F64",
+}  # fmt: skip
+"""What `--dtype` takes → the safetensors name."""
+
+
+def dtype_named(name: str | None) -> str | None:
+    """The safetensors name of a `--dtype`.
+
+    Raises:
+        UsageError: it is not one of those that weights are written in.
+    """
+    if name is None:
+        return None
+    found = DTYPE_NAMES.get(name.lower())
+    if found is None:
+        raise UsageError("This dtype is not written.", fix="Choose bf16, fp16, fp32 or fp64.", dtype=name)
+    return found

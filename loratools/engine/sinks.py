@@ -1,0 +1,140 @@
+"""Where results go: the weights files of a checkpoint, or an adapter that is put together at the end."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import threading
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from loratools.adapters import AbstractUpdate, Adapter
+from loratools.engine.plan import OutputFile
+from loratools.errors import InternalError
+from loratools.files import encode_adapter, write_weights
+from loratools.storage.scratch import ScratchFile
+from loratools.storage.writer import SafetensorsWriter, WrittenFile
+from loratools.tensors import TensorRef, TensorSpec, bytes_of, dtype_name
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AbstractSink(abc.ABC):
+    """Takes results from any thread; `finish` returns the files that were written and verified."""
+
+    def write(self, file: str, name: str, data: torch.Tensor, start: int) -> None:
+        """Bytes of an output tensor from its byte `start` on."""
+        raise InternalError("This output takes no tensors.", tensor=name, file=file, start=start, shape=data.shape)
+
+    def copy(self, file: str, names: Sequence[str], refs: Sequence[TensorRef]) -> None:
+        """Whole tensors, byte for byte."""
+        raise InternalError("This output takes no tensors.", file=file, first=names[0], count=len(refs))
+
+    def unit_done(self, file: str) -> None:  # noqa: B027  (adapters have nothing to do here)
+        """One of the units that write into `file` is complete."""
+
+    def keep(self, name: str, tensor: torch.Tensor) -> TensorRef:
+        """A result whose place in the output is not known yet."""
+        raise InternalError("This output takes no factors.", tensor=name, shape=tensor.shape)
+
+    def update(self, module: str, update: AbstractUpdate) -> None:
+        """A module's finished update."""
+        raise InternalError("This output takes no updates.", module=module, kind=update.kind)
+
+    @abc.abstractmethod
+    def finish(self) -> list[WrittenFile]:
+        """Flush, read back, compare hashes."""
+
+
+class CheckpointSink(AbstractSink):
+    """Weights files with known headers; each is finished as soon as its last unit is done."""
+
+    def __init__(self, directory: Path, files: Sequence[OutputFile], counts: Mapping[str, int]) -> None:
+        self._directory = directory
+        self._files = {file.name: file for file in files}
+        self._left = {file.name: counts.get(file.name, 0) for file in files}
+        self._writers: dict[str, SafetensorsWriter] = {}
+        self._written: dict[str, WrittenFile] = {}
+        self._lock = threading.Lock()
+
+    def _writer(self, file: str) -> SafetensorsWriter:
+        with self._lock:
+            if file not in self._writers:
+                planned = self._files[file]
+                self._writers[file] = SafetensorsWriter(self._directory / file, planned.tensors, planned.metadata)
+            return self._writers[file]
+
+    def write(self, file: str, name: str, data: torch.Tensor, start: int) -> None:
+        """See `AbstractSink.write`."""
+        self._writer(file).write(name, bytes_of(data), start)
+
+    def copy(self, file: str, names: Sequence[str], refs: Sequence[TensorRef]) -> None:
+        """See `AbstractSink.copy`."""
+        self._writer(file).copy_run(names, refs)
+
+    def unit_done(self, file: str) -> None:
+        """See `AbstractSink.unit_done`."""
+        if not file:
+            return
+        with self._lock:
+            self._left[file] -= 1
+            last = self._left[file] == 0
+        if last:
+            self._finish(file)
+
+    def _finish(self, file: str) -> None:
+        written = self._writer(file).finish()
+        with self._lock:
+            self._written[file] = written
+
+    def finish(self) -> list[WrittenFile]:
+        """See `AbstractSink.finish`."""
+        for name in self._files:
+            if name not in self._written:
+                self._finish(name)
+        return [self._written[name] for name in self._files]
+
+
+class AdapterSink(AbstractSink):
+    """Factors go to a scratch file; keys and configuration follow once all ranks are known."""
+
+    def __init__(
+        self, directory: Path, *, template: Adapter, format: str, order: Sequence[str], siblings: Collection[str]
+    ) -> None:
+        self._directory = directory
+        self._template = template
+        self._format = format
+        self._order = order
+        self._siblings = siblings
+        self._scratch = ScratchFile(directory)
+        self._updates: dict[str, AbstractUpdate] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def scratch(self) -> ScratchFile:
+        """Where factors wait."""
+        return self._scratch
+
+    @property
+    def adapter(self) -> Adapter:
+        """What has come together, in the planned order."""
+        updates = {path: self._updates[path] for path in self._order if path in self._updates}
+        return dataclasses.replace(self._template, updates=MappingProxyType(updates))
+
+    def keep(self, name: str, tensor: torch.Tensor) -> TensorRef:
+        """See `AbstractSink.keep`."""
+        held = tensor.detach().cpu().contiguous()
+        return self._scratch.append(name, bytes_of(held), TensorSpec(name, dtype_name(held.dtype), tuple(held.shape)))
+
+    def update(self, module: str, update: AbstractUpdate) -> None:
+        """See `AbstractSink.update`."""
+        with self._lock:
+            self._updates[module] = update
+
+    def finish(self) -> list[WrittenFile]:
+        """See `AbstractSink.finish`."""
+        encoded = encode_adapter(self.adapter, format=self._format, siblings=self._siblings)
+        return write_weights(encoded, self._directory)

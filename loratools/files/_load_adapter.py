@@ -1,0 +1,91 @@
+"""Load an adapter: its keys understood, its factors unread."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from loratools.adapters import Adapter
+from loratools.errors import MalformedError
+from loratools.files import locate
+from loratools.formats import Contents, codec_named, detect
+from loratools.formats.peft.config import CONFIG_FILE
+from loratools.formats.peft.keys import ADDED_ROWS_FILE
+from loratools.storage.safetensors import open_safetensors
+from loratools.storage.shards import open_weights
+
+
+def load_adapter(
+    source: locate.Source | Adapter,
+    format: str | None = None,
+    base: object | None = None,
+) -> Adapter:
+    """Load the adapter at `source`.
+
+    Args:
+        source: a directory with `adapter_config.json`, or the weights file in it.
+        format: the dialect, where it shall not be detected.
+        base: accepted for dialects whose names need a base to be resolved; PEFT's do not.
+
+    Raises:
+        MalformedError: the files contradict each other, or hold several adapters (named).
+        UnsupportedError: a kind or a file type that is not handled, by name.
+    """
+    del base
+    if isinstance(source, Adapter):
+        return source
+    path = locate.local(source)
+    _refuse_ambiguous(path)
+    weights = open_weights(path, locate.ADAPTER_STEMS)
+    directory = path if path.is_dir() else path.parent
+    contents = Contents(
+        tensors=weights.tensors,
+        config=locate.read_object(directory / CONFIG_FILE) or None,
+        metadata=weights.shards[0].metadata if weights.shards else {},
+        side_tensors=_side(directory),
+    )
+    codec = codec_named(format) if format is not None else detect(contents, file=path.name)
+    decoded = codec.decode(contents)
+    report = locate.read_object(locate.report_path(path))
+    return Adapter(
+        updates=decoded.updates,
+        format=codec.name,
+        name=path.resolve().name,
+        config=MappingProxyType(dict(contents.config or {})),
+        base_model=decoded.base_model,
+        files=_files(directory, path, weights.shards[0].name if weights.shards else ""),
+        provenance=MappingProxyType(_provenance(report)),
+        notes=(*weights.warnings, *decoded.notes),
+        location=str(path),
+    )
+
+
+def _provenance(report: dict[str, Any]) -> dict[str, Any]:
+    base = report.get("base")
+    return dict(base) if isinstance(base, dict) and isinstance(base.get("fingerprint"), dict) else {}
+
+
+def _refuse_ambiguous(path: Path) -> None:
+    if not path.is_dir():
+        return
+    if (path / CONFIG_FILE).exists():
+        return
+    names = locate.several_adapters(path)
+    if names:
+        raise MalformedError(
+            f"The directory holds {len(names)} adapters: {', '.join(names[:10])}.",
+            fix=f"Name one of them, such as {Path(path.name) / names[0]}.",
+            path=path,
+        )
+
+
+def _side(directory: Path) -> dict[str, Any]:
+    side = directory / ADDED_ROWS_FILE
+    return {ADDED_ROWS_FILE: open_safetensors(side).tensors} if side.is_file() else {}
+
+
+def _files(directory: Path, path: Path, weights_name: str) -> tuple[Path, ...]:
+    weights = directory / weights_name if path.is_dir() else path
+    beside = [directory / CONFIG_FILE, directory / ADDED_ROWS_FILE]
+    return (weights, *(file for file in beside if file.is_file()))

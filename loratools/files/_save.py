@@ -1,0 +1,131 @@
+"""Save an adapter: weights and configuration, nothing else. Reports and cards are the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from loratools.adapters import AbstractUpdate, Adapter, LowRank, Sum
+from loratools.errors import UsageError
+from loratools.files import locate
+from loratools.formats import Encoded, codec_named
+from loratools.storage.files import ReadOnlyFile
+from loratools.storage.outputs import OutputDirectory
+from loratools.storage.writer import SafetensorsWriter, ScratchFile, WrittenFile, write_bytes_durably
+from loratools.tensors import TensorRef, TensorSpec, bytes_of, dtype_name
+
+if TYPE_CHECKING:
+    import torch
+
+_EXACT: Final = ("F32", "F64")
+
+
+def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overwrite: bool = False) -> None:
+    """Write `adapter` to the directory `output`: atomically, weights and configuration only.
+
+    Sums are concatenated with their scaling baked in (alpha = r); everything else stays as it was read.
+
+    Raises:
+        UnsupportedError: the format cannot hold it.
+        OutputExistsError: something is there, and `overwrite` is false.
+    """
+    path = Path(output)
+    if not adapter:
+        raise UsageError("The adapter has no module: there is nothing to save.")
+    needed = sum(ref.nbytes for update in adapter.values() for ref in update.tensors)
+    OutputDirectory.check(path, overwrite, adapter.files, 2 * needed)
+    with OutputDirectory(path, overwrite=overwrite) as out:
+        scratch = ScratchFile(out.path)
+        whole = adapter.with_updates({name: settled(name, update, scratch) for name, update in adapter.items()})
+        write_weights(encode_adapter(whole, format=format), out.path)
+        out.publish()
+
+
+def encode_adapter(adapter: Adapter, *, format: str, siblings: Collection[str] = ()) -> Encoded:
+    """Keys and configuration of a settled adapter in a dialect."""
+    return codec_named(format).encode(adapter, siblings=siblings)
+
+
+def write_weights(encoded: Encoded, directory: Path) -> list[WrittenFile]:
+    """Write everything of an encoded adapter into an existing directory; tensors are copied in the kernel."""
+    written = [_write(directory / encoded.weights_name, encoded.tensors, encoded.metadata)]
+    written += [_write(directory / name, tensors, {}) for name, tensors in encoded.side_tensors.items()]
+    for name, text in encoded.texts.items():
+        write_bytes_durably(directory / name, text.encode())
+    return written
+
+
+def _write(path: Path, tensors: Mapping[str, TensorRef], metadata: Mapping[str, str]) -> WrittenFile:
+    writer = SafetensorsWriter(path, [ref.spec for ref in tensors.values()], metadata)
+    for name, ref in tensors.items():
+        if isinstance(ref.source, ReadOnlyFile):
+            writer.copy(name, ref)
+        else:
+            writer.write(name, memoryview(ref.read()))
+    return writer.finish()
+
+
+def settled(path: str, update: AbstractUpdate, scratch: ScratchFile) -> AbstractUpdate:
+    """`update` with at most one product: a sum is concatenated into the scratch file.
+
+    Law: ΔW is unchanged to 1e-6. Where all scales agree, factors keep their bytes and alpha says the scale;
+    otherwise the scale goes into B and alpha = r (see `concatenated_factors` for the dtype).
+    """
+    if not isinstance(update, Sum):
+        return update
+    lora_A, lora_B, alpha = concatenated_factors(update)
+    return LowRank(
+        lora_A=to_scratch(scratch, f"{path}.lora_A", lora_A),
+        lora_B=to_scratch(scratch, f"{path}.lora_B", lora_B),
+        alpha=alpha,
+        of=update.layer,
+        replaced=update.replaced,
+        added_rows=update.added_rows,
+    )
+
+
+def concatenated_factors(update: Sum) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """`(A, B, alpha)` with `alpha / R · B A = Σ scale_i B_i A_i`.
+
+    One dtype for both: the inputs' where all agree and nothing has to be multiplied (or only by a
+    power of two, which is exact), else float32.
+    """
+    import torch
+
+    terms = update.terms
+    rank = sum(term.rank for term in terms)
+    scales = {term.scale for term in terms}
+    if len(scales) == 1:
+        shared = scales.pop()
+        downs, ups = [term.lora_A.load() for term in terms], [term.lora_B.load() for term in terms]
+        return *_of_one_dtype(downs, ups), shared * rank
+    downs = [term.lora_A.load() for term in terms]
+    ups = [scaled_exactly(term.lora_B.load(), term.scale) for term in terms]
+    lora_A, lora_B = _of_one_dtype(downs, ups)
+    assert isinstance(lora_A, torch.Tensor)
+    return lora_A, lora_B, float(rank)
+
+
+def scaled_exactly(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    """`scale · tensor` in its own dtype where that is exact (a power of two, mostly), else in float32."""
+    import torch
+
+    exact = (tensor.double() * scale).to(tensor.dtype)
+    if torch.equal(exact.double(), tensor.double() * scale):
+        return exact
+    return (tensor.double() * scale).float()
+
+
+def _of_one_dtype(downs: list[torch.Tensor], ups: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    import torch
+
+    dtypes = {tensor.dtype for tensor in (*downs, *ups)}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    return torch.cat([down.to(dtype) for down in downs]), torch.cat([up.to(dtype) for up in ups], dim=1)
+
+
+def to_scratch(scratch: ScratchFile, name: str, tensor: torch.Tensor) -> TensorRef:
+    """Move a tensor out of memory; the reference reads it back."""
+    held = tensor.detach().cpu().contiguous()
+    return scratch.append(name, bytes_of(held), TensorSpec(name, dtype_name(held.dtype), tuple(held.shape)))

@@ -1,0 +1,78 @@
+"""What a SOURCE string points at."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from loratools.errors import InputMissingError, MalformedError, UnsupportedError
+from loratools.formats.peft.config import CONFIG_FILE as ADAPTER_CONFIG
+from loratools.storage.files import read_json
+
+Source = str | os.PathLike[str]
+REPORT_FILE: Final = "loratools.json"
+MODEL_STEMS: Final = ("model", "diffusion_pytorch_model")
+ADAPTER_STEMS: Final = ("adapter_model",)
+_MAX_CONFIG_BYTES: Final = 64 * 1024 * 1024
+
+
+def local(source: Source) -> Path:
+    """The path that a source names.
+
+    Raises:
+        UnsupportedError: it is on the Hub, which is not read in place yet.
+        InputMissingError: nothing is there.
+    """
+    text = os.fspath(source)
+    if text.startswith("hf://"):
+        raise UnsupportedError(
+            "hf:// sources are not read in place yet.", fix="`loratools pull` fetches a repository.", source=text
+        )
+    path = Path(text)
+    if not path.exists() and not path.is_symlink():
+        raise InputMissingError("There is no such file or directory.", path=text)
+    return path
+
+
+def kind_of(source: Source) -> Literal["checkpoint", "adapter"]:
+    """Whether a source is an adapter, told by names in a directory and by keys in a single file.
+
+    Raises:
+        MalformedError: a directory holds both, or several adapters and nothing else.
+    """
+    path = local(source)
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        model = any(name.startswith(MODEL_STEMS) and name.endswith((".safetensors", ".index.json")) for name in names)
+        adapter = ADAPTER_CONFIG in names or any(name.startswith(ADAPTER_STEMS) for name in names)
+        if model and adapter:
+            raise MalformedError(
+                "The directory holds a checkpoint and an adapter.", fix="Name the weights file itself.", path=path
+            )
+        return "adapter" if adapter or (not model and several_adapters(path)) else "checkpoint"
+    return "adapter" if path.name.startswith(ADAPTER_STEMS) or (path.parent / ADAPTER_CONFIG).exists() else "checkpoint"
+
+
+def several_adapters(directory: Path) -> list[str]:
+    """Names of the adapters that lie in sub-directories, as PEFT saves all but the default one."""
+    return sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and (entry / ADAPTER_CONFIG).is_file())
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or an empty one where there is no file.
+
+    Raises:
+        MalformedError: it is not an object.
+    """
+    if not path.is_file():
+        return {}
+    document = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
+    if not isinstance(document, dict):
+        raise MalformedError("A JSON object is expected here.", file=path.name)
+    return document
+
+
+def report_path(path: Path) -> Path:
+    """Where the report of an output lies: inside a directory, beside a single file."""
+    return path / REPORT_FILE if path.is_dir() else path.with_name(f"{path.stem}.{REPORT_FILE}")

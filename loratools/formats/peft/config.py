@@ -1,0 +1,184 @@
+"""`adapter_config.json`, as data: what in it changes ΔW, what we refuse, what we write.
+
+Field by field after `LoraConfig` of PEFT 0.21 (https://github.com/huggingface/peft). Nothing in it is ever
+imported, evaluated or opened.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, Final
+
+from loratools.adapters import LowRank
+from loratools.errors import MalformedError, UnsupportedError
+
+CONFIG_FILE: Final = "adapter_config.json"
+DEFAULT_RANK: Final = 8
+DEFAULT_ALPHA: Final = 8
+NO_TARGETS: Final = "dummy-target-modules"
+"""PEFT's own placeholder for an adapter that injects no LoRA layer (`peft.utils.constants`)."""
+
+_REFUSED_WHEN_SET: Final[Mapping[str, str]] = {
+    "use_dora": "DoRA",
+    "lora_bias": "lora_bias",
+    "use_qalora": "QALoRA",
+    "use_bdlora": "block-diagonal LoRA",
+    "layer_replication": "layer replication",
+    "target_parameters": "target_parameters (fused experts)",
+    "trainable_token_indices": "trainable tokens",
+    "kasa_config": "KaSA",
+    "arrow_config": "Arrow routing",
+    "alora_invocation_tokens": "activated LoRA",
+}
+_REFUSED_INITIALISATIONS: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
+_NOT_REPEATED: Final = (
+    "auto_mapping", "megatron_config", "megatron_core", "layers_to_transform", "layers_pattern", "exclude_modules",
+    "runtime_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "init_lora_weights",
+)  # fmt: skip
+"""Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
+
+
+def refuse_unsupported(config: Mapping[str, Any]) -> None:
+    """Raise for a configuration whose ΔW is not `scaling · B A` on the unmodified base.
+
+    Raises:
+        MalformedError: it has no usable `peft_type`.
+        UnsupportedError: names the kind.
+    """
+    kind = config.get("peft_type")
+    if not isinstance(kind, str):
+        raise MalformedError("The configuration has no peft_type.", file=CONFIG_FILE)
+    if kind.upper() != "LORA":
+        raise UnsupportedError(f"Adapters of type {kind} are not read yet.", file=CONFIG_FILE)
+    for field, name in _REFUSED_WHEN_SET.items():
+        if config.get(field):
+            raise UnsupportedError(f"This adapter uses {name}, which is not read yet.", file=CONFIG_FILE, field=field)
+    initialisation = config.get("init_lora_weights")
+    if isinstance(initialisation, str) and initialisation.lower().startswith(_REFUSED_INITIALISATIONS):
+        raise UnsupportedError(
+            f"The adapter was initialised by {initialisation}, which changes the base weights: it is valid only on "
+            "that changed base.",
+            fix="Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) first.",
+            file=CONFIG_FILE,
+            field="init_lora_weights",
+        )
+
+
+def number(config: Mapping[str, Any], field: str, default: float) -> float:
+    """A finite number of the configuration.
+
+    Raises:
+        MalformedError: it is something else.
+    """
+    value = config.get(field)
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise MalformedError("This field must be a finite number.", file=CONFIG_FILE, field=field, value=value)
+    return value
+
+
+def matched(pattern: Any, module: str, default: float, *, field: str) -> float:
+    r"""The value that PEFT takes from a `rank_pattern` or `alpha_pattern` for `module`.
+
+    The first key in stored order for which `re.match(rf"(.*\.)?({key})$", module)` holds
+    (`peft.utils.other.get_pattern_key`).
+
+    Raises:
+        MalformedError: the pattern is no mapping of strings to numbers, or a key is no expression.
+    """
+    if not pattern:
+        return default
+    if not isinstance(pattern, Mapping):
+        raise MalformedError("A pattern must be an object.", file=CONFIG_FILE, field=field)
+    for key in pattern:
+        try:
+            hit = key == module or re.match(rf"(.*\.)?({key})$", module)
+        except re.error as error:
+            raise MalformedError(f"{error}.", file=CONFIG_FILE, field=field, key=key) from error
+        if hit:
+            return number(pattern, key, default)
+    return default
+
+
+def alpha_of(config: Mapping[str, Any], module: str) -> float:
+    """`alpha` of a module."""
+    default = number(config, "lora_alpha", DEFAULT_ALPHA)
+    return matched(config.get("alpha_pattern"), module, default, field="alpha_pattern")
+
+
+def rank_of(config: Mapping[str, Any], module: str) -> int:
+    """The rank that the configuration claims for a module; the tensor's is the true one."""
+    default = number(config, "r", DEFAULT_RANK)
+    return int(matched(config.get("rank_pattern"), module, default, field="rank_pattern"))
+
+
+def patterns(values: Mapping[str, float], default: float, targets: Sequence[str]) -> dict[str, float]:
+    """A pattern under which every target gets its own value, whatever order PEFT sorts the keys into.
+
+    Plain module paths where they are unambiguous; anchored and escaped ones otherwise.
+    """
+    exceptions = {module: value for module, value in values.items() if value != default}
+    for spelling in (lambda path: path, lambda path: f"^{re.escape(path)}"):
+        spelled = {spelling(module): value for module, value in sorted(exceptions.items())}
+        ordered = dict(sorted(spelled.items()))
+        if all(matched(ordered, module, default, field="") == values[module] for module in targets):
+            return ordered
+    raise UnsupportedError("No rank or alpha pattern of PEFT tells these modules apart.", first=targets[0])
+
+
+def collateral(targets: Sequence[str], siblings: Collection[str]) -> list[str]:
+    """Modules that PEFT would target too: a target's path is a suffix of theirs, at a dot."""
+    wanted = set(targets)
+    caught = []
+    for path in siblings:
+        pieces = path.split(".")
+        if path not in wanted and any(".".join(pieces[index:]) in wanted for index in range(1, len(pieces))):
+            caught.append(path)
+    return sorted(caught)
+
+
+def most_common(values: Sequence[float]) -> float:
+    """The value that most modules share; the smaller of equals, so that the choice does not depend on order."""
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value))
+
+
+def tidy(value: float) -> float:
+    """An integer where the number is one: PEFT declares `lora_alpha` and `r` as integers."""
+    return int(value) if float(value).is_integer() else value
+
+
+def lora_fields(updates: Mapping[str, LowRank], siblings: Collection[str]) -> dict[str, Any]:
+    """The part of the configuration that follows from the low-rank updates."""
+    if not updates:
+        return {"target_modules": NO_TARGETS, "r": DEFAULT_RANK, "lora_alpha": DEFAULT_ALPHA, "use_rslora": False,
+                "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
+    targets = list(updates)
+    rslora = all(update.use_rslora for update in updates.values())
+    ranks = {path: float(update.lora_A.shape[0]) for path, update in updates.items()}
+    alphas = {
+        path: update.alpha if update.use_rslora == rslora else update.scaling * ranks[path]
+        for path, update in updates.items()
+    }
+    rank, alpha = most_common(list(ranks.values())), most_common(list(alphas.values()))
+    fields: dict[str, Any] = {
+        "target_modules": targets,
+        "r": tidy(rank),
+        "lora_alpha": tidy(alpha),
+        "use_rslora": rslora,
+        "rank_pattern": {key: tidy(value) for key, value in patterns(ranks, rank, targets).items()},
+        "alpha_pattern": {key: tidy(value) for key, value in patterns(alphas, alpha, targets).items()},
+    }
+    excluded = collateral(targets, siblings)
+    if excluded:
+        fields["exclude_modules"] = excluded
+    return fields
+
+
+def inherited(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a re-written configuration keeps of the one that was read, unknown keys included."""
+    return {key: value for key, value in config.items() if key not in _NOT_REPEATED}

@@ -1,0 +1,95 @@
+"""Truncation of a product of low-rank factors through its R×R core; the m×n matrix is never formed."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from loratools.errors import MismatchError, NonFiniteError
+from loratools.linalg._info import SVDInfo, make_goal
+from loratools.linalg._rank import rank_for_tail
+from loratools.linalg._rounding import non_finite_count, power_of_two
+
+
+def truncate_low_rank(
+    A: Tensor,
+    B: Tensor,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    error: float | None = None,
+    max_rank: int = 256,
+) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
+    """The best approximation of B·A: QR of both factors, SVD of the core, everything in float64.
+
+    Columns of B and rows of A are first balanced by powers of two, so adapters of very different sizes may
+    be concatenated. Time O((m + n)·R² + R³), memory about 40·(m + n)·R bytes.
+
+    Law: residual ≤ (1 + 1e-6)·optimum + 2e-7·‖BA‖. The result is the optimum; rank-deficient and zero factors are
+    no special case.
+
+    Args:
+        A: (R, n), any float dtype; for Σ s_i·B_i·A_i the A_i below each other.
+        B: (m, R), any float dtype; the s_i·B_i side by side.
+        rank: number of triples.
+        energy: as for `truncated_svd`.
+        error: as for `truncated_svd`.
+        max_rank: as for `truncated_svd`.
+
+    Returns:
+        U (m, r), S (r,), Vh (r, n) float32 and an `SVDInfo`, whose residual is that before the factors are rounded
+        to float32.
+
+    Raises:
+        MismatchError: A and B do not fit.
+        NonFiniteError: NaN or infinity.
+        UsageError: not exactly one goal.
+    """
+    goal = make_goal(rank, energy, error, max_rank)
+    _check(A, B)
+    left, core, right = _core(A, B)
+    P, S, Wt = torch.linalg.svd(core, full_matrices=False)
+    sigma2 = S.square()
+    total = float(sigma2.sum())
+    if total == 0:
+        chosen, reached = 0, True
+    else:
+        chosen, reached = goal.choose(sigma2, total)
+        chosen = min(chosen, rank_for_tail(sigma2, total, 0.0))
+    info = SVDInfo(
+        rank=chosen,
+        captured=float(sigma2[:chosen].sum()) / total if total else 1.0,
+        residual=math.sqrt(float(sigma2[chosen:].sum())),
+        certificate=0.0,
+        certificate_kind="proven",
+        products=0,
+        method="qr-core",
+        norm=math.sqrt(total),
+        clipped=goal.rank is not None and goal.rank > chosen,
+        reached=reached,
+    )
+    U, Vh = left @ P[:, :chosen], Wt[:chosen] @ right
+    return U.to(torch.float32), S[:chosen].to(torch.float32), Vh.to(torch.float32), info
+
+
+def _check(A: Tensor, B: Tensor) -> None:
+    if A.dim() != 2 or B.dim() != 2 or A.shape[0] != B.shape[1]:  # noqa: PLR2004
+        raise MismatchError("The factors do not fit.", lora_A=tuple(A.shape), lora_B=tuple(B.shape))
+    bad = non_finite_count(A) + non_finite_count(B)
+    if bad:
+        raise NonFiniteError("The factors hold NaN or infinity.", entries=bad)
+
+
+def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Orthonormal left (m, p) and right (q, n), and the core (p, q) between them."""
+    A, B = A.to(torch.float64), B.to(torch.float64)
+    if A.shape[0]:
+        _, below = torch.frexp(A.abs().amax(1))
+        _, above = torch.frexp(B.abs().amax(0))
+        shift = (above - below).div(2, rounding_mode="floor")
+        A, B = A * power_of_two(shift)[:, None], B * power_of_two(-shift)
+    left, Rb = torch.linalg.qr(B)
+    right, Ra = torch.linalg.qr(A.T)
+    return left, Rb @ Ra.T, right.T

@@ -1,0 +1,165 @@
+"""The seam: one call, and behind it the algorithm that suits the shape, the goal and the preset."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from loratools.errors import UsageError
+from loratools.linalg._dense import dense
+from loratools.linalg._info import Goal, SVDInfo, make_goal
+from loratools.linalg._krylov import Effort, block_krylov
+from loratools.linalg._prepare import Prepared, prepare
+from loratools.linalg._ritz import Approximation, residual, triples
+
+PRESETS = ("fast", "default", "certified", "exact")
+
+_SMALL = 256  # up to this smaller side the dense path is as fast
+_OVERSAMPLING = 8
+_BLOCK_STEP = 16  # thin products are fastest for multiples of this
+_LEAST_BLOCK = 32
+BLOCKS = 6
+_FAST_BLOCKS = 2
+_TOLERANCE = 1e-3
+_FAST_TOLERANCE = 1e-2
+_RESIDUAL_DOUBT = 1e-6  # relative rounding error of a reported residual
+_ENERGY_DOUBT = 2e-9  # of ‖M‖²: rounding error of energies from float32 products
+
+
+def truncated_svd(  # noqa: PLR0913
+    M: Tensor,
+    rank: int | None = None,
+    *,
+    energy: float | None = None,
+    error: float | None = None,
+    max_rank: int = 256,
+    seed: int = 0,
+    preset: str = "default",
+    overwrite: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
+    """The leading singular triples of M; near-optimal in the Frobenius norm.
+
+    Exactly one of `rank`, `energy`, `error` says how many. Small matrices, and ranks that are a large part of
+    the shape, take a dense path in float64; others a randomised block Krylov iteration, which stops when it estimates
+    residual/optimum − 1 ≤ 1e-3 or after 12 products with M.
+
+    Law: orthonormal U and Vh to 1e-6; `info.residual` is that of the factors returned; directions at the float32
+    floor (‖rest‖ ≤ 3e-7·‖M‖) are left out; equal seeds give equal results on one machine and thread count.
+
+    Args:
+        M: (m, n), float64, float32, float16 or bfloat16. Computed in float32, with float64 sums; magnitudes
+            1e-38 to 1e30 are handled by scaling with a power of two.
+        rank: number of triples.
+        energy: keep the least r with ‖M_r‖² ≥ energy·‖M‖², in (0, 1].
+        error: keep the least r with ‖M − M_r‖ ≤ error·‖M‖, in [0, 1).
+        max_rank: largest rank that `energy` and `error` may choose; an explicit rank is not limited.
+        seed: of the random start block.
+        preset: `fast` (4 products), `default`, `certified` and `exact` (both dense: O(n³), proven).
+        overwrite: M may be scaled in place if it is float32 and needs it.
+
+    Returns:
+        U (m, r), S (r,), Vh (r, n), float32 on M's device, S descending; and what is known about them.
+
+    Raises:
+        UsageError: not exactly one goal, one out of range, an unknown preset.
+        NonFiniteError: NaN or infinity in M, with their number.
+        MismatchError, UnsupportedError: M is not a matrix of a float dtype.
+    """
+    goal = make_goal(rank, energy, error, max_rank)
+    if preset not in PRESETS:
+        raise UsageError("There is no such preset.", preset=preset, fix=f"Choose one of {', '.join(PRESETS)}.")
+    precision = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        prepared = prepare(M, overwrite=overwrite)
+        if prepared.total == 0:
+            return _nothing(M, goal)
+        return _finish(prepared, goal, _approximate(prepared, goal, seed, preset))
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = precision
+
+
+def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
+    """Split U·diag(S)·Vh evenly.
+
+    Args:
+        U: (m, r).
+        S: (r,), not negative.
+        Vh: (r, n).
+
+    Returns:
+        lora_A (r, n) = √S·Vh and lora_B (m, r) = U·√S, so that B·A is the product and ‖A‖ = ‖B‖.
+    """
+    root = S.sqrt()
+    return root[:, None] * Vh, U * root
+
+
+def uses_dense(n: int, block: int) -> bool:
+    """Whether the dense path is the faster one for a smaller side of n."""
+    return n <= max(_SMALL, 4 * block)
+
+
+def block_for(rank: int) -> int:
+    """Width of a Krylov block for a rank."""
+    return max(_LEAST_BLOCK, -(-(rank + _OVERSAMPLING) // _BLOCK_STEP) * _BLOCK_STEP)
+
+
+def _approximate(prepared: Prepared, goal: Goal, seed: int, preset: str) -> Approximation:
+    n = prepared.A.shape[1]
+    fast = preset == "fast"
+    tolerance = _FAST_TOLERANCE if fast else _TOLERANCE
+    exact = preset in ("certified", "exact")
+    block = block_for(goal.max_rank if goal.rank is None else goal.rank)
+    if exact or uses_dense(n, _LEAST_BLOCK if goal.rank is None else block):
+        return dense(prepared, goal)
+    if goal.rank is not None:
+        effort = Effort(block, _FAST_BLOCKS, None) if fast else Effort(block, BLOCKS, tolerance)
+        return block_krylov(prepared, goal, effort, seed)
+    narrow = Effort(_LEAST_BLOCK, 3 + -(-goal.max_rank // _LEAST_BLOCK), tolerance)
+    found = block_krylov(prepared, goal, narrow, seed)
+    if found.reached:
+        return found
+    if uses_dense(n, block):
+        return dense(prepared, goal)
+    return block_krylov(prepared, goal, Effort(block, _FAST_BLOCKS if fast else BLOCKS, tolerance), seed)
+
+
+def _finish(prepared: Prepared, goal: Goal, found: Approximation) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
+    answer = triples(found.Yt, found.Vt)
+    left = residual(prepared, answer)
+    total, unit = prepared.total, math.ldexp(1.0, prepared.exponent)
+    certificate = _certificate(found, total, left)
+    kind = None if certificate is None else "proven" if found.proven else "heuristic"
+    U, Vh = answer.Ut.T.contiguous(), answer.Vt.contiguous()
+    if prepared.flipped:
+        U, Vh = Vh.T.contiguous(), U.T.contiguous()
+    S = (answer.S * unit).to(U)
+    info = SVDInfo(
+        rank=S.numel(),
+        captured=min(float(answer.S.square().sum()) / total, 1.0),
+        residual=left * unit,
+        certificate=certificate,
+        certificate_kind=kind,
+        products=found.products,
+        method=found.method,
+        norm=math.sqrt(total) * unit,
+        clipped=goal.rank is not None and goal.rank > S.numel(),
+        reached=found.reached,
+    )
+    return U, S, Vh, info
+
+
+def _certificate(found: Approximation, total: float, left: float) -> float | None:
+    if found.best is None or found.best >= total:
+        return None
+    rest = total - found.best
+    doubt = _RESIDUAL_DOUBT + (_ENERGY_DOUBT * total / rest if found.products else 0.0)
+    return max(left / math.sqrt(rest) - 1, 0.0) + doubt
+
+
+def _nothing(M: Tensor, goal: Goal) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
+    info = SVDInfo(0, 1.0, 0.0, None, None, 0, "zero", 0.0, goal.rank is not None, True)
+    empty = torch.empty((M.shape[0], 0), dtype=torch.float32, device=M.device)
+    return empty, empty.new_empty(0), empty.new_empty((0, M.shape[1])), info

@@ -1,0 +1,286 @@
+"""Input files: opened read-only, read by `pread`, and JSON that is exactly JSON.
+
+Nothing here maps memory: a file truncated under a mapping kills the process with SIGBUS, whereas
+a short `pread` is an error that names the file and the offset.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NoReturn, final
+
+from loratools.errors import AccessError, InputMissingError, LoratoolsError, MalformedError, StorageError
+from loratools.tensors import AbstractBytes
+
+MAX_JSON_BYTES: Final = 16 << 20
+MAX_JSON_DEPTH: Final = 128  # what the safetensors library's own parser accepts
+READ_BYTES: Final = 1 << 20  # stays in the second-level cache between the read and whatever looks at it
+
+_KINDS: Final = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+@final
+class ReadOnlyFile(AbstractBytes):
+    """A regular file, opened read-only; every method may be called from several threads.
+
+    Args:
+        path: the file; a symbolic link is followed.
+
+    Raises:
+        InputMissingError: there is no such file.
+        MalformedError: it is a directory, pipe, socket or device, or a loop of symbolic links.
+        AccessError: reading it is not permitted.
+        StorageError: the operating system cannot open it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._descriptor = -1
+        self.path = Path(path)
+        try:
+            # Looked at before it is opened, since opening a device can have effects; and again
+            # afterwards, since the name may have been moved to something else in between.
+            _require_regular(os.stat(self.path), self.path)  # noqa: PTH116
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+            self._descriptor = os.open(self.path, flags)
+            status = os.fstat(self._descriptor)
+            _require_regular(status, self.path)
+        except LoratoolsError:
+            self.close()
+            raise
+        except (OSError, ValueError) as error:
+            self.close()
+            raise _open_failure(error, self.path) from error
+        self.size = status.st_size
+
+    @property
+    def label(self) -> str:
+        """The base name."""
+        return self.path.name
+
+    def fileno(self) -> int:
+        """The descriptor, for copies inside the kernel.
+
+        Raises:
+            StorageError: the file was closed.
+        """
+        if self._descriptor < 0:
+            raise StorageError("The file was closed while it is still needed.", file=self.label)
+        return self._descriptor
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """Fill `buffer` from byte `offset` of the file on.
+
+        Raises:
+            StorageError: the file ends earlier than it did when it was opened, or the read failed.
+        """
+        view = buffer if buffer.format == "B" and buffer.ndim == 1 else buffer.cast("B")
+        done, wanted, descriptor = 0, len(view), self.fileno()
+        while done < wanted:
+            try:
+                count = os.preadv(descriptor, [view[done:]], offset + done)
+            except OSError as error:
+                raise StorageError(
+                    f"Reading failed: {error.strerror}.", fix=_FIX_DISK, file=self.label, offset=offset + done
+                ) from error
+            if count == 0:
+                raise StorageError(
+                    f"The file changed or was truncated while being read: {wanted - done} bytes are missing.",
+                    fix="Make sure that nothing writes to it, and run again.",
+                    file=self.label,
+                    offset=offset + done,
+                )
+            done += count
+
+    def close(self) -> None:
+        """Release the descriptor; later reads raise `StorageError`."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __enter__(self) -> ReadOnlyFile:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"ReadOnlyFile({self.label!r})"
+
+
+_FIX_DISK: Final = "Check the disk and the mount, then run again."
+
+
+def _require_regular(status: os.stat_result, path: Path) -> None:
+    if stat.S_ISREG(status.st_mode):
+        return
+    kind = next((text for test, text in _KINDS if test(status.st_mode)), "not a regular file")
+    raise MalformedError(f"A regular file is needed here, and this is {kind}.", fix="Name the file itself.", file=path)
+
+
+def _open_failure(error: OSError | ValueError, path: Path) -> LoratoolsError:
+    """The typed error for a failed `open`; a NUL byte in the name comes as ValueError."""
+    number = error.errno if isinstance(error, OSError) else errno.ENOENT
+    if number in {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG}:
+        return InputMissingError("There is no such file.", fix="Check the path.", file=path)
+    if number in {errno.EACCES, errno.EPERM}:
+        return AccessError("Reading this file is not permitted.", fix="Change its permissions.", file=path)
+    if number == errno.ELOOP:
+        return MalformedError("The symbolic links lead in a circle.", fix="Name the file itself.", file=path)
+    if number in {errno.EMFILE, errno.ENFILE}:
+        return StorageError("Too many files are open.", fix="Raise the limit (`ulimit -n 4096`).", file=path)
+    return StorageError(f"The file cannot be opened: {os.strerror(number or errno.EIO)}.", fix=_FIX_DISK, file=path)
+
+
+def blocks(file: AbstractBytes, start: int, stop: int, block_bytes: int = READ_BYTES) -> Iterator[memoryview]:
+    """Bytes `start:stop` of `file` in order; each view is valid until the next one is asked for."""
+    buffer = memoryview(bytearray(min(block_bytes, max(stop - start, 0))))
+    for offset in range(start, stop, block_bytes):
+        view = buffer[: min(block_bytes, stop - offset)]
+        file.read_into(view, offset)
+        yield view
+
+
+def sha256_of(source: str | os.PathLike[str] | ReadOnlyFile) -> str:
+    """The SHA-256 of a whole file, in hexadecimal.
+
+    Raises:
+        LoratoolsError: as `ReadOnlyFile` and its `read_into` do.
+    """
+    if not isinstance(source, ReadOnlyFile):
+        with ReadOnlyFile(source) as file:
+            return sha256_of(file)
+    digest = hashlib.sha256()
+    for view in blocks(source, 0, source.size):
+        digest.update(view)
+    return digest.hexdigest()
+
+
+def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> object:
+    """The value in a JSON file, read as `parse_json` does.
+
+    Args:
+        path: the file.
+        max_bytes: largest size in bytes that is read at all.
+
+    Raises:
+        MalformedError: the file is larger, or is not strict JSON.
+        LoratoolsError: it cannot be read; see `ReadOnlyFile`.
+    """
+    with ReadOnlyFile(path) as file:
+        _limit_size(file.size, max_bytes, file.label)
+        data = bytearray(file.size)
+        file.read_into(memoryview(data), 0)
+        return parse_json(data, file=file.label, max_bytes=max_bytes)
+
+
+def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_BYTES) -> object:
+    """The value of a strict JSON document.
+
+    Python's own reader takes NaN, duplicate keys (the last one silently wins) and unpaired
+    surrogates; a file in which two readers see different values is refused.
+
+    Raises:
+        MalformedError: not UTF-8, not JSON, a duplicate key, a number that is not finite or too
+            long, an unpaired surrogate, nested deeper than 128, or larger than `max_bytes` bytes.
+    """
+    _limit_size(len(data), max_bytes, file)
+    value = decode_json(data, file=file)
+    refuse_deep(value, file=file)
+    return value
+
+
+def decode_json(data: bytes | bytearray, *, file: str) -> object:
+    """`parse_json` without its limits, for callers that have their own."""
+    try:
+        value: object = json.loads(
+            str(data, "utf-8"),
+            object_pairs_hook=_without_duplicates,
+            parse_constant=_refuse_constant,
+            parse_float=_finite,
+        )
+        if b"\\u" in data:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")  # an unpaired surrogate has no UTF-8
+    except RecursionError:
+        raise _malformed("it is nested too deeply", file) from None
+    except UnicodeDecodeError as error:
+        raise _malformed(f"byte {error.start} is not UTF-8", file) from error
+    except UnicodeEncodeError as error:
+        raise _malformed("a string holds half of a surrogate pair", file) from error
+    except json.JSONDecodeError as error:
+        raise _malformed(f"at character {error.pos}: {error.msg}", file) from error
+    except _DuplicateKeyError as error:
+        raise MalformedError("A JSON object has the same key twice.", fix=_FIX_FILE, file=file, key=error) from None
+    except ValueError as error:
+        raise _malformed("a number is too long, or is not a finite number", file) from error
+    return value
+
+
+def refuse_deep(value: object, *, file: str, limit: int = MAX_JSON_DEPTH) -> None:
+    """Refuse a value nested deeper than `limit`, so that whoever walks it cannot overflow the stack.
+
+    Raises:
+        MalformedError: it is.
+    """
+    level = [value]
+    for _ in range(limit + 1):
+        level = [
+            child
+            for parent in level
+            if isinstance(parent, dict | list)
+            for child in (parent.values() if isinstance(parent, dict) else parent)
+            if isinstance(child, dict | list)
+        ]
+        if not level:
+            return
+    raise _malformed("it is nested too deeply", file)
+
+
+_FIX_FILE: Final = "Get the file again from where it came from."
+
+
+class _DuplicateKeyError(Exception):
+    """The key that an object holds twice."""
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        raise _DuplicateKeyError(next(key for key, _ in pairs if key in seen or seen.add(key)))  # type: ignore[func-returns-value]
+    return found
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(text)
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(text)
+    return value
+
+
+def _limit_size(size: int, limit: int, file: str) -> None:
+    if size > limit:
+        raise MalformedError(f"{size} bytes of JSON are more than the {limit} that are read.", fix=_FIX_FILE, file=file)
+
+
+def _malformed(reason: str, file: str) -> MalformedError:
+    return MalformedError(f"This is not strict JSON: {reason}.", fix=_FIX_FILE, file=file)

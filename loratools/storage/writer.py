@@ -1,0 +1,280 @@
+"""The safetensors writer: sizes first, then bytes in any order, then proof that they are on disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MappingProxyType
+from typing import Final, final
+
+from loratools.errors import InternalError, StorageError, UnsupportedError
+from loratools.storage import syscalls
+from loratools.storage.files import ReadOnlyFile, blocks
+from loratools.storage.handed import Handed
+from loratools.storage.safetensors import MAX_HEADER_BYTES, METADATA_KEY, PREFIX_BYTES, read_header
+from loratools.storage.scratch import ScratchFile, write_bytes_durably
+from loratools.tensors import DTYPES, TensorRef, TensorSpec
+
+__all__ = ["SafetensorsWriter", "ScratchFile", "WrittenFile", "header_bytes", "write_bytes_durably"]
+
+ALIGNMENT: Final = 8
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """A file that was written, flushed and read back.
+
+    Attributes:
+        name: base name.
+        bytes: size of the file.
+        sha256: of the whole file, in hexadecimal.
+        tensors: SHA-256 of each tensor's bytes, by name.
+    """
+
+    name: str
+    bytes: int
+    sha256: str
+    tensors: Mapping[str, str]
+
+
+def header_bytes(
+    specs: Sequence[TensorSpec], metadata: Mapping[str, str], align_like: int | None = None
+) -> tuple[bytes, Mapping[str, int]]:
+    """The first bytes of a file, and where each tensor begins, in bytes from the start of the file.
+
+    Args:
+        specs: the tensors in the order of their bytes.
+        metadata: the `__metadata__` strings.
+        align_like: if given, the tensors' bytes begin at this offset modulo 4096, so that copies
+            from a file whose bytes begin there can share its disk blocks.
+
+    Raises:
+        InternalError: a name comes twice or is reserved.
+        UnsupportedError: the header is longer than the format allows, or a name is not Unicode.
+    """
+    entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    offsets, reached = {}, 0
+    for spec in specs:
+        if spec.name in entries or spec.name == METADATA_KEY:
+            raise InternalError("A tensor name is used twice or is reserved.", tensor=spec.name)
+        end = reached + spec.nbytes
+        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [reached, end]}
+        if spec.numel * DTYPES[spec.dtype].bits % 8:
+            raise UnsupportedError("The tensor does not fill whole bytes.", tensor=spec.name, dtype=spec.dtype)
+        offsets[spec.name] = reached
+        reached = end
+    try:
+        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedError("A tensor name or a metadata string is not Unicode text.", text=error.object) from error
+    start = PREFIX_BYTES + len(text)
+    start += -start % ALIGNMENT if align_like is None else (align_like - start) % syscalls.BLOCK
+    length = start - PREFIX_BYTES
+    if length > MAX_HEADER_BYTES:
+        raise UnsupportedError(
+            f"The header would have {length} bytes; the format allows {MAX_HEADER_BYTES}.", fix="Ask for more shards."
+        )
+    data = length.to_bytes(PREFIX_BYTES, "little") + text.ljust(length)
+    return data, MappingProxyType({name: start + offset for name, offset in offsets.items()})
+
+
+@final
+class SafetensorsWriter:
+    """Writes one file whose tensors are known by name, dtype and shape, in any order, from any thread.
+
+    As a context manager it removes the file when the block is left without `finish`.
+
+    Args:
+        path: the file; it must not exist.
+        specs: the tensors in the order of their bytes.
+        metadata: the `__metadata__` strings.
+        align_like: see `header_bytes`.
+        threads: how many threads `finish` hashes with.
+
+    Raises:
+        StorageError: the disk cannot hold the file, which is known before a tensor is computed.
+        OutputExistsError: the file exists.
+        AccessError: writing here is not permitted.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        specs: Sequence[TensorSpec],
+        metadata: Mapping[str, str],
+        *,
+        align_like: int | None = None,
+        threads: int = 2,
+    ) -> None:
+        header, self._offsets = header_bytes(specs, metadata, align_like)
+        self.path = Path(path)
+        self.data_start = len(header)
+        self._specs = {spec.name: spec for spec in specs}
+        self._metadata = dict(metadata)
+        self._handed: dict[str, Handed] = {}
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = max(threads, 1)
+        self.size = len(header) + sum(spec.nbytes for spec in specs)
+        self._descriptor = syscalls.create(self.path)
+        try:
+            syscalls.allocate(self._descriptor, self.size, self.path)
+            syscalls.write_at(self._descriptor, memoryview(header), 0, self.path)
+        except BaseException:
+            self.abort()
+            raise
+
+    def write(self, name: str, data: memoryview | bytes | bytearray, start: int = 0) -> None:
+        """Write bytes of a tensor from its byte `start` on.
+
+        Chunks of one tensor cost least in order: then one running hash covers them all.
+
+        Raises:
+            InternalError: no such tensor, outside of it, or bytes that were written before.
+            StorageError: the disk is full or failed.
+        """
+        view = memoryview(data).cast("B")
+        handed = self._claim(name, start, start + len(view))
+        syscalls.write_at(self._open_descriptor(), view, self._offsets[name] + start, self.path)
+        handed.add(start, view)
+
+    def copy(self, name: str, ref: TensorRef) -> None:
+        """Copy a whole tensor byte for byte, in the kernel where it lies in a file.
+
+        Raises:
+            InternalError: another dtype or size than announced, or bytes that were written before.
+            StorageError: the source is cut short, the disk is full or failed.
+        """
+        self.copy_run((name,), (ref,))
+
+    def copy_run(self, names: Sequence[str], refs: Sequence[TensorRef]) -> None:
+        """`copy` many tensors: neighbours on both sides go with one system call.
+
+        Raises:
+            LoratoolsError: as `copy`.
+        """
+        pairs = list(zip(names, refs, strict=True))
+        first = 0
+        while first < len(pairs):
+            last = first + 1
+            while last < len(pairs) and self._adjoin(pairs[last - 1], pairs[last]):
+                last += 1
+            self._copy_adjoining(pairs[first:last])
+            first = last
+
+    def finish(self) -> WrittenFile:
+        """Flush the file, read it back, compare it with what was handed in, and close it.
+
+        What `write` was given is compared by SHA-256, what `copy` was given byte by byte with its
+        source; both with the bytes that the file now returns.
+
+        Raises:
+            InternalError: some tensor was not written completely.
+            StorageError: flushing failed, or the file returns other bytes.
+        """
+        empty = Handed()
+        for name, spec in self._specs.items():
+            self._handed.get(name, empty).require_complete(spec)
+        descriptor = self._open_descriptor()
+        pool = ThreadPoolExecutor(self._threads + 1)
+        try:
+            with ReadOnlyFile(self.path) as file:
+                flushed = pool.submit(syscalls.sync_data, descriptor, self.path)
+                self._require_header(file)
+                whole = pool.submit(self._digest, file, 0, file.size)
+                digests = pool.map(lambda name: self._verified(name, file), self._specs)
+                tensors = MappingProxyType(dict(zip(self._specs, digests, strict=True)))
+                flushed.result()
+                written = WrittenFile(self.path.name, file.size, whole.result(), tensors)
+        finally:
+            self._stop.set()
+            pool.shutdown(cancel_futures=True)
+        self._close()
+        return written
+
+    def abort(self) -> None:
+        """Close the file and remove it; does nothing after `finish`."""
+        if self._descriptor >= 0:
+            self._close()
+            syscalls.remove(self.path)
+
+    def __enter__(self) -> SafetensorsWriter:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.abort()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", -1) >= 0:
+            self._close()
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+    def _open_descriptor(self) -> int:
+        if self._descriptor < 0:
+            raise InternalError("The file was finished or given up already.", file=self.path.name)
+        return self._descriptor
+
+    def _claim(self, name: str, start: int, stop: int) -> Handed:
+        spec = self._specs.get(name)
+        if spec is None or not 0 <= start <= stop <= spec.nbytes:
+            raise InternalError(f"Bytes {start}:{stop} are no part of this file's tensors.", tensor=name)
+        with self._lock:
+            handed = self._handed.setdefault(name, Handed())
+        handed.claim(name, start, stop)
+        return handed
+
+    def _adjoin(self, left: tuple[str, TensorRef], right: tuple[str, TensorRef]) -> bool:
+        """Whether `right` follows `left` without a gap in the source and here."""
+        return (
+            left[1].source is right[1].source
+            and left[1].offset + left[1].nbytes == right[1].offset
+            and self._offsets.get(left[0], -1) + left[1].nbytes == self._offsets.get(right[0])
+        )
+
+    def _copy_adjoining(self, pairs: Sequence[tuple[str, TensorRef]]) -> None:
+        for name, ref in pairs:
+            spec = self._specs.get(name)
+            if spec is None or (spec.dtype, spec.nbytes) != (ref.dtype, ref.nbytes):
+                raise InternalError("A tensor cannot be copied into one of another size or dtype.", tensor=name)
+        source = pairs[0][1].source
+        if not isinstance(source, ReadOnlyFile):
+            for name, ref in pairs:
+                start = 0
+                for view in blocks(source, ref.offset, ref.offset + ref.nbytes, syscalls.COPY_BYTES):
+                    self.write(name, view, start)
+                    start += len(view)
+            return
+        handed = [self._claim(name, 0, ref.nbytes) for name, ref in pairs]
+        count = sum(ref.nbytes for _, ref in pairs)
+        offset = self._offsets[pairs[0][0]]
+        syscalls.copy_at(source, pairs[0][1].offset, self._open_descriptor(), offset, count, self.path)
+        for given, (_, ref) in zip(handed, pairs, strict=True):
+            given.copied_from = ref
+
+    def _require_header(self, file: ReadOnlyFile) -> None:
+        header = read_header(file)
+        intended = tuple((spec, self._offsets[name] - self.data_start) for name, spec in self._specs.items())
+        read = (header.tensors, dict(header.metadata), header.data_start)
+        if read != (intended, self._metadata, self.data_start):
+            raise StorageError("The header on the disk is not the one that was written.", file=file.label)
+
+    def _digest(self, file: ReadOnlyFile, start: int, stop: int) -> str:
+        digest = hashlib.sha256()
+        for view in blocks(file, start, stop):
+            if self._stop.is_set():
+                raise StorageError("Reading back was stopped.", file=file.label)
+            digest.update(view)
+        return digest.hexdigest()
+
+    def _verified(self, name: str, file: ReadOnlyFile) -> str:
+        """The SHA-256 of a tensor's bytes on the disk, which are the ones handed in."""
+        return self._handed.get(name, Handed()).digest_of(file, self._offsets[name], self._specs[name], self._stop)

@@ -1,0 +1,260 @@
+"""extract: base and fine-tuned checkpoint → adapter."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final
+
+from loratools.adapters import Adapter, Selection
+from loratools.checkpoints import Checkpoint
+from loratools.engine import planning
+from loratools.engine.execute import Execution, execute
+from loratools.engine.extract_units import ExtractPlanner, SvdOptions
+from loratools.engine.plan import Plan
+from loratools.engine.planning import Run, RunOptions
+from loratools.engine.reports import AbstractWrittenReport
+from loratools.errors import UsageError
+from loratools.files import open_checkpoint
+from loratools.files.locate import Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+DEFAULT_RANK: Final = 16
+
+RULES: Final = {
+    "identical": "a parameter whose bytes are the same on both sides is not stored",
+    "low-rank": "a changed matrix becomes B A by truncated SVD: alpha = r, √S on each side, float32",
+    "whole": "a changed parameter that is no matrix is stored as it is in the tuned checkpoint",
+    "rows": "rows that only the tuned checkpoint has are stored beside the adapter; the common rows follow low-rank",
+    "added": "a parameter of a module that the base does not have is stored whole",
+    "left-out": "a changed parameter is named in the report and not stored (--only-low-rank)",
+    "refused": "a changed parameter of this kind ends the run: it is not handled yet",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtractReport(AbstractWrittenReport):
+    """What an extraction found.
+
+    Attributes:
+        modules: for every low-rank module `name, rank, captured, residual, certificate, certificate_kind` and
+            the size of ΔW, absolute and relative to the weight.
+        whole: tensors stored whole.
+        left_out: tensors that differ and were not stored, with the reason.
+        totals: counts, captured and residual over all low-rank modules, bytes.
+    """
+
+    modules: tuple[Mapping[str, Any], ...]
+    whole: tuple[str, ...]
+    left_out: Mapping[str, str]
+    totals: Mapping[str, Any]
+
+    @property
+    def verb(self) -> str:
+        """See `AbstractReport.verb`."""
+        return "extract"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prepared:
+    plan: Plan
+    sources: dict[str, Checkpoint | Adapter]
+    planner: ExtractPlanner
+    run: Run
+
+
+def plan_extract(
+    base: Source | Checkpoint,
+    tuned: Source | Checkpoint,
+    output: Source,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    max_rank: int = 256,
+    preset: str = "default",
+    seed: int = 0,
+    save_full: Sequence[str] = (),
+    only_low_rank: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    format: str = "peft",
+    **run: Unpack[RunOptions],
+) -> Plan:
+    """The plan of `extract` with the same arguments; reads headers and configurations only."""
+    svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
+    options = _Options(svd, tuple(save_full), only_low_rank, Selection(tuple(include), tuple(exclude)), format)
+    return _prepare(base, tuned, output, options, Run(**run)).plan
+
+
+def extract(
+    base: Source | Checkpoint,
+    tuned: Source | Checkpoint,
+    output: Source,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    max_rank: int = 256,
+    preset: str = "default",
+    seed: int = 0,
+    save_full: Sequence[str] = (),
+    only_low_rank: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    format: str = "peft",
+    **run: Unpack[RunOptions],
+) -> ExtractReport:
+    """Write the low-rank ΔW = W_tuned − W_base of every changed matrix as an adapter.
+
+    Args:
+        base: what the adapter will modify.
+        tuned: the fine-tuned checkpoint; a prefix that differs from the base's is reconciled and said.
+        output: a directory.
+        rank: the rank of every module (clipped to what exists); 16 if no rule is given.
+        energy: or the least rank with captured ≥ energy, per module.
+        error: or the least rank with residual ≤ error, per module.
+        max_rank: cap on ranks chosen by energy or error; never on `rank`.
+        preset: effort of the SVD, `fast`, `default` or `exact`.
+        seed: of the sketch.
+        save_full: patterns of modules to store whole instead.
+        only_low_rank: leave out, and name, what is changed and is no matrix.
+        include: patterns of modules to look at; exclude: of modules not to.
+        exclude: see `include`.
+        format: the dialect to write.
+        run: see `loratools.engine.planning.Run`.
+
+    Raises:
+        MismatchError: the two are not checkpoints of one architecture.
+        UnsupportedError: a changed tensor of a kind that cannot be extracted yet, by name.
+        NonFiniteError: NaN or infinity in a difference.
+
+    Law: captured and residual are those of the factors as written; every tensor of both sides is stored,
+    identical, or named.
+    """
+    svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
+    options = _Options(svd, tuple(save_full), only_low_rank, Selection(tuple(include), tuple(exclude)), format)
+    prepared = _prepare(base, tuned, output, options, Run(**run))
+    planner = prepared.planner
+    return execute(
+        prepared.plan,
+        prepared.sources,
+        describe=lambda execution: _report(prepared, execution),
+        template=planner.template(),
+        siblings=planner.paths(),
+        settings=prepared.run.settings(),
+        listener=prepared.run.listener,
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Options:
+    svd: SvdOptions
+    save_full: tuple[str, ...]
+    only_low_rank: bool
+    selection: Selection
+    format: str
+
+
+def _prepare(
+    base: Source | Checkpoint, tuned: Source | Checkpoint, output: Source, options: _Options, run: Run
+) -> _Prepared:
+    before, after = open_checkpoint(base), open_checkpoint(tuned)
+    svd = options.svd.checked(DEFAULT_RANK)
+    path = Path(output)
+    if path.suffix:
+        raise UsageError("A PEFT adapter is a directory.", fix="Give -o a directory.", output=path.name)
+    sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}
+    planner = ExtractPlanner.of(before, after, svd, options.selection, options.save_full, options.only_low_rank)
+    units = planning.hash_units(sources) + planner.units()
+    written = sum(unit.write_bytes for unit in units)
+    planning.check_output(path, run, sources.values(), 2 * written)
+    plan = Plan(
+        verb="extract",
+        kind="adapter",
+        output=str(path),
+        overwrite=run.overwrite,
+        sources=planning.infos(sources),
+        units=tuple(units),
+        bounds=planning.bounds(units, sources.values(), run, write=written, scratch=written),
+        options={
+            **dataclasses.asdict(svd),
+            "save_full": list(options.save_full),
+            "only_low_rank": options.only_low_rank,
+            "include": list(options.selection.include),
+            "exclude": list(options.selection.exclude),
+            "format": options.format,
+        },
+        rules=RULES,
+        notes=(*before.notes, *after.notes, *planner.notes),
+    )
+    return _Prepared(plan, sources, planner, run)
+
+
+def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
+    outcomes = execution.of("extract")
+    modules, whole, left_out = [], [], dict(prepared.planner.left_out)
+    fates: dict[str, int] = {"identical": 0, "low-rank": 0, "whole": 0, "equal in value": 0, "left out": 0}
+    for outcome in outcomes:
+        if outcome.facts.get("rank"):
+            modules.append({"name": outcome.target, **_numbers(outcome.facts)})
+        for parameter, fate in outcome.facts["fates"].items():
+            name = f"{outcome.target}.{parameter}" if outcome.target else parameter
+            fates[fate.split(":")[0]] += 1
+            if fate.startswith("whole"):
+                whole.append(name)
+            elif fate.startswith("left out"):
+                left_out[name] = fate.removeprefix("left out: ")
+    touched = [path for path, update in (execution.adapter or {}).items() if update.terms]
+    base = prepared.sources["base"]
+    assert isinstance(base, Checkpoint)
+    found = [*_findings(modules), *prepared.planner.advice(execution.adapter)]
+    return ExtractReport(
+        inputs=execution.inputs(prepared.plan),
+        parameters=prepared.plan.options,
+        files=execution.files,
+        base={"name": base.name, "fingerprint": prepared.planner.fingerprints(touched)},
+        notes=(*prepared.plan.notes, *found, *execution.notes),
+        modules=tuple(modules),
+        whole=tuple(whole),
+        left_out=MappingProxyType(left_out),
+        totals=_totals(modules, fates, execution),
+    )
+
+
+def _numbers(facts: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in facts.items() if key not in {"fates", "products"}}
+
+
+def _totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], execution: Execution) -> dict[str, Any]:
+    squares = sum(module["norm"] ** 2 for module in modules)
+    left = sum((module["residual"] * module["norm"]) ** 2 for module in modules)
+    return {
+        "modules": len(modules),
+        "tensors": dict(fates),
+        "rank": sum(module["rank"] for module in modules),
+        "captured": 1 - left / squares if squares else None,
+        "residual": (left / squares) ** 0.5 if squares else None,
+        "bytes": sum(file["bytes"] for file in execution.files if file["name"].endswith(".safetensors")),
+    }
+
+
+def _findings(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the numbers say that a user should hear."""
+    notes = []
+    clipped = [module["name"] for module in modules if module["clipped"]]
+    if clipped:
+        notes.append(f"{len(clipped)} modules have a lower rank than asked for, since no more exists: {clipped[0]}, …")
+    short = [module for module in modules if not module["reached"]]
+    if short:
+        worst = min(short, key=lambda module: module["captured"])
+        captured = f"{worst['name']} captures {worst['captured']:.4f}"
+        notes.append(f"{len(short)} modules do not reach the goal within the cap; {captured}.")
+    large = [module for module in modules if (module["relative"] or 0) > 1]
+    if modules and len(large) > len(modules) // 2:
+        notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
+    return notes

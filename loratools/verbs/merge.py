@@ -1,0 +1,200 @@
+"""merge: base + adapters → checkpoint. Without an adapter: recast or reshard."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loratools.adapters import Adapter
+from loratools.checkpoints import Checkpoint
+from loratools.engine import fingerprint, layout, planning
+from loratools.engine.changes import collect, source_id
+from loratools.engine.execute import Execution, execute
+from loratools.engine.merge_units import MergePlanner
+from loratools.engine.plan import Plan, Unit
+from loratools.engine.planning import Run, RunOptions
+from loratools.engine.reports import AbstractWrittenReport
+from loratools.errors import UsageError
+from loratools.files import load_adapter, open_checkpoint
+from loratools.files.locate import Source
+from loratools.tensors import COMPUTABLE
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+RULES: Final = {"one-rounding": "W' = round(W + Σ w ΔW), ΔW to 2e-7 of its size, rounded once to the output dtype"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MergeReport(AbstractWrittenReport):
+    """What a merge did.
+
+    Attributes:
+        modules: each changed tensor with the adapters that changed it and how many entries became others.
+        tensors: how many tensors were merged, replaced, added, copied, recast.
+        totals: bytes and counts.
+    """
+
+    modules: tuple[Mapping[str, Any], ...]
+    tensors: Mapping[str, int]
+    totals: Mapping[str, Any]
+
+    @property
+    def verb(self) -> str:
+        """See `AbstractReport.verb`."""
+        return "merge"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prepared:
+    plan: Plan
+    sources: dict[str, Checkpoint | Adapter]
+    base: Checkpoint
+    run: Run
+
+
+def plan_merge(
+    base: Source | Checkpoint,
+    adapters: Sequence[Source | Adapter],
+    output: Source,
+    *,
+    weights: Sequence[float] | float | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    **run: Unpack[RunOptions],
+) -> Plan:
+    """The plan of `merge` with the same arguments; reads headers and configurations only."""
+    return _prepare(base, adapters, output, weights, dtype, max_shard_size, Run(**run)).plan
+
+
+def merge(
+    base: Source | Checkpoint,
+    adapters: Sequence[Source | Adapter],
+    output: Source,
+    *,
+    weights: Sequence[float] | float | None = None,
+    dtype: str | None = None,
+    max_shard_size: int | None = None,
+    **run: Unpack[RunOptions],
+) -> MergeReport:
+    """Write `round(W + Σ w_i ΔW_i)` for every weight that the adapters change; copy the rest byte for byte.
+
+    Args:
+        base: the checkpoint.
+        adapters: any number; none recasts or reshards.
+        output: a directory, or a `.safetensors` file for a checkpoint of one file.
+        weights: none is 1 each, one is for all, or one each; they multiply ΔW and may be negative.
+        dtype: `bf16`, `fp16`, `fp32` for all floating-point tensors; default each tensor's own.
+        max_shard_size: bytes per file; default the base's own files.
+        run: see `loratools.engine.planning.Run`.
+
+    Raises:
+        MismatchError: an adapter does not belong to this base.
+        NonFiniteError: an input holds NaN or infinity, or the result overflows.
+        LoratoolsError: see `loratools.errors`; in every case nothing is left behind.
+
+    Law: untouched tensors are byte-identical; the result does not depend on threads, tiles or device.
+    """
+    prepared = _prepare(base, adapters, output, weights, dtype, max_shard_size, Run(**run))
+    return execute(
+        prepared.plan,
+        prepared.sources,
+        describe=lambda execution: _report(prepared, execution),
+        settings=prepared.run.settings(computes=any(unit.operation == "merge" for unit in prepared.plan.units)),
+        listener=prepared.run.listener,
+    )
+
+
+def _prepare(  # noqa: PLR0917
+    base: Source | Checkpoint,
+    adapters: Sequence[Source | Adapter],
+    output: Source,
+    weights: Sequence[float] | float | None,
+    dtype: str | None,
+    max_shard_size: int | None,
+    run: Run,
+) -> _Prepared:
+    checkpoint = open_checkpoint(base)
+    loaded = [load_adapter(adapter) for adapter in adapters]
+    wanted = planning.dtype_named(dtype)
+    factors = planning.weights_for(len(loaded), weights)
+    if not loaded and wanted is None and max_shard_size is None:
+        raise UsageError("Without an adapter, merge recasts or reshards.", fix="Give --dtype or --max-shard-size.")
+    changes = collect(checkpoint, loaded, factors)
+    sources: dict[str, Checkpoint | Adapter] = {"base": checkpoint}
+    sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
+    planner = MergePlanner(checkpoint, changes, sources, wanted)
+    path = Path(output)
+    files = planner.files(max_shard_size, single=path.suffix == ".safetensors", name=path.name)
+    units = planning.hash_units(sources) + planner.units(files)
+    headers = layout.output_files(files, checkpoint)
+    written = sum(spec.nbytes for file in headers for spec in file.tensors)
+    planning.check_output(path, run, sources.values(), written)
+    edits, edit_notes = layout.config_edits(
+        checkpoint.config, dtype=wanted, untied=changes.untied is not None, rows=planner.vocabulary()
+    )
+    single = path.suffix == ".safetensors"
+    plan = Plan(
+        verb="merge",
+        kind="checkpoint",
+        output=str(path),
+        overwrite=run.overwrite,
+        sources=tuple(
+            planning.info(key, "base" if key == "base" else "adapter", each) for key, each in sources.items()
+        ),
+        units=tuple(units),
+        bounds=planning.bounds(units, sources.values(), run, write=written),
+        files=headers,
+        copies=() if single else planner.copies(edited=bool(edits)),
+        texts={} if single else planner.texts(headers, edits),
+        options={"weights": factors, "dtype": wanted, "max_shard_size": max_shard_size},
+        rules=RULES,
+        notes=(*checkpoint.notes, *changes.notes, *edit_notes),
+    )
+    return _Prepared(plan, sources, checkpoint, run)
+
+
+def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
+    plan = prepared.plan
+    counts: dict[str, int] = {"copied": 0, "merged": 0, "recast": 0, "added": 0}
+    modules = []
+    for unit, outcome in zip(plan.units, execution.outcomes, strict=True):
+        if unit.operation == "copy":
+            counts["copied"] += len(unit.inputs)
+        elif unit.operation == "cast":
+            counts["recast"] += 1
+        elif unit.operation == "add":
+            counts["added"] += 1
+        elif unit.operation == "merge":
+            counts["merged"] += 1
+            modules.append(_module(unit, outcome.facts, plan))
+    touched = [unit.inputs[0].name for unit in plan.units if unit.operation == "merge"]
+    return MergeReport(
+        inputs=execution.inputs(plan),
+        parameters={**plan.options, "version": 1},
+        files=execution.files,
+        base={"name": prepared.base.name, "fingerprint": _fingerprints(prepared.base, touched)},
+        notes=(*plan.notes, *execution.notes),
+        modules=tuple(modules),
+        tensors=counts,
+        totals={
+            "tensors": sum(len(file.tensors) for file in plan.files),
+            "bytes": sum(spec.nbytes for file in plan.files for spec in file.tensors),
+            "changed": sum(module["changed"] for module in modules),
+        },
+    )
+
+
+def _module(unit: Unit, facts: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    names = {source.id: source.name for source in plan.sources}
+    applied = [
+        {"adapter": names[each["source"]], "id": each["source"], "module": each["module"], "weight": each["weight"]}
+        for each in (*unit.parameters["terms"], *unit.parameters["wholes"])
+    ]
+    return {"name": unit.target, "base": unit.inputs[0].name, "applied": applied, **facts}
+
+
+def _fingerprints(base: Checkpoint, tensors: Sequence[str]) -> dict[str, str]:
+    return {name: fingerprint.of(base[name]) for name in tensors if base[name].dtype in COMPUTABLE}

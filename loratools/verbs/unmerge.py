@@ -1,0 +1,256 @@
+"""unmerge: merged checkpoint → the base again, or the merge without some of its adapters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from loratools.adapters import Adapter
+from loratools.checkpoints import Checkpoint
+from loratools.engine import layout, planning
+from loratools.engine.changes import Changes, collect, source_id
+from loratools.engine.execute import Execution, execute
+from loratools.engine.history import Recorded
+from loratools.engine.merge_units import MergePlanner
+from loratools.engine.plan import Plan, Unit
+from loratools.engine.planning import Run, RunOptions
+from loratools.engine.reports import AbstractWrittenReport
+from loratools.engine.restore_units import RestorePlanner
+from loratools.errors import UndecidedError, UnsupportedError, UsageError
+from loratools.files import load_adapter, open_checkpoint
+from loratools.files.locate import Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+RULES: Final = {
+    "restore": "the base's bytes, after checking that the merged tensor is what base and adapters make",
+    "subtract": "Ŵ = round(W' − Σ w ΔW); within the reported bound of what was there, not bit for bit",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnmergeReport(AbstractWrittenReport):
+    """What an unmerge did.
+
+    Attributes:
+        method: `base` (bit for bit) or `subtraction` (within `totals.bound` per entry).
+        modules: each restored or subtracted tensor, with its bound where it was subtracted.
+        totals: counts, and the largest bound.
+    """
+
+    method: str
+    modules: tuple[Mapping[str, Any], ...]
+    totals: Mapping[str, Any]
+
+    @property
+    def verb(self) -> str:
+        """See `AbstractReport.verb`."""
+        return "unmerge"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prepared:
+    plan: Plan
+    sources: dict[str, Checkpoint | Adapter]
+    run: Run
+
+
+def plan_unmerge(
+    merged: Source | Checkpoint,
+    output: Source,
+    *,
+    adapters: Sequence[Source | Adapter] = (),
+    weights: Sequence[float] | float | None = None,
+    base: Source | Checkpoint | None = None,
+    **run: Unpack[RunOptions],
+) -> Plan:
+    """The plan of `unmerge` with the same arguments; reads headers and configurations, hashes adapters."""
+    return _prepare(merged, output, adapters, weights, base, Run(**run)).plan
+
+
+def unmerge(
+    merged: Source | Checkpoint,
+    output: Source,
+    *,
+    adapters: Sequence[Source | Adapter] = (),
+    weights: Sequence[float] | float | None = None,
+    base: Source | Checkpoint | None = None,
+    **run: Unpack[RunOptions],
+) -> UnmergeReport:
+    """Take adapters out of a merged checkpoint.
+
+    Args:
+        merged: the checkpoint.
+        output: a directory, or a `.safetensors` file for a checkpoint of one file.
+        adapters: those to take out; none takes out all, which the merge's own report and `base` allow.
+        weights: as they were merged; default what the merge's report says, else 1 each.
+        base: what they were merged into: then the result is exact, bit for bit. Without it, ΔW is subtracted.
+        run: see `loratools.engine.planning.Run`.
+
+    Raises:
+        MismatchError: the merged checkpoint is not this base plus these adapters.
+        UndecidedError: neither adapters nor base tell what to take out.
+        UnsupportedError: parameters that were replaced whole cannot be subtracted.
+
+    Law: with `base`, every tensor has the base's sha256; without, every entry is within the reported bound.
+    """
+    prepared = _prepare(merged, output, adapters, weights, base, Run(**run))
+    return execute(
+        prepared.plan,
+        prepared.sources,
+        describe=lambda execution: _report(prepared, execution),
+        settings=prepared.run.settings(computes=any(unit.operation == "merge" for unit in prepared.plan.units)),
+        listener=prepared.run.listener,
+    )
+
+
+def _prepare(
+    merged: Source | Checkpoint,
+    output: Source,
+    adapters: Sequence[Source | Adapter],
+    weights: Sequence[float] | float | None,
+    base: Source | Checkpoint | None,
+    run: Run,
+) -> _Prepared:
+    checkpoint = open_checkpoint(merged)
+    loaded = [load_adapter(adapter) for adapter in adapters]
+    recorded = Recorded.of(checkpoint)
+    if base is None:
+        if not loaded:
+            raise UndecidedError(
+                "Neither adapters nor a base are given, and this checkpoint carries no receipt.",
+                fix="Name the adapters to subtract, or --base for an exact result.",
+                merged=checkpoint.name,
+            )
+        factors = recorded.weights_for(loaded, weights)
+        return _subtract(checkpoint, output, loaded, factors, run)
+    original = open_checkpoint(base)
+    return _restore(checkpoint, original, output, loaded, recorded, weights, run)
+
+
+def _subtract(
+    merged: Checkpoint, output: Source, loaded: list[Adapter], factors: Sequence[float], run: Run
+) -> _Prepared:
+    changes = collect(merged, loaded, [-factor for factor in factors], merged=True)
+    _refuse_replacements(changes)
+    sources: dict[str, Checkpoint | Adapter] = {"base": merged}
+    sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
+    planner = MergePlanner(merged, changes, sources, None)
+    path = Path(output)
+    single = path.suffix == ".safetensors"
+    files = planner.files(None, single=single, name=path.name)
+    work = [_with_bound(unit) for unit in planner.units(files)]
+    notes = (
+        *changes.notes,
+        "ΔW was subtracted: every entry is within the bound of what was there, not bit for bit; --base gives the bits.",
+    )
+    return _prepared(path, run, sources, planner, files, work, "subtraction", factors, notes)
+
+
+def _with_bound(unit: Unit) -> Unit:
+    if unit.operation != "merge":
+        return unit
+    return dataclasses.replace(unit, parameters={**unit.parameters, "bound": True})
+
+
+def _refuse_replacements(changes: Changes) -> None:
+    replaced = [name for name, change in changes.tensors.items() if change.wholes or change.rows]
+    replaced += list(changes.added)
+    if replaced or changes.untied:
+        raise UnsupportedError(
+            f"{len(replaced) or 1} tensors were replaced, lengthened, added or untied by the merge; what was there "
+            "before cannot be computed.",
+            fix="Give --base.",
+            first=replaced[0] if replaced else "",
+        )
+
+
+def _restore(  # noqa: PLR0917
+    merged: Checkpoint,
+    base: Checkpoint,
+    output: Source,
+    loaded: list[Adapter],
+    recorded: Recorded,
+    weights: Sequence[float] | float | None,
+    run: Run,
+) -> _Prepared:
+    factors = recorded.weights_for(loaded, weights)
+    recorded.require_base(base)
+    recorded.require_all(loaded)
+    changes = collect(base, loaded, factors)
+    sources: dict[str, Checkpoint | Adapter] = {"merged": merged, "base": base}
+    sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
+    planner = RestorePlanner.of(merged, base, changes if loaded else None, recorded)
+    path = Path(output)
+    files = planner.files(single=path.suffix == ".safetensors", name=path.name)
+    return _prepared(path, run, sources, planner, files, planner.units(files), "base", factors, planner.notes)
+
+
+def _prepared(  # noqa: PLR0917
+    path: Path,
+    run: Run,
+    sources: dict[str, Checkpoint | Adapter],
+    planner: MergePlanner | RestorePlanner,
+    files: Sequence[tuple[str, list[layout.Planned]]],
+    work: list[Unit],
+    method: str,
+    factors: Sequence[float],
+    notes: Sequence[str],
+) -> _Prepared:
+    base = planner.base
+    headers = layout.output_files(files, base)
+    written = sum(spec.nbytes for file in headers for spec in file.tensors)
+    planning.check_output(path, run, sources.values(), written)
+    units = planning.hash_units(sources) + work
+    single = path.suffix == ".safetensors"
+    plan = Plan(
+        verb="unmerge",
+        kind="checkpoint",
+        output=str(path),
+        overwrite=run.overwrite,
+        sources=planning.infos(sources),
+        units=tuple(units),
+        bounds=planning.bounds(units, sources.values(), run, write=written),
+        files=headers,
+        copies=() if single else planner.copies(edited=False),
+        texts={} if single else planner.texts(headers, {}),
+        options={"method": method, "weights": list(factors)},
+        rules=RULES,
+        notes=tuple(notes),
+    )
+    return _Prepared(plan, sources, run)
+
+
+def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:
+    plan = prepared.plan
+    modules = [
+        {"name": outcome.target, "what": outcome.what, **outcome.facts}
+        for outcome in execution.outcomes
+        if outcome.operation in {"merge", "restore"}
+    ]
+    restored = sum(len(unit.inputs) for unit in plan.units if unit.operation == "copy" and _from_base(unit))
+    bounds = [module["bound"] for module in modules if "bound" in module]
+    if not plan.files:
+        raise UsageError("Nothing came out.")
+    return UnmergeReport(
+        inputs=execution.inputs(plan),
+        parameters=plan.options,
+        files=execution.files,
+        base={},
+        notes=(*plan.notes, *execution.notes),
+        method=str(plan.options["method"]),
+        modules=tuple(modules),
+        totals={
+            "tensors": sum(len(file.tensors) for file in plan.files),
+            "checked": len(modules),
+            "from_base": restored,
+            "bound": max(bounds) if bounds else 0.0 if plan.options["method"] == "base" else None,
+        },
+    )
+
+
+def _from_base(unit: Unit) -> bool:
+    return all(address.source == "base" for address in unit.inputs)
