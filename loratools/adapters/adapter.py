@@ -34,10 +34,10 @@ class Adapter(Mapping[str, AbstractUpdate]):
     updates: Mapping[str, AbstractUpdate]
     format: str = "peft"
     name: str = "adapter"
-    config: Mapping[str, Any] = MappingProxyType({})
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     base_model: str | None = None
     files: tuple[Path, ...] = ()
-    provenance: Mapping[str, Any] = MappingProxyType({})
+    provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     location: str | None = None
 

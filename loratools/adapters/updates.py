@@ -11,8 +11,7 @@ import abc
 import dataclasses
 import math
 from collections.abc import Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Final, Literal
+from typing import TYPE_CHECKING, Literal
 
 from loratools.errors import MismatchError, UnsupportedError
 from loratools.tensors import TensorRef
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 Layer = Literal["linear", "embedding"]
-NOTHING: Final[Mapping[str, TensorRef]] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,8 +51,8 @@ class AbstractUpdate(abc.ABC):
         added_rows: rows appended to a stored parameter (vocabulary that the base does not have).
     """
 
-    replaced: Mapping[str, TensorRef] = NOTHING
-    added_rows: Mapping[str, TensorRef] = NOTHING
+    replaced: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)
+    added_rows: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)
 
     @property
     @abc.abstractmethod

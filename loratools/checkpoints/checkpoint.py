@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from loratools.checkpoints import families
@@ -20,7 +19,7 @@ class ShardInfo:
 
     name: str
     tensors: tuple[str, ...]
-    metadata: Mapping[str, str] = MappingProxyType({})
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -42,12 +41,12 @@ class Checkpoint(Mapping[str, TensorRef]):
 
     tensors: Mapping[str, TensorRef]
     shards: tuple[ShardInfo, ...]
-    config: Mapping[str, Any] = MappingProxyType({})
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     name: str = "checkpoint"
     files: tuple[Path, ...] = ()
     companions: tuple[Path, ...] = ()
     index_name: str | None = None
-    report: Mapping[str, Any] = MappingProxyType({})
+    report: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     location: str | None = None
 

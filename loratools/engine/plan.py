@@ -10,14 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any, Final, Literal
 
 from loratools.errors import MalformedError
 from loratools.tensors import TensorSpec
 
 SCHEMA: Final = "loratools/plan/1"
-NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class Unit:
     target: str
     inputs: tuple[Input, ...] = ()
     file: str = ""
-    parameters: Mapping[str, Any] = NOTHING
+    parameters: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     read_bytes: int = 0
     write_bytes: int = 0
     peak_bytes: int = 0
@@ -72,7 +70,7 @@ class OutputFile:
 
     name: str
     tensors: tuple[TensorSpec, ...]
-    metadata: Mapping[str, str] = NOTHING
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,9 +115,9 @@ class Plan:
     bounds: Bounds
     files: tuple[OutputFile, ...] = ()
     copies: tuple[tuple[str, str], ...] = ()
-    texts: Mapping[str, str] = NOTHING
-    options: Mapping[str, Any] = NOTHING
-    rules: Mapping[str, str] = NOTHING
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:

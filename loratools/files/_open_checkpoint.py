@@ -43,7 +43,8 @@ def open_checkpoint(source: locate.Source | Checkpoint) -> Checkpoint:
         raise MalformedError("This directory holds an adapter, not a checkpoint.", path=path)
     weights = open_weights(path, locate.MODEL_STEMS)
     directory = path if path.is_dir() else path.parent
-    files = _files(weights.tensors)
+    configs = [config for config in [directory / "config.json"] if config.is_file()]
+    files = (*_files(weights.tensors), *configs)
     return Checkpoint(
         tensors=weights.tensors,
         shards=tuple(ShardInfo(shard.name, shard.tensors, shard.metadata) for shard in weights.shards),

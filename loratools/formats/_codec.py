@@ -5,7 +5,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Collection, Mapping
-from types import MappingProxyType
 from typing import Any
 
 from loratools.adapters import AbstractUpdate, Adapter
@@ -25,8 +24,8 @@ class Contents:
 
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any] | None
-    metadata: Mapping[str, str] = MappingProxyType({})
-    side_tensors: Mapping[str, Mapping[str, TensorRef]] = MappingProxyType({})
+    metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    side_tensors: Mapping[str, Mapping[str, TensorRef]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Encoded:
     tensors: Mapping[str, TensorRef]
     metadata: Mapping[str, str]
     texts: Mapping[str, str]
-    side_tensors: Mapping[str, Mapping[str, TensorRef]] = MappingProxyType({})
+    side_tensors: Mapping[str, Mapping[str, TensorRef]] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

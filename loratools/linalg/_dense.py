@@ -41,5 +41,9 @@ def _normal_matrix(A: Tensor) -> Tensor:
 
 
 def _chunks(A: Tensor) -> Iterator[tuple[int, Tensor]]:
-    step = chunk_rows(A)
-    return ((first, A[first : first + step].to(torch.float64)) for first in range(0, A.shape[0], step))
+    """Float64 rows, one buffer for all: a chunk is valid until the next one."""
+    step = min(chunk_rows(A), A.shape[0])
+    buffer = torch.empty((step, A.shape[1]), dtype=torch.float64, device=A.device)
+    for first in range(0, A.shape[0], step):
+        count = min(step, A.shape[0] - first)
+        yield first, buffer[:count].copy_(A[first : first + count])
