@@ -19,7 +19,7 @@ import threading
 import time
 import urllib.parse
 
-from hub_routes import RULES, Answer, Blob, Call, Repo
+from tests.hub_routes import RULES, Answer, Blob, Call, Repo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +88,7 @@ class HubEmulator:
             constants, "HUGGINGFACE_CO_URL_TEMPLATE", self.url + "/{repo_id}/resolve/{revision}/{filename}"
         )
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         pause = time.sleep
         monkeypatch.setattr(time, "sleep", lambda seconds: pause(min(seconds, 0.001)))
 
@@ -95,6 +96,7 @@ class HubEmulator:
         """The variables that point any Hub client, in this process or another, at this server."""
         return {
             "HF_ENDPOINT": self.url, "HF_TOKEN": self.token, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1",
+            "HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0",
             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "NO_PROXY": "127.0.0.1,localhost",
         }  # fmt: skip
 

@@ -172,8 +172,8 @@ def tied_head(names: Collection[str], config: Mapping[str, Any]) -> tuple[str, s
     """(embedding tensor, head tensor) if the config says, or the family implies, that they are one matrix."""
     family = str(config.get("model_type", ""))
     tied = config.get("tie_word_embeddings", family in TIED_BY_DEFAULT)
-    embedding = input_embedding(names)
-    if tied is not True or embedding is None:
+    embedding = input_embedding(names) if tied is True else None
+    if embedding is None:
         return None
     architectures = config.get("architectures") or []
     generative = any(

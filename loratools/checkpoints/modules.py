@@ -56,11 +56,16 @@ def modules_of(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Ma
     """Group tensors into modules and tell what each is."""
     grouped: dict[str, dict[str, TensorSpec]] = {}
     for name, spec in specs.items():
-        module, parameter = owner(name)
+        module, _, parameter = name.rpartition(".")
         grouped.setdefault(module, {})[parameter] = spec
+    told: dict[object, tuple[Kind, Literal["confirmed", "inferred"]]] = {}  # layers repeat: each sort is looked at once
     found = {}
     for path, parameters in grouped.items():
-        kind, evidence = _kind(path, parameters, config)
+        facts = [fact for name, spec in parameters.items() for fact in (name, spec.dtype, spec.shape)]
+        sort = (path.rpartition(".")[2], "expert" in path, *facts)
+        if sort not in told:
+            told[sort] = _kind(path, parameters, config)
+        kind, evidence = told[sort]
         found[path] = Module(path, kind, MappingProxyType(parameters), evidence)
     return MappingProxyType(found)
 

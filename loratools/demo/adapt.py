@@ -45,6 +45,13 @@ class Extract(Protocol):
         """Write the adapter of this rank that turns `base` into `tuned`."""
 
 
+class Unmerge(Protocol):
+    """`loratools.unmerge`, as far as the story needs it."""
+
+    def __call__(self, merged: Path, output: Path, /, *, adapters: list[Path], base: Path) -> Report:
+        """Write the base that `merged` was made of."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Verbs:
     """The public verbs that the story uses; they lie above this package, so they are handed in.
@@ -52,13 +59,13 @@ class Verbs:
     Attributes:
         extract: `extract(base, tuned, output, rank=...)`.
         merge: `merge(base, adapters, output)`.
-        unmerge: `unmerge(merged, output)`, from the receipt alone.
+        unmerge: `unmerge(merged, output, adapters=..., base=...)`, which checks the merge and restores the base.
         inspect: `inspect(source)`; its JSON has `parameters`.
     """
 
     extract: Extract
     merge: Callable[[Path, list[Path], Path], Report]
-    unmerge: Callable[[Path, Path], Report]
+    unmerge: Unmerge
     inspect: Callable[[Path], Report]
 
 
@@ -183,7 +190,7 @@ class _Story:
         )
         self._verbs.extract(self.base, self.tuned, adapter, rank=rank)
         self._verbs.merge(self.base, [adapter], merged)
-        self._verbs.unmerge(merged, restored)
+        self._verbs.unmerge(merged, restored, adapters=[adapter], base=self.base)
         captured, residual = _fit(load_checkpoint(self.base), load_checkpoint(self.tuned), load_checkpoint(merged))
         return Row(
             rank=rank,

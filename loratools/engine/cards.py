@@ -47,15 +47,15 @@ def card(
 
     Args:
         report: what `loratools.json` holds.
-        base_model: the base's repository, only if it is known to be one; whatever is not of the
-            form `owner/name` is left out, and then the report's inputs are asked.
+        base_model: the base's repository, `owner/name` or `owner/name@commit`, only if it is known to be
+            one; whatever has another form is left out, and then the report's inputs are asked.
         library_name: who loads it; by default `transformers` for a checkpoint, else `peft`.
         license_id: the licence, only if it is known.
         pipeline_tag: the task, only if it is known.
     """
     verb = str(report.get("schema", "")).removeprefix("loratools/").split("/")[0]
     full = verb in _FULL_MODELS
-    base = base_model if is_hub_id(base_model) else _hub_base(report)
+    base = _repository(base_model) or _hub_base(report)
     library = library_name or ("transformers" if full else "peft")
     front = {
         "base_model": base,
@@ -65,7 +65,7 @@ def card(
         "pipeline_tag": pipeline_tag,
         "tags": ["loratools", "merge" if full else "lora"],
     }
-    sections = [
+    return _marked(
         front_matter(front),
         _introduction(verb, full, base),
         _inputs(report),
@@ -73,7 +73,10 @@ def card(
         _modules(report),
         _loading(full, base, library, pipeline_tag),
         _limits(report, base),
-    ]
+    )
+
+
+def _marked(*sections: str) -> str:
     text = "\n".join(section for section in sections if section)
     return f"{text}\n{_mark(text)}\n"
 
@@ -132,8 +135,14 @@ def _rows(report: Mapping[str, object], key: str) -> list[Mapping[str, object]]:
 
 def _hub_base(report: Mapping[str, object]) -> str | None:
     """The base's `owner/name` as the report's inputs have it."""
-    hubs = [str(row.get("hub") or "").partition("@")[0] for row in _rows(report, "inputs") if row.get("role") == "base"]
-    return next((hub for hub in hubs if is_hub_id(hub)), None)
+    found = [_repository(row.get("hub")) for row in _rows(report, "inputs") if row.get("role") == "base"]
+    return next((hub for hub in found if hub), None)
+
+
+def _repository(hub: object) -> str | None:
+    """`owner/name` of `owner/name@commit`, or None."""
+    name = str(hub or "").partition("@")[0]
+    return name if is_hub_id(name) else None
 
 
 def _introduction(verb: str, full: bool, base: str | None) -> str:

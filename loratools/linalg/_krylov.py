@@ -21,6 +21,7 @@ from loratools.linalg._ritz import Approximation, measured
 _CONVERGED = 2e-7  # (T − c)/T at the noise of float32 products: nothing is left to find
 _COARSE = 1e-6  # goals and remainders below this fraction need better than T − c
 _LEAST_BLOCKS = 2  # one block is a sketch without a power iteration: off by up to a factor
+_INSIDE = 0.1  # squared length that a unit vector outside the basis keeps; rounding errors of inside ones lose more
 _NOISE = 1e-12  # squared singular values below this fraction of the largest are rounding noise
 
 
@@ -83,7 +84,7 @@ class _Basis:
         W = Q @ self.A
         self.products += 1
         Z, below = orthonormal_rows(self.outside(W))
-        Z, turn = orthonormal_rows(self.outside(Z))
+        Z, turn = orthonormal_rows(self.outside(Z), least=_INSIDE)
         return Z, L @ below @ turn
 
 

@@ -36,11 +36,12 @@ def gram(X: Tensor, Y: Tensor) -> Tensor:
     return total.cpu()
 
 
-def orthonormal_rows(Y: Tensor) -> tuple[Tensor, Tensor]:
+def orthonormal_rows(Y: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor]:
     """Q with orthonormal rows and L with Y = L·Q.
 
     Args:
         Y: (b, length) float32.
+        least: directions whose squared length in Y is below this are left out, too.
 
     Returns:
         Q (b', length) float32, b' ≤ b: dependent directions are left out; L (b, b') float64 on the CPU.
@@ -49,23 +50,23 @@ def orthonormal_rows(Y: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(_ROUNDS):
         if Y.shape[0] == 0:
             break
-        step, inverse = _factor(gram(Y, Y))
+        step, inverse = _factor(gram(Y, Y), least)
         applied = inverse.to(torch.float32)
         L = L @ (torch.linalg.inv(applied.to(torch.float64)) if applied.shape[0] == applied.shape[1] else step)
         Y = applied.to(Y.device) @ Y
     return Y, L
 
 
-def _factor(G: Tensor) -> tuple[Tensor, Tensor]:
-    """S (b, b') and its left inverse (b', b) with G = S·Sᵀ up to what is dependent."""
+def _factor(G: Tensor, least: float) -> tuple[Tensor, Tensor]:
+    """S (b, b') and its left inverse (b', b) with G = S·Sᵀ up to what is dependent or too short."""
     length = G.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(length > 0, length, 1.0)
+    scale = torch.where(length > 0, length, 1.0) if least == 0 else torch.ones_like(length)
     scaled = G / scale[:, None] / scale
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    if int(failed) == 0 and float(factor.diagonal().min()) > _SMALLEST_PIVOT:
+    if int(failed) == 0 and float(factor.diagonal().min()) > max(_SMALLEST_PIVOT, least**0.5):
         inverse = torch.linalg.solve_triangular(factor, torch.diag(1 / scale), upper=False)
         return scale[:, None] * factor, inverse
     values, vectors = torch.linalg.eigh(scaled)
-    keep = values > _DEPENDENT * max(float(values[-1]), 1e-300)
+    keep = values > max(_DEPENDENT * float(values[-1]), least)
     root, vectors = values[keep].sqrt(), vectors[:, keep]
     return scale[:, None] * vectors * root, (vectors / root).T / scale

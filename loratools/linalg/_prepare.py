@@ -84,7 +84,7 @@ def _scaled(M: Tensor, exponent: int, *, overwrite: bool) -> Tensor:
     factor = power_of_two(torch.tensor(-exponent, device=M.device))
     step = chunk_rows(M)
     for first in range(0, M.shape[0], step):
-        out[first : first + step] = M[first : first + step].to(torch.float64).mul_(factor)
+        out[first : first + step] = M[first : first + step].to(torch.float64) * factor
     return out
 
 

@@ -11,6 +11,7 @@ from loratools.errors import UsageError
 from loratools.linalg._dense import dense
 from loratools.linalg._info import Goal, SVDInfo, make_goal
 from loratools.linalg._krylov import Effort, block_krylov
+from loratools.linalg._precision import full_float32
 from loratools.linalg._prepare import Prepared, prepare
 from loratools.linalg._ritz import Approximation, residual, triples
 
@@ -70,15 +71,11 @@ def truncated_svd(  # noqa: PLR0913
     goal = make_goal(rank, energy, error, max_rank)
     if preset not in PRESETS:
         raise UsageError("There is no such preset.", preset=preset, fix=f"Choose one of {', '.join(PRESETS)}.")
-    precision = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
+    with full_float32():
         prepared = prepare(M, overwrite=overwrite)
         if prepared.total == 0:
             return _nothing(M, goal)
         return _finish(prepared, goal, _approximate(prepared, goal, seed, preset))
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = precision
 
 
 def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,8 +16,8 @@ def workspace_bytes(
     """Upper bound on what `truncated_svd` allocates on the CPU beyond its input, its result included.
 
     With w = 6·block Krylov vectors: 4·w·(m + n) for the basis, 28·(w + block)² for the projected problem and
-    16·block·max(m, n) for a block on its way; dense: 34·min(m, n)². Then singular triples of `rank` vectors, cache-sized
-    pieces, and 4·m·n where the input is not float32 or must be scaled.
+    16·block·max(m, n) for a block on its way; dense: 34·min(m, n)². Then singular triples of `rank` vectors,
+    cache-sized pieces, and 4·m·n where the input is not float32 or must be scaled.
 
     Args:
         m: rows.

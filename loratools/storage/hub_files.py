@@ -136,13 +136,3 @@ def left_out_reason(name: str) -> str | None:
     if Path(name).suffix.lower() in PICKLE_SUFFIXES:
         return "may be a pickle, which can run code when it is loaded"
     return None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Transfer:
-    """The event that `push` and `pull` tell: `done` of `total` files are where they belong, `name` the last of them."""
-
-    verb: str
-    name: str
-    done: int
-    total: int

@@ -36,9 +36,9 @@ _SECRETS: Final = (
 _HOME: Final = re.compile(
     rb"(?<![\w.~-])(?:/(?:home|Users)/[\w.-]+|/root/[\w.-]+)|(?<![A-Za-z])[A-Za-z]:(?:\\{1,2}|/)Users\b"
 )
-_ROOTED: Final = rb"(?:/|~|\.{1,2}[/\\]|[A-Za-z]:[/\\])"
+_ROOTED: Final = rb"(?:/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\])"
 _BASE: Final = re.compile(
-    rb'"(?:base_model_name_or_path|_name_or_path)"\s*:\s*"' + _ROOTED + rb"|\bbase_model:(?:\w+:)?\s*[\"']?" + _ROOTED
+    rb'"(?:base_model_name_or_path|_name_or_path)"\s*:\s*"' + _ROOTED + rb"|\bbase_model:(?:\w+:)?\s*(?:-\s*)?[\"']?" + _ROOTED
 )
 
 

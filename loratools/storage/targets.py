@@ -29,9 +29,9 @@ def check_inputs(path: Path, inputs: Sequence[Path]) -> None:
     target = absolute(path)
     chain = _identities(target)
     for source in inputs:
+        if _identity(Path(source)) is None:
+            continue  # whoever opens it will say so
         sources = _identities(Path(source))
-        if not sources:
-            continue
         here = _identity(target)
         if sources[0] in chain or (here is not None and here in sources) or _holds_link(Path(source), here):
             raise OutputError(
@@ -121,7 +121,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _identities(path: Path) -> list[tuple[int, int]]:
-    """Device and inode of what `path` leads to (first, if it exists) and of every directory that holds it."""
+    """Device and inode of what `path` leads to (first, where it exists) and of every directory that holds it."""
     real = path.resolve()
     found = [_identity(each) for each in (real, *real.parents)]
     return [each for each in found if each is not None]

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from loratools.errors import AccessError, OutputError, OutputExistsError, UsageError
+from loratools.engine.plan import canonical
+from loratools.errors import UsageError
+from loratools.storage.outputs import OutputDirectory
+from loratools.storage.writer import write_bytes_durably
 
 if TYPE_CHECKING:
     from loratools.demo.adapt import AdaptResult, Step, Verbs
 
 STORIES: Final = ("adapt",)
 REPORT_NAME: Final = "loratools.json"
-
-_TAKEN: Final = "There is something at the output already."
-_ELSEWHERE: Final = "Name another place."
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,8 +71,7 @@ def demo(
 
     with _workdir(None if output is None else Path(output)) as workdir:
         report = DemoReport(story, adapt(workdir, _verbs(), seed=seed, on_event=on_event))
-        text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
-        (workdir / REPORT_NAME).write_text(text + "\n", encoding="utf-8")
+        write_bytes_durably(workdir / REPORT_NAME, canonical(report.to_json()).encode())
     return dataclasses.replace(report, output=None if output is None else Path(output))
 
 
@@ -96,26 +92,7 @@ def _workdir(output: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix="loratools-demo-") as name:
             yield Path(name)
         return
-    if os.path.lexists(output):
-        raise OutputExistsError(_TAKEN, fix="Name a new directory.", output=output.name)
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    with _as_output_error(output):
-        partial.mkdir(parents=True)
-    try:
-        yield partial
-        with _as_output_error(output):
-            partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def _as_output_error(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except PermissionError as error:
-        raise AccessError("The output may not be written here.", fix=_ELSEWHERE, output=output.name) from error
-    except OSError as error:
-        raise OutputError(
-            f"The output cannot be made: {error.strerror}.", fix=_ELSEWHERE, output=output.name
-        ) from error
+    OutputDirectory.check(output, False, (), 0)
+    with OutputDirectory(output) as out:
+        yield out.path
+        out.publish()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 
+from loratools.engine.events import Advanced, Listener, Started, ignore
+from loratools.engine.reports import AbstractReport, version
 from loratools.errors import InputMissingError
 from loratools.storage import hub, hub_files
 from loratools.storage.files import sha256_of
-from loratools.storage.hub_files import LocalFile, RemoteFile, Transfer
+from loratools.storage.hub_files import LocalFile, RemoteFile
 from loratools.storage.outputs import OutputDirectory
 
 
@@ -43,8 +44,8 @@ class PullPlan:
         return {"schema": "loratools/plan/1", "verb": "pull", **_origin_json(self), "files": files}
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PullReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PullReport(AbstractReport):
     """What `pull` fetched.
 
     Attributes:
@@ -55,6 +56,11 @@ class PullReport:
     plan: PullPlan
     files: tuple[LocalFile, ...]
 
+    @property
+    def verb(self) -> str:
+        """See `AbstractReport.verb`."""
+        return "pull"
+
     def to_json(self) -> dict[str, object]:
         """The JSON document; it names no local path."""
         files = [{"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in self.files]
@@ -63,6 +69,7 @@ class PullReport:
 
 def _origin_json(plan: PullPlan) -> dict[str, object]:
     return {
+        "loratools": version(),
         "repo_id": plan.repo_id,
         "revision": plan.revision or "main",
         "commit": plan.commit,
@@ -80,6 +87,7 @@ def plan_pull(repo_id: str, output: Path | str, *, revision: str | None = None, 
         output: the directory to make.
         revision: a branch, tag, commit or `refs/pr/N`.
         overwrite: replace the directory if it exists.
+        listener: not used; listing is quick.
 
     Raises:
         InputMissingError: there is no such repository or revision, or nothing in it to fetch.
@@ -114,8 +122,7 @@ def pull(
     *,
     revision: str | None = None,
     overwrite: bool = False,
-    dry_run: bool = False,
-    events: Callable[[Transfer], None] | None = None,
+    listener: Listener = ignore,
 ) -> PullReport:
     """Fetch a repository at one commit; the directory appears complete and checked, or not at all.
 
@@ -124,15 +131,13 @@ def pull(
         output: the directory to make.
         revision: a branch, tag, commit or `refs/pr/N`.
         overwrite: replace the directory if it exists.
-        dry_run: stop after `plan_pull`.
-        events: told after each file.
+        listener: told how many bytes there are, and after each file.
 
     Raises:
         LoratoolsError: as `plan_pull`; or a download failed, or did not have its hash.
     """
     plan = plan_pull(repo_id, output, revision=revision, overwrite=overwrite)
-    if dry_run:
-        return PullReport(plan, ())
+    listener(Started("pull", len(plan.files), plan.bytes))
     repository = hub.open_repository(repo_id)
     done: list[LocalFile] = []
     with OutputDirectory(Path(output), overwrite=overwrite) as out:
@@ -141,8 +146,7 @@ def pull(
             path = out.path / file.name
             sha256 = file.sha256 or sha256_of(path)
             done.append(LocalFile(file.name, Path(os.path.abspath(output)) / file.name, file.bytes, sha256))  # noqa: PTH100
-            if events is not None:
-                events(Transfer("pull", file.name, len(done), len(plan.files)))
+            listener(Advanced(file.bytes, file.name))
         hub.forget_downloads(out.path)
         out.publish()
-    return PullReport(plan, tuple(done))
+    return PullReport(plan=plan, files=tuple(done))

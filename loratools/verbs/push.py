@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
 from loratools.engine.cards import is_generated
+from loratools.engine.events import Listener, Stage, Started, ignore
+from loratools.engine.reports import AbstractReport, version
 from loratools.errors import HubError, InputMissingError, UnsupportedError, UsageError
 from loratools.storage import hub, hub_files, outgoing
-from loratools.storage.hub_files import LocalFile, RemoteFile, Transfer
+from loratools.storage.hub_files import LocalFile, RemoteFile
 
 MAX_FILES: Final = 100
 MESSAGE: Final = "Upload with loratools"
@@ -58,6 +60,7 @@ class PushPlan:
         """The JSON document; it names no local path."""
         return {
             "schema": "loratools/plan/1",
+            "loratools": version(),
             "verb": "push",
             "repo_id": self.repo_id,
             "url": self.url,
@@ -71,33 +74,39 @@ class PushPlan:
         }
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class PushReport:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PushReport(AbstractReport):
     """What `push` did.
 
     Attributes:
         plan: what was decided.
-        commit: the commit that holds the files, old or new; None after a dry run.
+        commit: the commit that holds the files, old or new.
         pull_request: the URL of the pull request that holds it, if any.
         changed: whether this run made that commit.
         notes: what else to know.
     """
 
     plan: PushPlan
-    commit: str | None
+    commit: str
     pull_request: str | None
     changed: bool
     notes: tuple[str, ...] = ()
+
+    @property
+    def verb(self) -> str:
+        """See `AbstractReport.verb`."""
+        return "push"
 
     def to_json(self) -> dict[str, object]:
         """The JSON document; it names no local path."""
         return {
             "schema": "loratools/push/1",
+            "loratools": version(),
             "repo_id": self.plan.repo_id,
             "url": self.plan.url,
             "revision": self.plan.revision or "main",
             "commit": self.commit,
-            "commit_url": f"{self.plan.url}/commit/{self.commit}" if self.commit else None,
+            "commit_url": f"{self.plan.url}/commit/{self.commit}",
             "pull_request": self.pull_request,
             "changed": self.changed,
             "created": list(self.plan.creates),
@@ -126,6 +135,7 @@ def plan_push(
     create_pr: bool = False,
     revision: str | None = None,
     message: str | None = None,
+    listener: Listener = ignore,
 ) -> PushPlan:
     """Check a directory and compare it with the Hub; changes nothing, here or there.
 
@@ -136,6 +146,7 @@ def plan_push(
         create_pr: open a pull request instead of committing to the branch.
         revision: the branch (made from `main` if it is not there), or `refs/pr/N`.
         message: the commit's first line.
+        listener: told the stages.
 
     Raises:
         UsageError: the arguments contradict each other.
@@ -148,7 +159,9 @@ def plan_push(
         raise UsageError("A new pull request goes against main.", fix="Leave out --create-pr or --revision.")
     if message is not None and not message.strip():
         raise UsageError("The commit message is empty.", fix="Leave out --message, or write one.")
+    listener(Stage("checking the files"))
     files, left_out, notes = _read(Path(path))
+    listener(Stage("comparing with the Hub"))
     repository = hub.open_repository(repo_id)
     parent, creates = _start(repository, revision)
     there = repository.files(parent) if parent else {}
@@ -220,8 +233,7 @@ def push(
     create_pr: bool = False,
     revision: str | None = None,
     message: str | None = None,
-    dry_run: bool = False,
-    events: Callable[[Transfer], None] | None = None,
+    listener: Listener = ignore,
 ) -> PushReport:
     """Publish a directory in one commit and read it back; a second run with nothing new commits nothing.
 
@@ -232,18 +244,29 @@ def push(
         create_pr: open a pull request instead of committing to the branch.
         revision: the branch (made from `main` if it is not there), or `refs/pr/N`.
         message: the commit's first line.
-        dry_run: stop after `plan_push`.
-        events: told when the files have arrived.
+        listener: told the stages.
 
     Raises:
         LoratoolsError: as `plan_push`; or the Hub refused, or holds other bytes than were sent.
     """
-    plan = plan_push(path, repo_id, private=private, create_pr=create_pr, revision=revision, message=message)
-    if dry_run:
-        return PushReport(plan, None, None, changed=False, notes=("Nothing was sent: this is a dry run.",))
+    plan = plan_push(
+        path, repo_id, private=private, create_pr=create_pr, revision=revision, message=message, listener=listener
+    )
+    listener(Started("push", len(plan.upload), sum(file.bytes for file in plan.upload)))
     repository = hub.open_repository(repo_id)
     found = _existing(repository, plan)
+    listener(Stage("uploading"))
     done = found or _commit(repository, plan, message or MESSAGE)
+    listener(Stage("reading back"))
+    _read_back(repository, plan, done)
+    notes = {
+        (True, False): ("Nothing was committed: these files are already there.",),
+        (False, False): ("The Hub's answer was lost; the commit was found by reading the branch.",),
+    }.get((found is not None, done.answered), ())
+    return PushReport(plan=plan, commit=done.oid, pull_request=done.pull_request, changed=found is None, notes=notes)
+
+
+def _read_back(repository: hub.HubRepository, plan: PushPlan, done: hub.Commit) -> None:
     if plan.files and (differing := repository.differing(done.oid, plan.files)):
         raise HubError(
             "The Hub does not hold what was sent: this file is missing there, or differs.",
@@ -251,13 +274,6 @@ def push(
             file=differing[0],
             commit=done.oid,
         )
-    if events is not None and plan.files:
-        events(Transfer("push", plan.files[-1].name, len(plan.files), len(plan.files)))
-    notes = {
-        (True, False): ("Nothing was committed: these files are already there.",),
-        (False, False): ("The Hub's answer was lost; the commit was found by reading the branch.",),
-    }
-    return PushReport(plan, done.oid, done.pull_request, not found, notes.get((bool(found), done.answered), ()))
 
 
 def _existing(repository: hub.HubRepository, plan: PushPlan) -> hub.Commit | None:

@@ -45,7 +45,7 @@ def fake_merge(base, adapters, output):
     return FakeReport({})
 
 
-def fake_unmerge(merged, output):
+def fake_unmerge(merged, output, *, adapters, base):
     output.mkdir()
     shutil.copy(merged / "receipt", output / WEIGHTS_NAME)
     return FakeReport({})

@@ -109,7 +109,7 @@ def test_same_seed_same_result(tmp_path, fake_verbs, run):
 def test_a_false_unmerge_is_seen(tmp_path, fake_verbs):
     """An unmerge that hands the merged weights back is reported, in the JSON and in the table."""
 
-    def cheat(merged, output):
+    def cheat(merged, output, **_):
         shutil.copytree(merged, output)
 
     result = adapt(tmp_path, dataclasses.replace(fake_verbs, unmerge=cheat), ranks=(1,))

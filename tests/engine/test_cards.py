@@ -37,7 +37,8 @@ def test_an_adapters_card_says_what_it_is():
         "pipeline_tag": "text-generation", "tags": ["loratools", "lora"],
     }  # fmt: skip
     for part in (
-        "An adapter for [org/base]", "extracted from the difference", f"`model.safetensors@{SHA}`", f"`org/base@{'c' * 40}`",
+        "An adapter for [org/base]", "extracted from the difference",
+        f"`model.safetensors@{SHA}`", f"`org/base@{'c' * 40}`",
         "`tuned`", '"rank": 16', "12 modules, rank 8 to 16", "captured 0.9765", "lm\\_head was left out",
         'AutoModelForCausalLM.from_pretrained("org/base")', "PeftModel.from_pretrained(model, ",
     ):  # fmt: skip
@@ -81,6 +82,11 @@ def test_the_base_is_taken_from_the_inputs_if_the_caller_knows_none():
     assert front(card(REPORT, base_model=None))["base_model"] == "org/base"
 
 
+def test_the_bases_commit_is_not_part_of_its_name():
+    text = card({**REPORT, "inputs": []}, base_model="org/base@" + "c" * 40)
+    assert front(text)["base_model"] == "org/base"
+
+
 def test_no_local_path_gets_in_through_parameters_or_names():
     inputs = [{"role": "base", "name": "/home/alice/secret/base/", "sha256": {}, "hub": None}]
     text = card({**REPORT, "inputs": inputs}, base_model=None)
@@ -90,7 +96,8 @@ def test_no_local_path_gets_in_through_parameters_or_names():
 
 
 HOSTILE = [
-    'x"\n---\nlicense: mit', "no", "a: b # c", "'", "\\", "\u2028---", "\x85", "\x00\x1b[31m", "ü😀", "!!python/object:os.system", "&a *a",
+    'x"\n---\nlicense: mit', "no", "a: b # c", "'", "\\", "\u2028---", "\x85", "\x00\x1b[31m", "ü😀",
+    "!!python/object:os.system", "&a *a",
 ]  # fmt: skip
 
 

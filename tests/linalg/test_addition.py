@@ -182,15 +182,15 @@ def test_refusals():
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(1, 12),
-    st.integers(1, 12),
+    st.tuples(st.integers(1, 12), st.integers(1, 12)),
     st.integers(1, 5),
     st.integers(1, 5),
     st.integers(0, 2**16),
     st.floats(-1e4, 1e4),
     st.sampled_from(DTYPES),
 )
-def test_any_small_sum(m, n, first, second, seed, scale, dtype):
+def test_any_small_sum(shape, first, second, seed, scale, dtype):
+    m, n = shape
     W = weight(m, n, dtype, seed=seed)
     terms = [(*update(m, n, first, seed=seed), scale), (*update(m, n, second, seed=seed + 1, scale=1e-6), 1.0)]
     out = linalg.add_low_rank(W, terms, out_dtype=torch.float32)

@@ -4,10 +4,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spectra import distance, lost_orthogonality
 
 from loratools import linalg
 from loratools.errors import MismatchError, NonFiniteError, UsageError
+from tests.linalg.spectra import distance, lost_orthogonality
 
 
 def factors(m, n, total_rank, *, seed=0):

@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 
 import pytest
@@ -15,9 +16,7 @@ def nearest_even(value: float, dtype: torch.dtype) -> float:
     """The definition, in exact arithmetic."""
     precision, lowest, highest = FORMATS[dtype]
     exact = abs(Fraction(value))
-    exponent = lowest
-    while exact >= Fraction(2) ** (exponent + 1):
-        exponent += 1
+    exponent = max(math.frexp(value)[1] - 1, lowest)
     unit = Fraction(2) ** (exponent - precision + 1)
     whole, rest = divmod(exact, unit)
     whole += rest * 2 > unit or (rest * 2 == unit and whole % 2 == 1)
@@ -62,13 +61,13 @@ def test_torch_itself_rounds_twice():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_many_values_in_blocks(dtype):
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(3000, generator=generator, dtype=torch.float64) * 2.0 ** torch.randint(-30, 8, (3000,))
+    x = torch.randn(1500, generator=generator, dtype=torch.float64) * 2.0 ** torch.randint(-30, 8, (1500,))
     ties = torch.tensor(beside_ties(dtype), dtype=torch.float64)
-    x = torch.cat([x, ties, x, ties])[torch.randperm(6000 + 2 * len(ties), generator=generator)]
+    x = torch.cat([x, ties, x, ties])[torch.randperm(3000 + 2 * len(ties), generator=generator)]
     assert linalg.round_to(x, dtype).double().tolist() == [nearest_even(value, dtype) for value in x.tolist()]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.floats(allow_nan=False, allow_infinity=False), st.sampled_from(list(FORMATS)))
 def test_any_float64(value, dtype):
     value = max(min(value, 1e39), -1e39)

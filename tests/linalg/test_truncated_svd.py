@@ -7,10 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spectra import KINDS, distance, lost_orthogonality, matrix, squares
 
 from loratools import linalg
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
+from tests.linalg.spectra import KINDS, distance, lost_orthogonality, matrix, squares
 
 SHAPES = [
     (320, 320),
@@ -102,7 +102,7 @@ def test_exactly_repeated_rows(shape):
     M = torch.ones(shape)
     U, S, Vh, info = linalg.truncated_svd(M, 8)
     assert info.rank == 1
-    assert S[0] == pytest.approx(math.sqrt(shape[0] * shape[1]), rel=1e-6)
+    assert float(S[0]) == pytest.approx(math.sqrt(shape[0] * shape[1]), rel=1e-6)
     assert bool(torch.isfinite(U).all() & torch.isfinite(Vh).all())
 
 
@@ -141,7 +141,9 @@ def test_the_smallest_and_largest_magnitudes():
         U, S, Vh, info = linalg.truncated_svd(M, 4)
         assert info.residual == pytest.approx(distance(M, U, S, Vh), rel=1e-4)
     wide = matrix("gaussian", 300, 280).double() * 1e200
-    assert linalg.truncated_svd(wide, 4)[3].norm == pytest.approx(float(wide.norm()), rel=1e-6)
+    kept = wide.clone()
+    assert linalg.truncated_svd(wide, 4)[3].norm == pytest.approx(float((wide * 1e-200).norm()) * 1e200, rel=1e-6)
+    assert torch.equal(wide, kept)
 
 
 def test_overwrite_scales_in_place():
@@ -193,16 +195,22 @@ def test_seeds_reproduce_and_matter():
     assert first[3].residual == pytest.approx(other[3].residual, rel=1e-3)
 
 
-def test_neither_global_random_state_nor_tf32_setting_is_touched():
-    state = torch.get_rng_state()
-    before = torch.backends.cuda.matmul.allow_tf32
-    linalg.truncated_svd(matrix("gaussian", 400, 300), 8)
+def test_global_settings_are_left_alone_and_do_not_matter():
+    M = matrix("gaussian", 400, 300)
+    state, before = torch.get_rng_state(), torch.get_float32_matmul_precision()
+    wanted = linalg.truncated_svd(M, 8)
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = linalg.truncated_svd(M, 8)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert torch.equal(found[0], wanted[0])
     assert torch.equal(state, torch.get_rng_state())
-    assert torch.backends.cuda.matmul.allow_tf32 == before
 
 
 def test_threads_change_the_rounding_only():
-    M = matrix("power", 900, 700)
+    M = matrix("power", 600, 500)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -294,15 +302,7 @@ for shape in sys.argv[1:]:
 
 
 def test_workspace_is_an_upper_bound_within_half():
-    shapes = [
-        "2048x1408x16",
-        "1408x2048x16",
-        "1500x1500x64",
-        "1500x1500x128",
-        "3000x512x16",
-        "600x600x600",
-        "1000x900x300",
-    ]
+    shapes = ["1408x2048x16", "1000x1000x64", "1500x500x128", "3000x512x16", "500x500x500", "700x600x300"]
     done = subprocess.run([sys.executable, "-c", MEASURE, *shapes], capture_output=True, text=True, check=True)
     for shape, line in zip(shapes, done.stdout.split("\n"), strict=False):
         peak, bound = map(int, line.split())

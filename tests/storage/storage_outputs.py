@@ -1,9 +1,8 @@
 """Outputs of both kinds, made whole."""
 
-from storage_samples import DATA, SPECS
-
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 from loratools.storage.writer import SafetensorsWriter, write_bytes_durably
+from tests.storage.storage_samples import DATA, SPECS
 
 
 def fill(path, text):

@@ -5,13 +5,13 @@ import os
 import signal
 
 import pytest
-from storage_outputs import make_directory, make_files, names, state
 
 from loratools.errors import (
     LoratoolsError,
 )
 from loratools.storage import syscalls
 from loratools.storage.outputs import stale_partials
+from tests.storage.storage_outputs import make_directory, make_files, names, state
 
 CALLS = (
     "create", "allocate", "write_at", "sync_data", "sync_path", "make_directory", "move_new", "exchange", "replace",

@@ -4,7 +4,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from storage_outputs import fill, make_directory, make_files, names, state
 
 from loratools.errors import (
     InternalError,
@@ -14,6 +13,7 @@ from loratools.errors import (
 from loratools.storage import syscalls
 from loratools.storage.outputs import OutputDirectory, OutputFiles, stale_partials
 from loratools.storage.writer import write_bytes_durably
+from tests.storage.storage_outputs import fill, make_directory, make_files, names, state
 
 
 def test_a_directory_appears_complete(tmp_path):
@@ -119,12 +119,12 @@ def test_the_weights_come_last(tmp_path, monkeypatch):
     moved = []
     real = syscalls.move_new
     monkeypatch.setattr(syscalls, "move_new", lambda *args: (moved.append(args[1].name), real(*args)))
-    with OutputFiles(tmp_path / "a.safetensors") as out:  # `a` sorts before `a.`: order must not come from names
+    with OutputFiles(tmp_path / "a.gguf") as out:
         fill(out.file, "new")
         for suffix in (".receipt", ".loratools.json"):
             write_bytes_durably(out.sibling(suffix), b"x")
         out.publish()
-    assert moved == ["a.loratools.json", "a.receipt", "a.safetensors"]
+    assert moved == ["a.loratools.json", "a.receipt", "a.gguf"]
 
 
 def test_files_lost_to_another_run_take_back_their_report(tmp_path):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from storage_samples import entry, packed
 
 from loratools.errors import LoratoolsError, MalformedError
 from loratools.storage.safetensors import open_safetensors
+from tests.storage.storage_samples import entry, packed
 
 DTYPES = [
     torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2,
@@ -63,6 +63,7 @@ def test_a_file_without_tensors(tmp_path):
         ({"b": entry("F64", (1,), (1, 9)), "a": entry("U8", (1,), (0, 1))}, bytes(9), ["a", "b"]),
         ({"z": entry("F32", (0, 3), (4, 4)), "a": entry()}, b"1234", ["a", "z"]),
         ({"y": entry("F32", (0,), (0, 0)), "z": entry("F32", (0,), (0, 0))}, b"", ["y", "z"]),
+        ({"a": entry(), "z": entry("F32", (0,), (0, 0))}, b"1234", ["z", "a"]),
         ({"p": entry("F4", (3, 2), (0, 3))}, b"123", ["p"]),
         ({"q": entry("F6_E2M3", (4,), (0, 3))}, b"123", ["q"]),
         ({"../../x": entry(), "a\0b\x1b[31m\n": entry("U8", (0,), (4, 4)), "": entry("U8", (0,), (4, 4)),

@@ -4,12 +4,12 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from storage_samples import sha
 
 from loratools.errors import InternalError
 from loratools.storage.files import ReadOnlyFile
 from loratools.storage.writer import SafetensorsWriter, ScratchFile, write_bytes_durably
 from loratools.tensors import TensorRef, TensorSpec
+from tests.storage.storage_samples import sha
 
 
 def test_scratch_tensors_have_no_name_and_can_be_copied(tmp_path):

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from storage_samples import entry, packed, write_shards
 
 from loratools.errors import (
     AccessError,
@@ -21,6 +20,7 @@ from loratools.errors import (
 )
 from loratools.storage.files import ReadOnlyFile
 from loratools.storage.shards import open_weights
+from tests.storage.storage_samples import entry, packed, write_shards
 
 ONE, TWO = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 INDEX = "model.safetensors.index.json"

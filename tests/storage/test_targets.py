@@ -3,7 +3,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from storage_outputs import make_directory, names
 
 from loratools.errors import (
     AccessError,
@@ -12,6 +11,7 @@ from loratools.errors import (
 )
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 from loratools.storage.writer import write_bytes_durably
+from tests.storage.storage_outputs import make_directory, names
 
 
 @pytest.mark.parametrize("where", [".", "..", "~", "/"])
@@ -66,7 +66,7 @@ def test_an_output_tied_to_an_input_is_refused(inputs, kind, output, source):
 
 def test_an_output_beside_its_inputs_is_fine(inputs):
     before = names(inputs)
-    OutputDirectory.check(inputs / "new", False, [inputs / "model", inputs / "hard"], 1)
+    OutputDirectory.check(inputs / "new", False, [inputs / "model", inputs / "hard", inputs / "absent"], 1)
     OutputDirectory.check(inputs / "model-2", False, [inputs / "model"], 1)
     OutputFiles.check(inputs / "model" / "new.safetensors", False, [inputs / "model" / "w.safetensors"], 1)
     assert names(inputs) == before

@@ -1,4 +1,3 @@
-import errno
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -7,13 +6,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
-from storage_samples import DATA, SPECS, sha, written
 
 from loratools.errors import InternalError, StorageError, UnsupportedError
-from loratools.storage import syscalls
 from loratools.storage.safetensors import open_safetensors
 from loratools.storage.writer import SafetensorsWriter, header_bytes
-from loratools.tensors import TensorSpec, bytes_of, dtype_name, in_memory
+from loratools.tensors import TensorSpec, bytes_of, dtype_name
+from tests.storage.storage_samples import DATA, SPECS, sha, written
 
 
 def test_the_library_reads_what_we_write(tmp_path):
@@ -93,78 +91,15 @@ def test_the_data_begins_at_a_multiple_of_eight_otherwise():
         assert len(header_bytes([TensorSpec("n" * length, "U8", (1,))], {})[0]) % 8 == 0
 
 
-@pytest.mark.parametrize(
-    "reason", ["kernel", errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, "absent", "short"]
-)
-def test_copies_are_equal_however_the_kernel_takes_them(tmp_path, monkeypatch, reason):
-    specs = [TensorSpec("a", "U8", (3_000_001,)), TensorSpec("b", "BF16", (5,)), TensorSpec("c", "U8", (5_000_000,))]
-    data = {spec.name: os.urandom(spec.nbytes) for spec in specs}
-    written(tmp_path / "source", specs, data)
-    real, calls = os.copy_file_range, []
-
-    def copy(*args):
-        calls.append(args)
-        if reason == "kernel":
-            return real(*args)
-        if reason == "short":  # half-way through, the kernel is interrupted, gives little, then declines
-            if len(calls) == 2:
-                raise InterruptedError(errno.EINTR, "interrupted")
-            if len(calls) > 3:
-                raise OSError(errno.EXDEV, "declined")
-            return real(*args[:2], 1000, *args[3:])
-        raise OSError(reason, "declined")
-
-    monkeypatch.setattr(os, "copy_file_range", copy)
-    if reason == "absent":
-        monkeypatch.delattr(os, "copy_file_range")
-    refs = open_safetensors(tmp_path / "source").tensors
-    for align in (0, refs["a"].offset):
-        path = tmp_path / f"x{align}"
-        with SafetensorsWriter(
-            path, [spec.renamed("new." + spec.name) for spec in specs], {}, align_like=align
-        ) as writer:
-            for name, ref in refs.items():
-                writer.copy("new." + name, ref)
-            result = writer.finish()
-        assert result.tensors == {"new." + name: sha(each) for name, each in data.items()}
-        assert {name: bytes(ref.read()) for name, ref in open_safetensors(path).tensors.items()} == {
-            "new." + name: each for name, each in data.items()
-        }
-    assert bool(calls) is (reason != "absent")
-
-
-def test_a_run_of_neighbours_is_one_copy(tmp_path, monkeypatch):
-    specs = [TensorSpec(name, "U8", (1000,)) for name in "abcdef"]
-    written(tmp_path / "source", specs, {name: os.urandom(1000) for name in "abcdef"})
-    refs = open_safetensors(tmp_path / "source").tensors
-    copies = []
-    real = syscalls.copy_at
-    monkeypatch.setattr(syscalls, "copy_at", lambda *args: (copies.append(args[4]), real(*args)))
-    order = "abcfed"
-    with SafetensorsWriter(tmp_path / "x", [specs["abcdef".index(name)] for name in order], {}) as writer:
-        writer.copy_run(list(order), [refs[name] for name in order])
-        writer.finish()
-    assert copies == [3000, 1000, 1000, 1000]
-    found = open_safetensors(tmp_path / "x").tensors
-    assert all(found[name].read() == refs[name].read() for name in order)
-
-
-def test_tensors_in_memory_are_copied_too(tmp_path):
-    tensor = torch.randn(1000, 1500)
-    with SafetensorsWriter(tmp_path / "x", [TensorSpec("a", "F32", (1000, 1500))], {}) as writer:
-        writer.copy("a", in_memory("other", tensor))
-        writer.finish()
-    assert load_file(tmp_path / "x")["a"].equal(tensor)
-
-
-def test_a_copy_may_change_the_shape_and_nothing_else(tmp_path):
-    tensor = torch.randn(4, 3)
-    specs = [TensorSpec("a", "F32", (4, 3, 1, 1)), TensorSpec("b", "I32", (4, 3)), TensorSpec("c", "F32", (4, 4))]
-    with SafetensorsWriter(tmp_path / "x", specs, {}) as writer:
-        writer.copy("a", in_memory("a", tensor))
-        for name in ("b", "c", "absent"):
-            with pytest.raises(InternalError, match="another size or dtype"):
-                writer.copy(name, in_memory(name, tensor))
+def test_another_valid_header_on_the_disk_is_found(tmp_path):
+    with SafetensorsWriter(tmp_path / "x", SPECS, {"key": "right"}) as writer:
+        for spec in SPECS:
+            writer.write(spec.name, DATA[spec.name])
+        raw = (tmp_path / "x").read_bytes()
+        with (tmp_path / "x").open("r+b") as file:
+            file.write(raw.replace(b"right", b"wrong"))
+        with pytest.raises(StorageError, match="header on the disk"):
+            writer.finish()
 
 
 @pytest.mark.parametrize(

@@ -4,12 +4,12 @@ import resource
 import subprocess
 
 import pytest
-from storage_samples import DATA, SPECS, written
 
 from loratools.errors import AccessError, OutputExistsError, StorageError
 from loratools.storage.safetensors import open_safetensors
 from loratools.storage.writer import SafetensorsWriter, ScratchFile, write_bytes_durably
 from loratools.tensors import TensorSpec
+from tests.storage.storage_samples import DATA, SPECS, written
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o077])

@@ -1,0 +1,114 @@
+"""What an adapter is, told from its updates' shapes and scalars: a row a module, and the summary over them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from loratools.adapters.adapter import Adapter
+from loratools.adapters.updates import AbstractUpdate, LowRank
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class UpdateRow:
+    """One module of an adapter: `shape` is that of ΔW, (out, in), or of what is replaced whole.
+
+    `alpha` and `scaling` are None where there is no one number; `whole` are parameters given whole,
+    `added_rows` those that are lengthened.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    parameters: int
+    rank: int | None
+    alpha: float | None
+    scaling: float | None
+    whole: tuple[str, ...]
+    added_rows: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON."""
+        row = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tally:
+    """How many modules have one value."""
+
+    value: float
+    modules: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What only an adapter has.
+
+    Attributes:
+        base_model: what it says it modifies.
+        base: name of the base that it carries fingerprints of, and of how many modules.
+        ranks: low-rank modules by rank; alphas, scalings alike.
+        targets: low-rank modules by the last component of their path.
+        whole: modules with parameters given whole, by the last component of their path.
+    """
+
+    base_model: str | None
+    base: Mapping[str, Any]
+    ranks: tuple[Tally, ...]
+    alphas: tuple[Tally, ...]
+    scalings: tuple[Tally, ...]
+    targets: Mapping[str, int]
+    whole: Mapping[str, int]
+
+
+def row_of(path: str, update: AbstractUpdate) -> UpdateRow:
+    """What one update is."""
+    low_rank = bool(update.terms)
+    whole = tuple(update.replaced.values()) or tuple(update.added_rows.values())
+    factors = [ref for term in update.terms for ref in (term.lora_A, term.lora_B)]
+    scales = {term.scale for term in update.terms}
+    return UpdateRow(
+        name=path,
+        kind=update.kind,
+        shape=update.shape if low_rank else whole[0].shape if len(whole) == 1 else _weight_shape(update),
+        dtype="+".join(sorted({ref.dtype for ref in factors or whole})),
+        parameters=sum(ref.spec.numel for ref in update.tensors),
+        rank=update.rank if low_rank else None,
+        alpha=update.alpha if isinstance(update, LowRank) else None,
+        scaling=scales.pop() if len(scales) == 1 else None,
+        whole=tuple(update.replaced),
+        added_rows=tuple(update.added_rows),
+    )
+
+
+def _weight_shape(update: AbstractUpdate) -> tuple[int, ...] | None:
+    weight = update.replaced.get("weight")
+    return weight.shape if weight is not None else None
+
+
+def summary(adapter: Adapter, rows: Iterable[UpdateRow]) -> AdapterFacts:
+    """What the rows have in common, and what the adapter says of its base."""
+    rows = list(rows)
+    prints = adapter.provenance.get("fingerprint", {})
+    return AdapterFacts(
+        base_model=adapter.base_model,
+        base={"name": adapter.provenance.get("name"), "fingerprints": len(prints)},
+        ranks=_tallies(row.rank for row in rows),
+        alphas=_tallies(row.alpha for row in rows),
+        scalings=_tallies(row.scaling for row in rows),
+        targets=_endings(row.name for row in rows if row.rank is not None),
+        whole=_endings(row.name for row in rows if row.whole or row.added_rows),
+    )
+
+
+def _tallies(values: Iterable[float | None]) -> tuple[Tally, ...]:
+    counts = Counter(value for value in values if value is not None)
+    return tuple(Tally(value, counts[value]) for value in sorted(counts))
+
+
+def _endings(paths: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(path.rpartition(".")[2] for path in paths).most_common())

@@ -1,0 +1,217 @@
+"""Every flag and argument, declared once: a flag means the same in every command.
+
+A parameter is named as the verb's own, so that a command hands on what it was given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from decimal import Decimal
+from typing import Any, Final, TypeVar
+
+import click
+
+from loratools.cli.output import Output
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
+
+_UNITS: Final = {"": 1, "B": 1} | {
+    f"{prefix}{suffix}": base**power
+    for suffix, base in (("B", 1000), ("IB", 1024))
+    for power, prefix in enumerate("KMGT", start=1)
+}
+
+
+class Size(click.ParamType[int]):
+    """A number of bytes: `4GB` (4·10⁹), `512MiB` (512·2²⁰), or plain bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """See `click.ParamType.convert`."""
+        if isinstance(value, int):
+            return value
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
+        unit = _UNITS.get(found[2].upper()) if found else None
+        if found is None or unit is None or not (nbytes := int(Decimal(found[1]) * unit)):
+            self.fail(f"{value!r} is not a size; write 4GB, 512MiB, or a number of bytes.", param, ctx)
+        return nbytes
+
+
+class OutputPath(click.ParamType[str]):
+    """Where the output goes, on this machine."""
+
+    name = "output"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """See `click.ParamType.convert`."""
+        if not value:
+            self.fail("an output needs a name.", param, ctx)
+        if value.startswith("hf://"):
+            self.fail("an output is written to this machine; `loratools push` publishes it.", param, ctx)
+        return str(value)
+
+
+def _all(*decorators: Callable[[Any], Any]) -> Decorator[Function]:
+    def apply(function: Function) -> Function:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return apply
+
+
+def _flag(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
+    def note(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+        del parameter
+        if value:
+            setattr(context.ensure_object(Output), name, True)
+
+    return note
+
+
+def _listed(context: click.Context, parameter: click.Parameter, value: tuple[float, ...]) -> list[float] | None:
+    """No weight at all leaves the choice to the verb."""
+    del context, parameter
+    return list(value) or None
+
+
+def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+    del parameter
+    if not value or context.resilient_parsing:
+        return
+    from loratools.engine.reports import version
+
+    click.echo(f'{{"loratools": "{version()}"}}' if context.ensure_object(Output).json else f"loratools {version()}")
+    context.exit()
+
+
+COMMON: Final = (
+    click.Option(
+        ["--json"], is_flag=True, expose_value=False, callback=_flag("json"), help="One JSON document on stdout."
+    ),
+    click.Option(["-q"], is_flag=True, expose_value=False, callback=_flag("quiet"), help="No progress, no report."),
+    click.Option(
+        ["--debug"], is_flag=True, expose_value=False, callback=_flag("debug"), help="Show a traceback with an error."
+    ),
+    click.Option(
+        ["--version"], is_flag=True, is_eager=True, expose_value=False, callback=_version, help="Show the version."
+    ),
+)
+"""What every command takes, before its name or after it."""
+
+
+def command(name: str, *, examples: str) -> Callable[[Callable[..., None]], click.Command]:
+    """`click.command` with the common options last, and a page that ends in examples."""
+    lines = "\n".join(f"  {line.strip()}" for line in examples.strip().splitlines())
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        made = click.command(name, epilog=f"\b\nExamples:\n{lines}")(click.pass_obj(function))
+        made.params.extend(COMMON)
+        return made
+
+    return decorate
+
+
+def switch(*names: str, help: str) -> Decorator[Any]:
+    """An option without a value."""
+    return click.option(*names, is_flag=True, help=help)
+
+
+# Inputs.
+source = click.argument("source")
+base = click.argument("base")
+tuned = click.argument("tuned")
+merged = click.argument("merged")
+model = click.argument("model")
+adapter = click.argument("adapter")
+adapters = click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
+any_adapters = click.argument("adapters", metavar="[ADAPTER...]", nargs=-1)
+repo_id = click.argument("repo_id")
+path = click.argument("path")
+original = click.option("--base", metavar="BASE", help="What was merged into; the result is exact then, bit for bit.")
+revision = click.option("--revision", metavar="R", help="A branch, a tag, a commit, or refs/pr/N.")
+
+# Selection.
+selecting = _all(
+    click.option(
+        "--include",
+        metavar="PATTERN",
+        multiple=True,
+        help="Only these modules: a glob that ends their path, or re:REGEX. Repeatable.",
+    ),
+    click.option("--exclude", metavar="PATTERN", multiple=True, help="Not these modules. Repeatable."),
+)
+
+# Outputs.
+output = click.option(
+    "-o", "--output", "output", metavar="OUT", required=True, type=OutputPath(), help="Where to write."
+)
+overwrite = switch("--overwrite", help="Replace the output if it is there.")
+dry_run = switch("--dry-run", help="Show the plan; write nothing.")
+max_memory = click.option("--max-memory", metavar="SIZE", type=Size(), help="Refuse to need more memory than this.")
+threads = click.option(
+    "--threads",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Work on N things at a time; the result does not depend on it.",
+)
+writing = _all(output, overwrite, dry_run, max_memory, threads)
+"""What every command takes that writes weights."""
+dtype = click.option("--dtype", metavar="D", help="bf16, fp16 or fp32 for all weights; default each one's own.")
+max_shard_size = click.option(
+    "--max-shard-size", metavar="SIZE", type=Size(), help="Largest weights file; default the base's own files."
+)
+adapter_format = click.option("--format", metavar="F", help="The adapter's dialect; default the input's.")
+device = click.option("--device", metavar="D", default="auto", show_default=True, help="auto, cpu, cuda[:N] or mps.")
+seed = click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Decides whatever is random.")
+weights = click.option(
+    "-w",
+    "weights",
+    metavar="W",
+    type=float,
+    multiple=True,
+    callback=_listed,
+    help="Multiplies ΔW: none, one for all, or one per adapter. Repeatable.",
+)
+method = click.option("--method", metavar="NAME", default="sum", show_default=True, help="sum: Σ w ΔW, exact.")
+preset = click.option(
+    "--preset",
+    type=click.Choice(("fast", "default", "certified", "exact")),
+    default="default",
+    show_default=True,
+    help="Effort of the SVD; certified and exact are dense, O(n³).",
+)
+save_full = click.option("--save-full", metavar="PATTERN", multiple=True, help="Store these modules whole. Repeatable.")
+only_low_rank = switch("--only-low-rank", help="Leave out, and name, what changed and is no matrix.")
+kept_output = click.option(
+    "-o", "--output", metavar="OUT", type=OutputPath(), help="A new directory to keep the files in."
+)
+
+# Rules for ranks, and for scalings.
+extraction_rank = _all(
+    click.option("--rank", metavar="N", type=int, help="This rank for every module (16 if no rule is given)."),
+    click.option("--energy", metavar="E", type=float, help="The least rank that captures this share of ‖ΔW‖²."),
+    click.option("--error", metavar="E", type=float, help="The least rank whose relative residual is at most this."),
+    click.option(
+        "--max-rank",
+        metavar="N",
+        type=int,
+        default=256,
+        show_default=True,
+        help="Cap on a rank chosen by --energy or --error.",
+    ),
+)
+rescaling = _all(
+    click.option("--by", metavar="X", type=float, help="Multiply ΔW; only alpha changes. May be negative."),
+    click.option("--restate-alpha", metavar="A", type=float, help="The same ΔW with this alpha."),
+    switch("--bake", help="The same ΔW with alpha = rank, so that every reader agrees on the scaling."),
+)
+
+# The Hub, and the demo.
+private = switch("--private", help="Make the repository private, if it is made.")
+create_pr = switch("--create-pr", help="Open a pull request instead of committing to the branch.")
+message = click.option("--message", metavar="M", help="The commit's first line.")
+story = click.argument("story", metavar="[adapt]", default="adapt")

@@ -1,0 +1,135 @@
+"""What each verb's report says to people. Every number in it is in the JSON too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from loratools.cli.layout import count, counted, page, size, some, table
+from loratools.cli.plans import left_out
+from loratools.errors import printable
+
+if TYPE_CHECKING:
+    from loratools.engine.derive import DerivedReport
+    from loratools.verbs.demo import DemoReport
+    from loratools.verbs.extract import ExtractReport
+    from loratools.verbs.merge import MergeReport
+    from loratools.verbs.pull import PullReport
+    from loratools.verbs.push import PushReport
+    from loratools.verbs.unmerge import UnmergeReport
+
+_WORST: Final = 3
+
+
+def extract(report: ExtractReport) -> list[str]:
+    """Ranks, what was captured, the least captured modules, what is not low-rank."""
+    modules, totals = report.modules, report.totals
+    worst = sorted(modules, key=lambda module: module["captured"])[:_WORST] if len(modules) > 1 else []
+    rows = [
+        ("ranks", _ranks([module["rank"] for module in modules])),
+        ("captured", f"{totals['captured']:.4%} of ‖ΔW‖², residual {totals['residual']:.3g}" if modules else ""),
+        *(("least", f"{printable(module['name'])}: {_captured(module)}") for module in worst),
+        ("tensors", counted(totals["tensors"])),
+        ("whole", some(report.whole)),
+        *_left_out(report.left_out),
+        ("size", size(totals["bytes"])),
+    ]
+    return page(f"Extracted an adapter of {count(len(modules), 'low-rank module')}.", rows, report.notes)
+
+
+def _captured(module: Mapping[str, Any]) -> str:
+    return f"{module['captured']:.4%} at rank {module['rank']}, residual {module['residual']:.3g}"
+
+
+def merge(report: MergeReport) -> list[str]:
+    """How many tensors became others, and of how many entries."""
+    entries = sum(module["entries"] for module in report.modules)
+    share = f"{report.totals['changed']:,} of {entries:,} entries in the merged tensors" if entries else ""
+    adapters = [entry["name"] for entry in report.inputs if entry["role"] == "adapter"]
+    named = zip(adapters, report.parameters["weights"], strict=False)
+    rows = [
+        ("base", printable(report.base["name"])),
+        *(("adapter", f"{printable(name)}, weight {weight:g}") for name, weight in named),
+        ("tensors", counted(report.tensors)),
+        ("changed", share),
+        _files(report.files),
+    ]
+    headline = f"Merged {count(len(adapters), 'adapter')} into the base." if adapters else "Wrote the checkpoint anew."
+    return page(headline, rows, report.notes)
+
+
+def unmerge(report: UnmergeReport) -> list[str]:
+    """Whether the bits are the base's again."""
+    totals = report.totals
+    exact = report.method != "subtraction"
+    rows = [
+        ("method", f"{report.method}: {'bit for bit' if exact else 'within the bound'}"),
+        ("bound", f"{totals['bound']:.3g} per entry" if totals["bound"] else ""),
+        ("tensors", f"{totals['tensors']:,}, of which {totals['checked']:,} held an adapter"),
+        _files(report.files),
+    ]
+    return page("Unmerged.", rows, report.notes)
+
+
+def derived(report: DerivedReport) -> list[str]:
+    """What stack and rescale made."""
+    modules = report.modules
+    inputs = [entry["name"] for entry in report.inputs]
+    weights = zip(inputs, report.parameters["weights"], strict=True)
+    rows = [
+        *(("adapter", f"{printable(name)}, weight {weight:g}") for name, weight in weights),
+        ("ranks", _ranks([module["rank"] for module in modules])),
+        ("alphas", _span([module["alpha"] for module in modules])),
+        *_left_out(report.left_out),
+        ("size", size(report.totals["bytes"])),
+    ]
+    done = "Stacked" if report.verb == "stack" else "Rescaled"
+    return page(f"{done} {count(len(inputs), 'adapter')}: {count(len(modules), 'module')}.", rows, report.notes)
+
+
+def push(report: PushReport) -> list[str]:
+    """Where it is now."""
+    there = report.pull_request or f"{report.plan.url}/commit/{report.commit}"
+    rows = [("files", some(file.name for file in report.plan.upload)), *left_out(report.plan.left_out)]
+    headline = f"Published {there}" if report.changed else f"Published before: {there}"
+    return page(headline, rows, (*report.plan.notes, *report.notes))
+
+
+def pull(report: PullReport) -> list[str]:
+    """What was fetched."""
+    plan = report.plan
+    rows = [("files", some(file.name for file in report.files)), *left_out(plan.left_out)]
+    headline = f"Fetched {plan.repo_id}@{plan.commit}: {count(len(report.files), 'file')}, {size(plan.bytes)}, checked."
+    return page(headline, rows)
+
+
+def demo(report: DemoReport) -> list[str]:
+    """The story's table."""
+    kept = [f"Its files are in {printable(report.output)}."] if report.output else []
+    return [*table(report.table()), *kept]
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"{_span(ranks)}, {sum(ranks):,} in all" if ranks else ""
+
+
+def _span(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return ""
+    low, high = min(known), max(known)
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def _left_out(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
+    """One row per reason."""
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    return [("left out", f"{some(group)}: {reason}") for reason, group in names.items()]
+
+
+def _files(files: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    weights = [file for file in files if file["name"].endswith(".safetensors")]
+    total = sum(file["bytes"] for file in weights)
+    return "weights", f"{count(len(weights), 'file')}, {size(total)}, each hash read back from the disk"

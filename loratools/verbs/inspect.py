@@ -1,0 +1,283 @@
+"""inspect: what a checkpoint or an adapter is, from headers and configurations alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from loratools.adapters import Adapter, Selection
+from loratools.adapters import facts as updates
+from loratools.checkpoints import Checkpoint, Module, facts
+from loratools.engine.reports import AbstractReport
+from loratools.errors import StorageError
+from loratools.files import load_adapter, open_checkpoint
+from loratools.files.locate import Source, kind_of
+from loratools.formats.peft import config as peft
+from loratools.tensors import TensorSpec
+
+_ADAPTER_KEYS: Final = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".hada_w1_a", ".lokr_w1")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModuleRow:
+    """One module of a checkpoint: the shape and dtype of its weight as stored, its own parameters counted once."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    parameters: int
+    evidence: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON."""
+        shape = list(self.shape) if self.shape is not None else None
+        row = {"name": self.name, "kind": self.kind, "shape": shape, "dtype": self.dtype}
+        return {**row, "parameters": self.parameters, "evidence": self.evidence}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Share:
+    """What part of the tensors has one dtype."""
+
+    tensors: int
+    parameters: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class File:
+    """A file by base name; `tensors` is None where it holds none by its nature."""
+
+    name: str
+    bytes: int
+    tensors: int | None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CheckpointFacts:
+    """What only a checkpoint has.
+
+    Attributes:
+        family: which model it is, and how that is known.
+        tied: names that are one matrix.
+        buffers: tensors that are stored and are no parameters.
+        quantisation: the method that the config names.
+        made_by: the verb of its `loratools.json`, if it has one.
+    """
+
+    family: facts.Family
+    tied: tuple[facts.Tie, ...]
+    buffers: int
+    quantisation: str | None
+    made_by: str | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InspectReport(AbstractReport):
+    """What a source is.
+
+    Attributes:
+        kind: `checkpoint` or `adapter`.
+        format: `safetensors`, or the adapter's dialect.
+        name: a base name; never a path.
+        parameters: unique ones: tied matrices once, buffers not.
+        bytes: of all tensors as stored.
+        dtypes: name → share.
+        modules: every module that owns tensors, in file order.
+        selected: how many modules of how many the totals are about.
+        files: everything that belongs to it; weights first.
+        checkpoint: facts of a checkpoint, else None.
+        adapter: facts of an adapter, else None.
+        notes: what is odd about it.
+    """
+
+    kind: Literal["checkpoint", "adapter"]
+    format: str
+    name: str
+    parameters: int
+    bytes: int
+    dtypes: Mapping[str, Share]
+    selected: Mapping[str, int]
+    checkpoint: CheckpointFacts | None = None
+    adapter: updates.AdapterFacts | None = None
+    files: tuple[File, ...]
+    notes: tuple[str, ...]
+    modules: tuple[ModuleRow, ...] | tuple[updates.UpdateRow, ...]
+
+    @property
+    def verb(self) -> str:
+        """See `AbstractReport.verb`."""
+        return "inspect"
+
+    def to_json(self) -> dict[str, Any]:
+        """See `AbstractReport.to_json`."""
+        document = super(InspectReport, dataclasses.replace(self, modules=())).to_json()
+        return {**document, "modules": [row.to_json() for row in self.modules]}
+
+
+def inspect(
+    source: Source | Checkpoint | Adapter, *, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> InspectReport:
+    """Say what `source` is; reads headers and configurations only.
+
+    Args:
+        source: a file, a directory, or an opened checkpoint or adapter.
+        include: patterns of modules to count; default all.
+        exclude: patterns of modules not to count.
+
+    Raises:
+        UsageError: a pattern matches no module.
+        InputDataError: a file breaks its rules, or is of a kind that is not read.
+        InputMissingError: nothing is there.
+    """
+    selection = Selection(tuple(include), tuple(exclude))
+    if isinstance(source, Adapter) or (not isinstance(source, Checkpoint) and kind_of(source) == "adapter"):
+        return _adapter(load_adapter(source), selection)
+    return _checkpoint(open_checkpoint(source), selection)
+
+
+def _checkpoint(checkpoint: Checkpoint, selection: Selection) -> InspectReport:
+    modules = checkpoint.modules
+    chosen = [modules[path] for path in selection.selected(modules)]
+    tie = facts.tie_of(checkpoint, {module.name for module in chosen})
+    rows = tuple(_module_row(module, tie) for module in chosen)
+    shares, buffers = _shares(chosen, tie)
+    held = {shard.name: len(shard.tensors) for shard in checkpoint.shards}
+    quantised = checkpoint.config.get("quantization_config")
+    method = quantised.get("quant_method", "unnamed") if isinstance(quantised, Mapping) else None
+    return InspectReport(
+        kind="checkpoint",
+        format="safetensors",
+        name=checkpoint.name,
+        parameters=sum(row.parameters for row in rows),
+        bytes=sum(share.bytes for share in shares.values()),
+        dtypes=shares,
+        selected={"modules": len(rows), "of": len(modules)},
+        checkpoint=CheckpointFacts(
+            family=facts.family_of(checkpoint),
+            tied=(tie,) if tie is not None else (),
+            buffers=buffers,
+            quantisation=str(method) if method is not None else None,
+            made_by=_made_by(checkpoint.report),
+        ),
+        files=_files((*checkpoint.files, *_beside(checkpoint), *checkpoint.companions), held),
+        notes=(*checkpoint.notes, *_checkpoint_notes(checkpoint, buffers)),
+        modules=rows,
+    )
+
+
+def _module_row(module: Module, tie: facts.Tie | None) -> ModuleRow:
+    spec = facts.face(module)
+    shape = spec.shape if spec is not None else None
+    return ModuleRow(
+        module.name, module.kind, shape, facts.dtype_of(module), facts.counted(module, tie), module.evidence
+    )
+
+
+def _shares(modules: Iterable[Module], tie: facts.Tie | None) -> tuple[dict[str, Share], int]:
+    """Dtype → share, the largest first; and the number of buffers."""
+    copy = tie.tensor if tie is not None else None
+    sorts: Counter[tuple[str, tuple[int, ...], bool]] = Counter()
+    buffers = 0
+    for module in modules:
+        for parameter, spec in module.parameters.items():
+            buffer = facts.is_buffer(parameter, spec)
+            buffers += buffer
+            sorts[spec.dtype, spec.shape, not buffer and spec.name != copy] += 1
+    return _by_dtype(sorts), buffers
+
+
+def _by_dtype(sorts: Mapping[tuple[str, tuple[int, ...], bool], int]) -> dict[str, Share]:
+    shares: dict[str, Share] = {}
+    for (dtype, shape, counts), number in sorts.items():
+        spec, old = TensorSpec("", dtype, shape), shares.get(dtype, Share(0, 0, 0))
+        own = number * spec.numel if counts else 0
+        shares[dtype] = Share(old.tensors + number, old.parameters + own, old.bytes + number * spec.nbytes)
+    return dict(sorted(shares.items(), key=lambda item: -item[1].bytes))
+
+
+def _made_by(report: Mapping[str, Any]) -> str | None:
+    """The verb in a report's schema, `loratools/<verb>/1`."""
+    pieces = str(report.get("schema", "")).split("/")
+    return pieces[1] if len(pieces) == 3 and pieces[0] == "loratools" else None  # noqa: PLR2004
+
+
+def _beside(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """The index and the config of the directory that the weights lie in."""
+    if not checkpoint.files:
+        return ()
+    directory = checkpoint.files[0].parent
+    named = [directory / name for name in (checkpoint.index_name, "config.json" if checkpoint.config else None) if name]
+    return tuple(path for path in named if path.is_file())
+
+
+def _files(paths: Iterable[Path], tensors: Mapping[str, int]) -> tuple[File, ...]:
+    return tuple(File(path.name, _size(path), tensors.get(path.name)) for path in dict.fromkeys(paths))
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise StorageError(f"The file cannot be looked at: {error.strerror}.", file=path.name) from error
+
+
+def _checkpoint_notes(checkpoint: Checkpoint, buffers: int) -> tuple[str, ...]:
+    notes = []
+    foreign = next((name for name in checkpoint if any(key in name for key in _ADAPTER_KEYS)), None)
+    if foreign is not None:
+        notes.append(f"{foreign} is the name of an adapter's tensor: this may be an adapter without its configuration.")
+    if not checkpoint.config:
+        notes.append("There is no config.json: what the model is was told from names alone.")
+    if buffers:
+        notes.append(f"{buffers} tensors are buffers (masks, positions, statistics) and not counted as parameters.")
+    packed = sum(module.kind == "quantised" for module in checkpoint.modules.values())
+    if packed or "quantization_config" in checkpoint.config:
+        notes.append("Weights are quantised: packed values are counted as they are stored.")
+    return tuple(notes)
+
+
+def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
+    chosen = selection.selected(adapter)
+    rows = tuple(updates.row_of(path, adapter[path]) for path in chosen)
+    refs = [ref for path in chosen for ref in adapter[path].tensors]
+    shares = _by_dtype(Counter((ref.dtype, ref.shape, True) for ref in refs))
+    held = Counter(ref.source.label for update in adapter.values() for ref in update.tensors)
+    return InspectReport(
+        kind="adapter",
+        format=adapter.format,
+        name=adapter.name,
+        parameters=sum(row.parameters for row in rows),
+        bytes=sum(share.bytes for share in shares.values()),
+        dtypes=shares,
+        selected={"modules": len(rows), "of": len(adapter)},
+        adapter=updates.summary(adapter, rows),
+        files=_files(adapter.files, held),
+        notes=(*adapter.notes, *(_unused(adapter) if adapter.format == "peft" else ())),
+        modules=rows,
+    )
+
+
+def _unused(adapter: Adapter) -> list[str]:
+    """What the configuration names and no tensor is for."""
+    low_rank = [path for path, update in adapter.items() if update.terms]
+    named = {"target_modules": low_rank, "modules_to_save": list(adapter)}
+    idle = [
+        (field, name)
+        for field, paths in named.items()
+        for name in _strings(adapter.config.get(field))
+        if not any(path == name or path.endswith(f".{name}") for path in paths)
+    ]
+    for field in ("rank_pattern", "alpha_pattern"):
+        pattern = adapter.config.get(field)
+        keys = list(pattern) if isinstance(pattern, Mapping) else []
+        idle += [(field, key) for key in keys if not any(peft.matched({key: 1}, path, 0, field=field) for path in low_rank)]
+    return [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle]
+
+
+def _strings(value: Any) -> list[str]:
+    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
