@@ -166,8 +166,11 @@ class TensorRef:
         self.read_into(memoryview(data))
         return data
 
-    def load(self) -> torch.Tensor:
+    def load(self, into: torch.Tensor | None = None) -> torch.Tensor:
         """The tensor on the CPU in its own dtype.
+
+        Args:
+            into: a flat uint8 tensor to read into where it is large enough; the result is a view of it.
 
         Raises:
             UnsupportedError: torch has no such dtype.
@@ -176,7 +179,10 @@ class TensorRef:
         import torch
 
         from_name = torch_dtype(self.dtype, tensor=self.name)
-        tensor = torch.empty(self.shape, dtype=from_name)
+        if into is not None and into.numel() >= self.nbytes:
+            tensor = into[: self.nbytes].view(from_name).view(self.shape)
+        else:
+            tensor = torch.empty(self.shape, dtype=from_name)
         if self.nbytes:
             self.read_into(bytes_of(tensor))
         return tensor

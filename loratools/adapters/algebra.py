@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratools.adapters.updates import AbstractUpdate, LowRank, Sum, Term
-from loratools.errors import MismatchError, UnsupportedError
-from loratools.tensors import in_memory
+from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
+from loratools.tensors import TensorRef, in_memory
 
 if TYPE_CHECKING:
     import torch
+
+
+def finite(ref: TensorRef) -> torch.Tensor:
+    """A factor, read to be computed with.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity; says how many.
+    """
+    from loratools.linalg import non_finite_count
+
+    tensor = ref.load()
+    bad = non_finite_count(tensor)
+    if bad:
+        raise NonFiniteError(
+            f"{bad} of {tensor.numel()} entries are NaN or infinite.",
+            fix="The file is damaged, or training diverged; nothing was written.",
+            tensor=ref.name,
+            file=ref.source.label,
+        )
+    return tensor
 
 
 def scaled(path: str, update: AbstractUpdate, weight: float) -> AbstractUpdate:
@@ -29,7 +50,10 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     Raises:
         MismatchError: shapes or layers differ.
         UnsupportedError: see `scaled`; or several updates replace parameters of one module.
+        UsageError: a weight is not finite.
     """
+    if not all(math.isfinite(weight) for weight, _ in held):
+        raise UsageError("A weight must be a finite number.", module=path)
     whole = [(weight, update) for weight, update in held if update.replaced or update.added_rows]
     if len(held) == 1 and held[0][0] == 1:
         return held[0][1]
@@ -63,8 +87,8 @@ def concatenated(update: AbstractUpdate) -> tuple[torch.Tensor, torch.Tensor]:
     """`A: (R, in)`, `B: (out, R)` in float64 with `ΔW = B A`; the scale is in B."""
     import torch
 
-    downs = [term.lora_A.load().double() for term in update.terms]
-    ups = [term.lora_B.load().double() * term.scale for term in update.terms]
+    downs = [finite(term.lora_A).double() for term in update.terms]
+    ups = [finite(term.lora_B).double() * term.scale for term in update.terms]
     return torch.cat(downs), torch.cat(ups, dim=1)
 
 

@@ -113,18 +113,22 @@ def is_buffer(parameter: str, spec: TensorSpec) -> bool:
 def counted(module: Module, tie: Tie | None = None) -> int:
     """The parameters of a module that no other module has: no buffer, no head that is the embedding."""
     copy = tie.tensor if tie is not None else None
-    specs = module.parameters.items()
-    return sum(spec.numel for parameter, spec in specs if spec.name != copy and not is_buffer(parameter, spec))
+    total = 0
+    for parameter, spec in module.parameters.items():
+        if spec.name != copy and not is_buffer(parameter, spec):
+            total += spec.numel
+    return total
 
 
-def face(module: Module) -> TensorSpec | None:
-    """The tensor that stands for a module: its weight, or the only one that it has."""
-    if module.weight is not None or len(module.parameters) != 1:
-        return module.weight
-    return next(iter(module.parameters.values()))
+def face(module: Module) -> tuple[tuple[int, ...] | None, str]:
+    """Shape and dtype that stand for a module: those of its weight, or of the only tensor that it has.
 
-
-def dtype_of(module: Module) -> str:
-    """The dtype of the tensor that stands for a module, or all of its dtypes."""
-    spec = face(module)
-    return spec.dtype if spec is not None else "+".join(sorted({each.dtype for each in module.parameters.values()}))
+    No shape, and all of its dtypes joined, where it has several tensors and no weight.
+    """
+    parameters = module.parameters
+    spec = parameters.get("weight")
+    if spec is None and len(parameters) == 1:
+        spec = next(iter(parameters.values()))
+    if spec is not None:
+        return spec.shape, spec.dtype
+    return None, "+".join(sorted({each.dtype for each in parameters.values()}))

@@ -24,7 +24,7 @@ from loratools.cli.progress import bytes_done
 @options.save_full
 @options.only_low_rank
 @options.selecting
-@options.adapter_format
+@options.new_format
 @options.seed
 @options.writing
 @options.device

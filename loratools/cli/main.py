@@ -20,29 +20,19 @@ from loratools.cli.output import Output, finish
 PROGRAM: Final = "loratools"
 COMPLETION: Final = "_LORATOOLS_COMPLETE"
 
-COMMANDS: Final[Mapping[str, Mapping[str, str]]] = {
-    "Look": {
-        "inspect": "What is in a checkpoint or an adapter, from its headers.",
-        "graph": "The module tree of a model.",
-    },
-    "Checkpoints": {
-        "merge": "Put adapters into a base; or recast or reshard it.",
-        "unmerge": "Take adapters out of a merged checkpoint.",
-    },
-    "Adapters": {
-        "extract": "Fine-tuned minus base, as an adapter.",
-        "stack": "Several adapters as one.",
-        "rescale": "Stronger, weaker, or the same said in another way.",
-    },
-    "The Hub": {
-        "push": "Publish a directory.",
-        "pull": "Fetch a repository, every byte checked.",
-    },
-    "First steps": {
-        "demo": "A true story in seconds, without a download.",
-    },
+COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
+    "inspect": ("Look", "What is in a checkpoint or an adapter, from its headers."),
+    "graph": ("Look", "The module tree of a model."),
+    "merge": ("Checkpoints", "Put adapters into a base; or recast or reshard it."),
+    "unmerge": ("Checkpoints", "Take adapters out of a merged checkpoint."),
+    "extract": ("Adapters", "Fine-tuned minus base, as an adapter."),
+    "stack": ("Adapters", "Several adapters as one."),
+    "rescale": ("Adapters", "Stronger, weaker, or the same said in another way."),
+    "push": ("The Hub", "Publish a directory."),
+    "pull": ("The Hub", "Fetch a repository, every byte checked."),
+    "demo": ("First steps", "A true story in seconds, without a download."),
 }
-"""Section → command → what it is for. `loratools.cli.<command>` holds it and is imported when it is used."""
+"""Command → the section of the help, and what it is for. `loratools.cli.<command>` is imported when it is used."""
 
 
 class LazyGroup(click.Group):
@@ -51,11 +41,12 @@ class LazyGroup(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         """See `click.Group.list_commands`."""
         del ctx
-        return [name for section in COMMANDS.values() for name in section]
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """See `click.Group.get_command`."""
-        if cmd_name not in self.list_commands(ctx):
+        del ctx
+        if cmd_name not in COMMANDS:
             return None
         found = importlib.import_module(f"loratools.cli.{cmd_name}").command
         assert isinstance(found, click.Command)
@@ -64,9 +55,9 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """See `click.Group.format_commands`: from the table, by section."""
         del ctx
-        for title, commands in COMMANDS.items():
-            with formatter.section(title):
-                formatter.write_dl(list(commands.items()), col_max=12)
+        for section in dict.fromkeys(section for section, _ in COMMANDS.values()):
+            with formatter.section(section):
+                formatter.write_dl([(name, text) for name, (where, text) in COMMANDS.items() if where == section])
 
     def main(  # type: ignore[override]
         self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any
@@ -102,7 +93,7 @@ class LazyGroup(click.Group):
         return OK
 
 
-cli = LazyGroup(
+main = LazyGroup(
     PROGRAM,
     params=list(options.COMMON),
     no_args_is_help=False,
@@ -120,7 +111,7 @@ def run() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP, and so do we then
             signal.signal(number, _terminate)
-    cli.main()
+    main.main()
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

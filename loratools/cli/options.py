@@ -24,34 +24,22 @@ _UNITS: Final = {"": 1, "B": 1} | {
 }
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes: `4GB` (4·10⁹), `512MiB` (512·2²⁰), or plain bytes."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """See `click.ParamType.convert`."""
-        if isinstance(value, int):
-            return value
-        found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", value.strip(), re.ASCII)
-        unit = _UNITS.get(found[2].upper()) if found else None
-        if found is None or unit is None or not (nbytes := int(Decimal(found[1]) * unit)):
-            self.fail(f"{value!r} is not a size; write 4GB, 512MiB, or a number of bytes.", param, ctx)
-        return nbytes
+def size(text: str) -> int:
+    """Bytes: `4GB` is 4·10⁹, `512MiB` is 512·2²⁰, a bare number counts bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
+    unit = _UNITS.get(found[2].upper()) if found else None
+    if found is None or unit is None or not (nbytes := int(Decimal(found[1]) * unit)):
+        raise click.BadParameter(f"{text!r} is not a size; write 4GB, 512MiB, or a number of bytes.")
+    return nbytes
 
 
-class OutputPath(click.ParamType[str]):
-    """Where the output goes, on this machine."""
-
-    name = "output"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """See `click.ParamType.convert`."""
-        if not value:
-            self.fail("an output needs a name.", param, ctx)
-        if value.startswith("hf://"):
-            self.fail("an output is written to this machine; `loratools push` publishes it.", param, ctx)
-        return str(value)
+def local_output(text: str) -> str:
+    """An output on this machine."""
+    if not text:
+        raise click.BadParameter("an output needs a name.")
+    if text.startswith("hf://"):
+        raise click.BadParameter("an output is written to this machine; `loratools push` publishes it.")
+    return text
 
 
 def _all(*decorators: Callable[[Any], Any]) -> Decorator[Function]:
@@ -147,11 +135,11 @@ selecting = _all(
 
 # Outputs.
 output = click.option(
-    "-o", "--output", "output", metavar="OUT", required=True, type=OutputPath(), help="Where to write."
+    "-o", "--output", "output", metavar="OUT", required=True, type=local_output, help="Where to write."
 )
 overwrite = switch("--overwrite", help="Replace the output if it is there.")
 dry_run = switch("--dry-run", help="Show the plan; write nothing.")
-max_memory = click.option("--max-memory", metavar="SIZE", type=Size(), help="Refuse to need more memory than this.")
+max_memory = click.option("--max-memory", metavar="SIZE", type=size, help="Refuse to need more memory than this.")
 threads = click.option(
     "--threads",
     metavar="N",
@@ -162,9 +150,10 @@ writing = _all(output, overwrite, dry_run, max_memory, threads)
 """What every command takes that writes weights."""
 dtype = click.option("--dtype", metavar="D", help="bf16, fp16 or fp32 for all weights; default each one's own.")
 max_shard_size = click.option(
-    "--max-shard-size", metavar="SIZE", type=Size(), help="Largest weights file; default the base's own files."
+    "--max-shard-size", metavar="SIZE", type=size, help="Largest weights file; default the base's own files."
 )
-adapter_format = click.option("--format", metavar="F", help="The adapter's dialect; default the input's.")
+adapter_format = click.option("--format", metavar="F", help="The adapter's dialect; default the inputs' own.")
+new_format = click.option("--format", metavar="F", default="peft", show_default=True, help="The adapter's dialect.")
 device = click.option("--device", metavar="D", default="auto", show_default=True, help="auto, cpu, cuda[:N] or mps.")
 seed = click.option("--seed", metavar="N", type=int, default=0, show_default=True, help="Decides whatever is random.")
 weights = click.option(
@@ -187,7 +176,7 @@ preset = click.option(
 save_full = click.option("--save-full", metavar="PATTERN", multiple=True, help="Store these modules whole. Repeatable.")
 only_low_rank = switch("--only-low-rank", help="Leave out, and name, what changed and is no matrix.")
 kept_output = click.option(
-    "-o", "--output", metavar="OUT", type=OutputPath(), help="A new directory to keep the files in."
+    "-o", "--output", metavar="OUT", type=local_output, help="A new directory to keep the files in."
 )
 
 # Rules for ranks, and for scalings.
@@ -215,3 +204,15 @@ private = switch("--private", help="Make the repository private, if it is made."
 create_pr = switch("--create-pr", help="Open a pull request instead of committing to the branch.")
 message = click.option("--message", metavar="M", help="The commit's first line.")
 story = click.argument("story", metavar="[adapt]", default="adapt")
+
+# What is shown.
+modules = switch("--modules", help="Also a line for every module.")
+form = click.option(
+    "--as",
+    "form",
+    type=click.Choice(("tree", "json", "dot", "mermaid")),
+    default="tree",
+    show_default=True,
+    help="A tree for people, JSON, Graphviz, or Mermaid.",
+)
+depth = click.option("--depth", metavar="N", type=click.IntRange(min=1), help="Not deeper than this.")

@@ -62,7 +62,7 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Target:
-    """The module of the checkpoint that an update is for; `added` where the base has no such module."""
+    """The module of the checkpoint that an update is for; `added`, under its own name, where the base has none."""
 
     name: str
     module: Module | None
@@ -108,8 +108,8 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
         elif update.terms or not _declared(path, adapter):
             missing.append(path)
         else:
-            targets[path] = Target(name, None)
-            notes.append(f"{name} is added: the base does not have it.")
+            targets[path] = Target(path, None)
+            notes.append(f"{path} is added: the base does not have it.")
     if missing:
         raise MismatchError(
             f"{len(missing)} of the adapter's {len(adapter)} modules are not in the base.",

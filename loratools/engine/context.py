@@ -59,6 +59,7 @@ class Context:
     settings: Settings
     stop: threading.Event
     advance: Callable[[int, str], None]
+    buffers: threading.local = dataclasses.field(default_factory=threading.local)
 
     def tensor(self, address: Input) -> TensorRef:
         """A tensor of a checkpoint."""
@@ -78,6 +79,19 @@ class Context:
         """Give up where the run is being given up; called between tiles."""
         if self.stop.is_set():
             raise Stopped
+
+    def buffer(self, name: str, nbytes: int) -> torch.Tensor:
+        """A flat uint8 tensor of at least `nbytes` that this thread keeps for `name`.
+
+        Tiles come and go by the thousand; giving their memory back each time costs page faults, and a heap
+        that grows with the run.
+        """
+        import torch
+
+        held: dict[str, torch.Tensor] = self.buffers.__dict__
+        if name not in held or held[name].numel() < nbytes:
+            held[name] = torch.empty(nbytes, dtype=torch.uint8)
+        return held[name]
 
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` where the run computes."""

@@ -16,8 +16,7 @@ from loratools.engine.execute import Execution, execute
 from loratools.engine.plan import Input, Plan, Unit
 from loratools.engine.planning import Run
 from loratools.engine.reports import AbstractWrittenReport
-from loratools.errors import UsageError
-from loratools.files.locate import Source
+from loratools.files.locate import Source, require_directory_name
 
 RULES: Final = {
     "keep": "one adapter times a weight keeps its factors' bytes, alpha is multiplied; several are concatenated, "
@@ -78,8 +77,7 @@ def plan_of(request: Request, run: Run) -> Plan:
         UsageError: the output is no directory; a pattern matches nothing.
     """
     path = Path(request.output)
-    if path.suffix:
-        raise UsageError("A PEFT adapter is a directory.", fix="Give -o a directory.", output=path.name)
+    require_directory_name(path)
     sources = {source_id(index): adapter for index, adapter in enumerate(request.adapters)}
     paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
     selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))

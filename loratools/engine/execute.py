@@ -69,6 +69,7 @@ def execute(  # noqa: PLR0913  (what to do, with what, and who is told)
     *,
     describe: Callable[[Execution], Report],
     template: Adapter | None = None,
+    complete: Callable[[Adapter], Adapter] | None = None,
     siblings: Sequence[str] = (),
     settings: Settings | None = None,
     listener: Listener = ignore,
@@ -80,6 +81,7 @@ def execute(  # noqa: PLR0913  (what to do, with what, and who is told)
         sources: the opened inputs, by the ids that the plan uses.
         describe: makes the report from what happened; pure.
         template: for adapters, everything but the updates: format, configuration, base model.
+        complete: for adapters, what follows for the configuration from the updates that came out.
         siblings: for adapters, all module paths of the model.
         settings: threads, device, limits.
         listener: receives progress.
@@ -95,7 +97,7 @@ def execute(  # noqa: PLR0913  (what to do, with what, and who is told)
     )
     listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
     with _output(plan) as out:
-        sink = _sink(plan, out.path, template, siblings)
+        sink = _sink(plan, out.path, template, complete, siblings)
         outcomes = _run(plan, sources, sink, chosen, listener)
         listener(Stage("verifying"))
         written = sink.finish()
@@ -116,12 +118,20 @@ def _output(plan: Plan) -> OutputDirectory | OutputFiles:
     return OutputDirectory(path, overwrite=plan.overwrite)
 
 
-def _sink(plan: Plan, directory: Path, template: Adapter | None, siblings: Sequence[str]) -> AbstractSink:
+def _sink(
+    plan: Plan,
+    directory: Path,
+    template: Adapter | None,
+    complete: Callable[[Adapter], Adapter] | None,
+    siblings: Sequence[str],
+) -> AbstractSink:
     if plan.kind == "adapter":
         assert template is not None
         order = [unit.target for unit in plan.units if unit.operation in {"extract", "derive"}]
         form = str(plan.options.get("format") or template.format)
-        return AdapterSink(directory, template=template, format=form, order=order, siblings=siblings)
+        return AdapterSink(
+            directory, template=template, complete=complete, format=form, order=order, siblings=siblings
+        )
     counts = Counter(unit.file for unit in plan.units if unit.file)
     return CheckpointSink(directory, plan.files, counts)
 

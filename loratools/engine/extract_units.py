@@ -164,12 +164,14 @@ class ExtractPlanner:
             return "left-out" if self.only_low_rank else "added"
         keep = matches_any(self.save_full, path)
         if pair.relation == "rows":
-            return "rows" if parameter == "weight" and not shared and not keep else "rows-whole"
-        if parameter == "weight" and module.kind in {"linear", "conv1d", "embedding"}:
-            return "whole" if shared or keep else "low-rank"
+            if parameter == "weight" and not shared and not keep:
+                return "rows"
+            return "rows-whole" if keep or not self.only_low_rank else "left-out"
+        if parameter == "weight" and module.kind in {"linear", "conv1d", "embedding"} and not keep:
+            return whole if shared else "low-rank"
         if module.kind in {"conv", "experts", "quantised"} and len(pair.tuned.shape) > 1 and not keep:
             return f"refused:{module.kind}"
-        return whole if not keep else "whole"
+        return "whole" if keep else whole
 
     def _write_bytes(self, rule: str, pair: Pair) -> int:
         if rule == "low-rank":
@@ -193,17 +195,14 @@ class ExtractPlanner:
 
     def template(self, format: str = "peft") -> Adapter:
         """The adapter that comes out, without its updates."""
-        base = self.pairing.base
-        kinds = {self.pairing.tuned_module(path).kind for path in self.chosen if self._is_low_rank(path)}
-        config: dict[str, Any] = {
-            "task_type": _task(self.pairing.tuned.config),
-            "fan_in_fan_out": "conv1d" in kinds and "linear" not in kinds,
-        }
-        return Adapter({}, format=format, config=config, base_model=_hub_name(base))
+        config = {"task_type": _task(self.pairing.tuned.config)}
+        return Adapter({}, format=format, config=config, base_model=_hub_name(self.pairing.base))
 
-    def _is_low_rank(self, path: str) -> bool:
-        pair = self.pairing.modules[path].get("weight")
-        return pair is not None and pair.base is not None and len(pair.tuned.shape) == _MATRIX
+    def complete(self, adapter: Adapter) -> Adapter:
+        """What only the factors tell: PEFT warns of a fan_in_fan_out that does not fit the layers it wraps."""
+        kinds = {self.pairing.tuned_module(path).kind for path, update in adapter.items() if update.terms}
+        turned = "conv1d" in kinds and "linear" not in kinds
+        return dataclasses.replace(adapter, config={**adapter.config, "fan_in_fan_out": turned})
 
     def fingerprints(self, paths: Sequence[str]) -> dict[str, str]:
         """Fingerprints of the base's weights of these modules."""
@@ -233,7 +232,10 @@ class ExtractPlanner:
                 "adapters: --only-low-rank leaves them out."
             )
         if any(self.pairing.is_tied_embedding(path) for path in updates):
-            notes.append("The tied embedding is stored once and whole: no low-rank form of PEFT merges it right.")
+            notes.append(
+                "The tied embedding is stored once and whole: no low-rank form of PEFT merges it right. PEFT sets both "
+                "uses; after transformers' own load_adapter call model.tie_weights()."
+            )
         return notes
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import layout, memory
-from loratools.engine.changes import AddedTensor, Changes, TensorChange
+from loratools.engine.changes import Changes, TensorChange
 from loratools.engine.plan import Input, Unit
 from loratools.errors import UsageError
 from loratools.tensors import TensorRef, TensorSpec
@@ -29,7 +29,7 @@ class MergePlanner:
         tensors = {tensor: self._planned(tensor, ref) for tensor, ref in self.base.items()}
         extra = [
             layout.Planned(added.spec.renamed(tensor), None, added.spec.nbytes)
-            for tensor, added in self._added().items()
+            for tensor, added in self.changes.added.items()
         ]
         if self.changes.untied and self.changes.untied[1] not in self.base:
             embedding, head, _ = self.changes.untied
@@ -45,9 +45,6 @@ class MergePlanner:
 
     def _name(self, tensor: str) -> str:
         return self.changes.renaming.apply(tensor)
-
-    def _added(self) -> dict[str, AddedTensor]:
-        return {self._name(name): added for name, added in self.changes.added.items()}
 
     def _planned(self, tensor: str, ref: TensorRef) -> layout.Planned:
         change = self.changes.tensors.get(tensor)
@@ -112,7 +109,7 @@ class MergePlanner:
         )
 
     def _added_unit(self, file: str, tensor: layout.Planned) -> Unit:
-        added = self._added()[tensor.spec.name]
+        added = self.changes.added[tensor.spec.name]
         return Unit(
             "add",
             tensor.spec.name,

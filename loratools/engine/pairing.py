@@ -157,17 +157,11 @@ def _require_same_architecture(base: Checkpoint, tuned: Checkpoint, pairs: Mappi
 
 
 def _is_head(pair: Pair) -> bool:
-    """A head stands outside of the numbered layers and keeps its input width."""
+    """A head stands outside of the numbered layers and keeps its input width; an embedding is none, grown or shrunk."""
     numbered = any(piece.isdigit() for piece in pair.tuned_name.split("."))
+    embedding = families.last(owner(pair.tuned_name)[0]) in families.EMBEDDINGS
     base = pair.base
-    return not numbered and base is not None and base.shape[1:] == pair.tuned.shape[1:] and not _lost_rows(pair)
-
-
-def _lost_rows(pair: Pair) -> bool:
-    """A vocabulary that shrank: an adapter cannot remove rows."""
-    module = families.last(owner(pair.tuned_name)[0])
-    base = pair.base
-    return base is not None and module in families.EMBEDDINGS and pair.tuned.shape[0] < base.shape[0]
+    return not numbered and not embedding and base is not None and base.shape[1:] == pair.tuned.shape[1:]
 
 
 def class_prefix(checkpoint: Checkpoint) -> str:

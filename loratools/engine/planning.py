@@ -15,6 +15,7 @@ from loratools.engine.context import Settings
 from loratools.engine.events import Listener, ignore
 from loratools.engine.plan import Bounds, SourceInfo, Unit
 from loratools.errors import UsageError
+from loratools.files import files_behind
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 
 
@@ -117,7 +118,7 @@ def check_output(output: Path, run: Run, sources: Iterable[Checkpoint | Adapter]
     """
     inputs: list[Path] = []
     for source in sources:
-        inputs += source.files
+        inputs += source.files if isinstance(source, Checkpoint) else files_behind(source)
         if source.location is not None:
             inputs.append(Path(source.location))
     single = output.suffix == ".safetensors"

@@ -120,7 +120,7 @@ class RestorePlanner:
             name,
             inputs=(Input("merged", merged.name), Input("base", name)),
             file=file,
-            parameters={**change.parameters(), "tolerant": True},
+            parameters=change.parameters(),
             read_bytes=merged.nbytes + base.nbytes,
             write_bytes=base.nbytes,
             peak_bytes=memory.tile_bytes(base.spec, tiles=3) + memory.factor_bytes(change.factor_elements),

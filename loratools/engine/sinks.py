@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -102,10 +102,18 @@ class AdapterSink(AbstractSink):
     """Factors go to a scratch file; keys and configuration follow once all ranks are known."""
 
     def __init__(
-        self, directory: Path, *, template: Adapter, format: str, order: Sequence[str], siblings: Collection[str]
+        self,
+        directory: Path,
+        *,
+        template: Adapter,
+        complete: Callable[[Adapter], Adapter] | None = None,
+        format: str,
+        order: Sequence[str],
+        siblings: Collection[str],
     ) -> None:
         self._directory = directory
         self._template = template
+        self._complete = complete
         self._format = format
         self._order = order
         self._siblings = siblings
@@ -122,7 +130,8 @@ class AdapterSink(AbstractSink):
     def adapter(self) -> Adapter:
         """What has come together, in the planned order."""
         updates = {path: self._updates[path] for path in self._order if path in self._updates}
-        return dataclasses.replace(self._template, updates=MappingProxyType(updates))
+        adapter = dataclasses.replace(self._template, updates=MappingProxyType(updates))
+        return adapter if self._complete is None else self._complete(adapter)
 
     def keep(self, name: str, tensor: torch.Tensor) -> TensorRef:
         """See `AbstractSink.keep`."""

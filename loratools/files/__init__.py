@@ -2,11 +2,19 @@
 
 from loratools.files._load_adapter import load_adapter
 from loratools.files._open_checkpoint import open_checkpoint
-from loratools.files._save import concatenated_factors, encode_adapter, save, scaled_exactly, write_weights
+from loratools.files._save import (
+    concatenated_factors,
+    encode_adapter,
+    files_behind,
+    save,
+    scaled_exactly,
+    write_weights,
+)
 
 __all__ = [
     "concatenated_factors",
     "encode_adapter",
+    "files_behind",
     "load_adapter",
     "open_checkpoint",
     "save",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from loratools.adapters import AbstractUpdate, Adapter, LowRank, Sum
+from loratools.adapters.algebra import finite
 from loratools.errors import UsageError
 from loratools.files import locate
 from loratools.formats import Encoded, codec_named
@@ -29,17 +30,26 @@ def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overw
     Raises:
         UnsupportedError: the format cannot hold it.
         OutputExistsError: something is there, and `overwrite` is false.
+        NonFiniteError: a sum would be taken over NaN or infinity.
     """
     path = Path(output)
+    locate.require_directory_name(path)
     if not adapter:
         raise UsageError("The adapter has no module: there is nothing to save.")
     needed = sum(ref.nbytes for update in adapter.values() for ref in update.tensors)
-    OutputDirectory.check(path, overwrite, adapter.files, 2 * needed)
+    OutputDirectory.check(path, overwrite, files_behind(adapter), 2 * needed)
     with OutputDirectory(path, overwrite=overwrite) as out:
         scratch = ScratchFile(out.path)
         whole = adapter.with_updates({name: settled(name, update, scratch) for name, update in adapter.items()})
         write_weights(encode_adapter(whole, format=format), out.path)
         out.publish()
+
+
+def files_behind(adapter: Adapter) -> list[Path]:
+    """Every file and directory that an adapter in memory still reads from."""
+    refs = [ref for update in adapter.values() for ref in update.tensors]
+    files = dict.fromkeys(ref.source.path for ref in refs if isinstance(ref.source, ReadOnlyFile))
+    return list(dict.fromkeys((*adapter.files, *files, *(file.parent for file in files))))
 
 
 def encode_adapter(adapter: Adapter, *, format: str, siblings: Collection[str] = ()) -> Encoded:
@@ -98,10 +108,10 @@ def concatenated_factors(update: Sum) -> tuple[torch.Tensor, torch.Tensor, float
     scales = {term.scale for term in terms}
     if len(scales) == 1:
         shared = scales.pop()
-        downs, ups = [term.lora_A.load() for term in terms], [term.lora_B.load() for term in terms]
+        downs, ups = [finite(term.lora_A) for term in terms], [finite(term.lora_B) for term in terms]
         return *_of_one_dtype(downs, ups), shared * rank
-    downs = [term.lora_A.load() for term in terms]
-    ups = [scaled_exactly(term.lora_B.load(), term.scale) for term in terms]
+    downs = [finite(term.lora_A) for term in terms]
+    ups = [scaled_exactly(finite(term.lora_B), term.scale) for term in terms]
     lora_A, lora_B = _of_one_dtype(downs, ups)
     assert isinstance(lora_A, torch.Tensor)
     return lora_A, lora_B, float(rank)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from loratools.errors import InputMissingError, MalformedError, UnsupportedError
+from loratools.errors import InputMissingError, MalformedError, UnsupportedError, UsageError
 from loratools.formats.peft.config import CONFIG_FILE as ADAPTER_CONFIG
 from loratools.storage.files import read_json
 
@@ -14,6 +14,7 @@ Source = str | os.PathLike[str]
 REPORT_FILE: Final = "loratools.json"
 MODEL_STEMS: Final = ("model", "diffusion_pytorch_model")
 ADAPTER_STEMS: Final = ("adapter_model",)
+_FILE_SUFFIXES: Final = (".safetensors", ".gguf")
 _MAX_CONFIG_BYTES: Final = 64 * 1024 * 1024
 
 
@@ -51,7 +52,19 @@ def kind_of(source: Source) -> Literal["checkpoint", "adapter"]:
                 "The directory holds a checkpoint and an adapter.", fix="Name the weights file itself.", path=path
             )
         return "adapter" if adapter or (not model and several_adapters(path)) else "checkpoint"
-    return "adapter" if path.name.startswith(ADAPTER_STEMS) or (path.parent / ADAPTER_CONFIG).exists() else "checkpoint"
+    named = path.name.startswith(ADAPTER_STEMS)
+    beside = not path.name.startswith(MODEL_STEMS) and (path.parent / ADAPTER_CONFIG).exists()
+    return "adapter" if named or beside else "checkpoint"
+
+
+def require_directory_name(output: Path) -> None:
+    """Refuse to make a directory that is called as a weights file is.
+
+    Raises:
+        UsageError: it is.
+    """
+    if output.suffix in _FILE_SUFFIXES:
+        raise UsageError("A PEFT adapter is a directory.", fix="Give -o a directory.", output=output.name)
 
 
 def several_adapters(directory: Path) -> list[str]:

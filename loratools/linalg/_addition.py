@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ Term = tuple[Tensor, Tensor, float]
 
 _TILE = 2**18  # entries of a row tile: 2 MiB of float64, so that the passes over it stay in cache
 _TILE_ON_DEVICE = 2**24
+_KEPT = threading.local()
+_KEPT_ENTRIES = 2**19  # 4 MiB of float64: what a thread keeps of its tile buffers
 _ONE_PIECE_RANK = 256  # up to here one 26-bit piece keeps ΔW within 2e-7 of its norm
 
 
@@ -62,22 +65,26 @@ class LowRankSum:
             return cls(lefts[0], rights[0])
         return cls(lefts[0], rights[0], torch.cat(lefts, 1), torch.cat(rights[::-1], 0))
 
-    def add_to(self, W: Tensor, *, start: int = 0, out_dtype: torch.dtype | None = None) -> Tensor:
+    def add_to(
+        self, W: Tensor, *, start: int = 0, out_dtype: torch.dtype | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """round(W + Σ s·B·A) for the rows `start` to `start + len(W)` of the stored weight.
 
         Args:
             W: (rows, columns), a float dtype; not changed.
             start: the row of the stored weight that `W` begins with.
             out_dtype: float64, float32, float16 or bfloat16; default W's own.
+            out: where to put the result, of W's shape and the wanted dtype; not W's memory.
 
         Returns:
-            A new tensor like `W`. The sum is formed in float64 and rounded once; what overflows is infinite
+            A new tensor like `W`, or `out`. The sum is formed in float64 and rounded once; what overflows is infinite
             (see `non_finite_count`).
         """
         if W.dim() != 2 or start < 0 or start + W.shape[0] > self.left.shape[0] or W.shape[1] != self.right.shape[1]:  # noqa: PLR2004
             have = (self.left.shape[0], self.right.shape[1])
             raise MismatchError("The update does not fit the weight.", weight=tuple(W.shape), update=have, start=start)
-        out = torch.empty(W.shape, dtype=out_dtype or W.dtype, device=W.device)
+        if out is None:
+            out = torch.empty(W.shape, dtype=out_dtype or W.dtype, device=W.device)
         self._fill(out, W, start)
         return out
 
@@ -177,10 +184,15 @@ def _tile_rows(out: Tensor) -> int:
 def _buffers(rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """The product, its correction or W, and the float32 form of a tile.
 
-    Cut from one allocation: the C library hands several back to the system after every call, and the page faults of
-    getting them anew double the time.
+    Cut from one allocation that each thread keeps: the C library would hand it back to the system after every
+    call, and the page faults of getting it anew double the time.
     """
     size = rows * columns
-    whole = torch.empty(2 * size + (size + 1) // 2, dtype=torch.float64, device=device)
+    wanted = 2 * size + (size + 1) // 2
+    whole: Tensor | None = getattr(_KEPT, "buffer", None)
+    if whole is None or whole.numel() < wanted or whole.device != device:
+        whole = torch.empty(wanted, dtype=torch.float64, device=device)
+        if wanted <= _KEPT_ENTRIES:
+            _KEPT.buffer = whole
     narrow = whole[2 * size :].view(torch.float32)[:size]
     return whole[:size].view(rows, columns), whole[size : 2 * size].view(rows, columns), narrow.view(rows, columns)

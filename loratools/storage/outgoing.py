@@ -38,7 +38,10 @@ _HOME: Final = re.compile(
 )
 _ROOTED: Final = rb"(?:/|~[/\\]|\.{1,2}[/\\]|[A-Za-z]:[/\\])"
 _BASE: Final = re.compile(
-    rb'"(?:base_model_name_or_path|_name_or_path)"\s*:\s*"' + _ROOTED + rb"|\bbase_model:(?:\w+:)?\s*(?:-\s*)?[\"']?" + _ROOTED
+    rb'"(?:base_model_name_or_path|_name_or_path)"\s*:\s*"'
+    + _ROOTED
+    + rb"|\bbase_model:(?:\w+:)?\s*(?:-\s*)?[\"']?"
+    + _ROOTED
 )
 
 

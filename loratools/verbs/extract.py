@@ -16,9 +16,8 @@ from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
-from loratools.errors import UsageError
 from loratools.files import open_checkpoint
-from loratools.files.locate import Source
+from loratools.files.locate import Source, require_directory_name
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -145,6 +144,7 @@ def extract(
         prepared.sources,
         describe=lambda execution: _report(prepared, execution),
         template=planner.template(),
+        complete=planner.complete,
         siblings=planner.paths(),
         settings=prepared.run.settings(),
         listener=prepared.run.listener,
@@ -166,8 +166,7 @@ def _prepare(
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     svd = options.svd.checked(DEFAULT_RANK)
     path = Path(output)
-    if path.suffix:
-        raise UsageError("A PEFT adapter is a directory.", fix="Give -o a directory.", output=path.name)
+    require_directory_name(path)
     sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}
     planner = ExtractPlanner.of(before, after, svd, options.selection, options.save_full, options.only_low_rank)
     units = planning.hash_units(sources) + planner.units()

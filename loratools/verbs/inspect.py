@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from loratools.files.locate import Source, kind_of
 from loratools.formats.peft import config as peft
 from loratools.tensors import TensorSpec
 
-_ADAPTER_KEYS: Final = (".lora_A.", ".lora_B.", ".lora_down.", ".lora_up.", ".lora.down.", ".hada_w1_a", ".lokr_w1")
+_ADAPTER_KEY: Final = re.compile(r"\.(lora_A|lora_B|lora_down|lora_up|lora\.down|hada_w1|lokr_w1)(\.|_|$)")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -171,11 +172,8 @@ def _checkpoint(checkpoint: Checkpoint, selection: Selection) -> InspectReport:
 
 
 def _module_row(module: Module, tie: facts.Tie | None) -> ModuleRow:
-    spec = facts.face(module)
-    shape = spec.shape if spec is not None else None
-    return ModuleRow(
-        module.name, module.kind, shape, facts.dtype_of(module), facts.counted(module, tie), module.evidence
-    )
+    shape, dtype = facts.face(module)
+    return ModuleRow(module.name, module.kind, shape, dtype, facts.counted(module, tie), module.evidence)
 
 
 def _shares(modules: Iterable[Module], tie: facts.Tie | None) -> tuple[dict[str, Share], int]:
@@ -228,7 +226,7 @@ def _size(path: Path) -> int:
 
 def _checkpoint_notes(checkpoint: Checkpoint, buffers: int) -> tuple[str, ...]:
     notes = []
-    foreign = next((name for name in checkpoint if any(key in name for key in _ADAPTER_KEYS)), None)
+    foreign = next(filter(_ADAPTER_KEY.search, checkpoint), None)
     if foreign is not None:
         notes.append(f"{foreign} is the name of an adapter's tensor: this may be an adapter without its configuration.")
     if not checkpoint.config:
@@ -275,9 +273,14 @@ def _unused(adapter: Adapter) -> list[str]:
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = adapter.config.get(field)
         keys = list(pattern) if isinstance(pattern, Mapping) else []
-        idle += [(field, key) for key in keys if not any(peft.matched({key: 1}, path, 0, field=field) for path in low_rank)]
+        idle += [(field, key) for key in keys if not _hits(key, low_rank, field)]
     return [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle]
 
 
+def _hits(key: str, paths: Iterable[str], field: str) -> bool:
+    return any(peft.matched({key: 1}, path, 0, field=field) for path in paths)
+
+
 def _strings(value: Any) -> list[str]:
-    return [each for each in value if isinstance(each, str)] if isinstance(value, list) else []
+    names = value if isinstance(value, list) else []
+    return [name for name in names if isinstance(name, str) and name != peft.NO_TARGETS]

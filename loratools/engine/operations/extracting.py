@@ -129,16 +129,19 @@ def _factors(
 
 
 def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[torch.Tensor, float]:
-    """`tuned − base` in float32 through one reused pair of tiles, and ‖base‖_F; added rows are not part of it."""
+    """`tuned − base` in float32, tile by tile, and ‖base‖_F; rows that only the tuned side has are not part of it."""
     import torch
 
     difference = torch.empty(base.shape, dtype=torch.float32, device=context.settings.device)
     squares = 0.0
-    for rows in row_ranges(base.shape, max(row_bytes(base), row_bytes(tuned)), context.settings.tile_bytes):
+    for first, last in row_ranges(base.shape, max(row_bytes(base), row_bytes(tuned)), context.settings.tile_bytes):
         context.check()
-        before = context.on_device(base.rows(*rows).load()).float()
-        squares += float(torch.linalg.vector_norm(before, dtype=torch.float64)) ** 2
-        torch.sub(context.on_device(tuned.rows(*rows).load()).float(), before, out=difference[rows[0] : rows[1]])
+        rows = difference[first:last]
+        before, after = base.rows(first, last), tuned.rows(first, last)
+        tile = context.on_device(before.load(context.buffer("tile", before.nbytes)))
+        rows.copy_(tile)
+        squares += float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+        rows.copy_(context.on_device(after.load(context.buffer("tuned", after.nbytes)))).sub_(tile)
     return difference, squares**0.5
 
 

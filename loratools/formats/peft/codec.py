@@ -50,6 +50,8 @@ class PeftCodec(AbstractCodec):
         for module in added:
             modules.setdefault(module, {})
         notes: list[str] = []
+        if contents.config.get("lora_alpha") is None:
+            notes.append(f"{fields.CONFIG_FILE} has no lora_alpha; PEFT's default of {fields.DEFAULT_ALPHA} is taken.")
         updates = {
             module: _update(module, roles, contents.config, added.get(module, {}), notes)
             for module, roles in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
@@ -118,7 +120,7 @@ def _update(
     stem = "lora_embedding_" if embedding else "lora_"
     lora_A, lora_B = roles.get((f"{stem}A", "")), roles.get((f"{stem}B", ""))
     if lora_A is None and lora_B is None:
-        wrapped = any(module.endswith(name) for name in config.get("modules_to_save") or [] if isinstance(name, str))
+        wrapped = any(module.endswith(name) for name in fields.saved_modules(config))
         return Full(
             replaced=MappingProxyType(replaced), added_rows=MappingProxyType(dict(added)), shared=not wrapped
         )
@@ -129,7 +131,7 @@ def _update(
         lora_A=lora_A,
         lora_B=lora_B,
         alpha=fields.alpha_of(config, module),
-        use_rslora=bool(config.get("use_rslora")),
+        use_rslora=fields.flag(config, "use_rslora"),
         of="embedding" if embedding else "linear",
         replaced=MappingProxyType(replaced),
         added_rows=MappingProxyType(dict(added)),
@@ -172,7 +174,7 @@ def _saved_modules(adapter: Adapter, siblings: Collection[str]) -> list[str]:
     plain key sets the parameter of the base in place, which is all that a bare parameter allows.
     """
     known = {*siblings, *adapter}
-    named = adapter.config.get("modules_to_save") or []
+    named = fields.saved_modules(adapter.config)
     candidates = [
         path
         for path, update in adapter.items()

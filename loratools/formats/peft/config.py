@@ -6,7 +6,6 @@ imported, evaluated or opened.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -14,8 +13,10 @@ from typing import Any, Final
 
 from loratools.adapters import LowRank
 from loratools.errors import MalformedError, UnsupportedError
+from loratools.formats.peft import expressions
 
 CONFIG_FILE: Final = "adapter_config.json"
+_LARGEST: Final = 1e300
 DEFAULT_RANK: Final = 8
 DEFAULT_ALPHA: Final = 8
 NO_TARGETS: Final = "dummy-target-modules"
@@ -76,8 +77,34 @@ def number(config: Mapping[str, Any], field: str, default: float) -> float:
     value = config.get(field)
     if value is None:
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not -_LARGEST < value < _LARGEST:
         raise MalformedError("This field must be a finite number.", file=CONFIG_FILE, field=field, value=value)
+    return value
+
+
+def flag(config: Mapping[str, Any], field: str) -> bool:
+    """A boolean of the configuration; absent is false.
+
+    Raises:
+        MalformedError: it is something else: the text "false" would count as true.
+    """
+    value = config.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise MalformedError("This field must be true or false.", file=CONFIG_FILE, field=field, value=value)
+    return bool(value)
+
+
+def saved_modules(config: Mapping[str, Any]) -> list[str]:
+    """The names in `modules_to_save`.
+
+    Raises:
+        MalformedError: it is no list of names.
+    """
+    value = config.get("modules_to_save") or []
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise MalformedError(
+            "This field must be a list of names.", file=CONFIG_FILE, field="modules_to_save", value=value
+        )
     return value
 
 
@@ -89,17 +116,14 @@ def matched(pattern: Any, module: str, default: float, *, field: str) -> float:
 
     Raises:
         MalformedError: the pattern is no mapping of strings to numbers, or a key is no expression.
+        UnsupportedError: a key is an expression that could run for hours.
     """
     if not pattern:
         return default
     if not isinstance(pattern, Mapping):
         raise MalformedError("A pattern must be an object.", file=CONFIG_FILE, field=field)
     for key in pattern:
-        try:
-            hit = key == module or re.match(rf"(.*\.)?({key})$", module)
-        except re.error as error:
-            raise MalformedError(f"{error}.", file=CONFIG_FILE, field=field, key=key) from error
-        if hit:
+        if key == module or expressions.matches(key, module, file=CONFIG_FILE, field=field):
             return number(pattern, key, default)
     return default
 

@@ -1,0 +1,67 @@
+"""The keys of `rank_pattern` and `alpha_pattern`: regular expressions, written by strangers.
+
+Python's `re` backtracks, so an expression of twenty characters can run for hours on a name of thirty. What could do that
+is refused before it runs; no pattern that PEFT writes, or that its documentation shows, is among it.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Final
+
+from loratools.errors import MalformedError, UnsupportedError
+
+_MAX_KEY: Final = 2000
+_MAX_MODULE: Final = 1000
+_MAX_UNBOUNDED: Final = 4
+_TOKEN: Final = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[*+?]|\{\d*,?\d*\}|[()|]|.", re.DOTALL)
+_LOOSE: Final = re.compile(r"[*+]|\{\d*,?\d*\}")
+"""A quantifier that can repeat: all but `?`."""
+
+
+def matches(key: str, module: str, **where: object) -> bool:
+    r"""Whether `re.match(rf"(.*\.)?({key})$", module)` holds, as in `peft.utils.other.get_pattern_key`.
+
+    Raises:
+        MalformedError: `key` is no expression.
+        UnsupportedError: it could run for hours.
+    """
+    if len(key) > _MAX_KEY or not _is_tame(key) or (len(module) > _MAX_MODULE and _LOOSE.search(key)):
+        raise UnsupportedError(
+            "This pattern could take hours to match, and is not tried.", fix="Name the modules plainly.", key=key, **where
+        )
+    try:
+        return _compiled(key).match(module) is not None
+    except re.error as error:
+        raise MalformedError(f"{error}.", key=key, **where) from error
+
+
+@functools.lru_cache(maxsize=65536)
+def _compiled(key: str) -> re.Pattern[str]:
+    """The cache of `re` holds 512, and a large model has more modules."""
+    return re.compile(rf"(.*\.)?({key})$")
+
+
+@functools.lru_cache(maxsize=65536)
+def _is_tame(key: str) -> bool:
+    """No repeated group that itself repeats or branches, and few repetitions in all: at worst a low power of the length."""
+    groups = [False]
+    closed: bool | None = None
+    unbounded = 0
+    for token in _TOKEN.findall(key):
+        if _LOOSE.fullmatch(token):
+            if closed:
+                return False
+            groups[-1] = True
+            unbounded += token in "*+" or "," in token
+        closed_now = None
+        if token == "(":
+            groups.append(False)
+        elif token == "|":
+            groups[-1] = True
+        elif token == ")" and len(groups) > 1:
+            closed_now = groups.pop()
+            groups[-1] = groups[-1] or closed_now
+        closed = closed_now
+    return unbounded <= _MAX_UNBOUNDED

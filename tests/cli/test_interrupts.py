@@ -1,0 +1,79 @@
+"""Ctrl-C and SIGTERM in the middle of a merge: the exit code, and nothing left behind."""
+
+import json
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+ROWS, LAYERS = 2560, 12
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A 300 MB checkpoint of float32 zeros (sparse on the disk) and an adapter for all of it."""
+    folder = tmp_path_factory.mktemp("large")
+    header, factors, at = {}, {}, 0
+    for layer in range(LAYERS):
+        path = f"model.layers.{layer}.self_attn.q_proj"
+        size = ROWS * ROWS * 4
+        header[f"{path}.weight"] = {"dtype": "F32", "shape": [ROWS, ROWS], "data_offsets": [at, at + size]}
+        at += size
+        factors[f"base_model.model.{path}.lora_A.weight"] = np.ones((8, ROWS), np.float32)
+        factors[f"base_model.model.{path}.lora_B.weight"] = np.ones((ROWS, 8), np.float32)
+    (folder / "base").mkdir()
+    text = json.dumps(header).encode()
+    with (folder / "base" / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + at)
+    (folder / "base" / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "adapter").mkdir()
+    save_file(factors, folder / "adapter" / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def merging(folder, *more):
+    """A merge, caught when its first bytes are in the partial output."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loratools", "merge", "base", "adapter", "-o", "out", "--threads", "1", *more],
+        cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 50
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(path.stat().st_blocks for path in folder.glob(".out.*.partial/model.safetensors")):
+            return process
+        time.sleep(0.002)
+    raise AssertionError(f"the merge was never seen at work: {process.communicate()}")
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 143)])
+def test_nothing_is_left(number, code, large):
+    """One signal: the code, one line, and the directory is as it was."""
+    before = sorted(os.listdir(large))
+    process = merging(large)
+    process.send_signal(number)
+    printed, said = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert (printed, said.strip()) == ("", "error: Interrupted.")
+    assert sorted(os.listdir(large)) == before
+
+
+def test_impatience(large):
+    """Several signals at once change nothing: whoever cleans up gets to the end."""
+    before = sorted(os.listdir(large))
+    process = merging(large, "--json")
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(0.005)
+    printed, _ = process.communicate(timeout=30)
+    assert process.returncode in {130, 143}
+    assert json.loads(printed)["error"]["code"] == "interrupted"
+    assert sorted(os.listdir(large)) == before

@@ -1,0 +1,179 @@
+"""What is printed where: text or one JSON document, quiet, colours, pipes, names that are hostile."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+from loratools.cli.output import safe
+
+JSON_RUNS = {
+    "extract": ["extract", "base", "tuned", "-o", "out", "--rank", "2"],
+    "merge": ["merge", "base", "adapter", "-o", "out"],
+    "stack": ["stack", "adapter", "adapter", "-o", "out"],
+    "rescale": ["rescale", "adapter", "-o", "out", "--bake"],
+    "unmerge": ["unmerge", "base", "adapter", "-o", "out"],
+    "inspect": ["inspect", "adapter"],
+    "graph": ["graph", "base"],
+}
+
+
+@pytest.mark.parametrize("verb", JSON_RUNS)
+def test_json_is_one_document(verb, run, workplace):
+    """`--json`, before the command or after it: the report and nothing else, with its schema."""
+    result = run(*JSON_RUNS[verb], "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["schema"] == f"loratools/{verb}/1"
+    assert result.stdout.isascii()
+    assert str(workplace) not in result.stdout
+    overwrite = ["--overwrite"] if "-o" in JSON_RUNS[verb] else []
+    assert json.loads(run("--json", *JSON_RUNS[verb], *overwrite).stdout) == json.loads(result.stdout)
+
+
+def test_json_says_what_the_files_say(run, workplace):
+    """The document of a verb that writes is its `loratools.json`."""
+    document = json.loads(run(*JSON_RUNS["merge"], "--json").stdout)
+    assert document == json.loads((workplace / "out" / "loratools.json").read_text())
+
+
+@pytest.mark.parametrize("arguments", [["--json"], ["bogus", "--json"], ["merge", "--json"], ["--json", "merge", "-o"]])
+def test_json_on_usage_errors(arguments, run):
+    """Even where the command line itself cannot be read."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stderr) == (2, "")
+    assert json.loads(result.stdout)["error"]["code"] == "usage"
+
+
+@pytest.mark.parametrize("arguments", [[*JSON_RUNS["merge"], "-q"], ["-q", *JSON_RUNS["merge"]]])
+def test_quiet(arguments, run, workplace):
+    """`-q` says nothing of what was done, but errors stay, and so does an answer that was asked for."""
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
+    assert (workplace / "out" / "model.safetensors").exists()
+    result = run(*arguments)
+    assert (result.exit_code, result.stdout) == (73, "")
+    assert result.stderr
+    assert run("inspect", "base", "-q").stdout
+    assert run(*arguments, "--overwrite", "--dry-run").stdout
+
+
+def test_graph_forms(run, workplace):
+    """`--json` is `--as json`; the others are text."""
+    assert json.loads(run("graph", "base", "--as", "json").stdout) == json.loads(run("graph", "base", "--json").stdout)
+    assert "digraph" in run("graph", "base", "--as", "dot").stdout
+    assert run("graph", "base", "--as", "mermaid").stdout
+    assert "q_proj" in run("graph", "base").stdout
+    assert "q_proj" not in run("graph", "base", "--depth", "1").stdout
+
+
+def test_inspect_modules(run, workplace):
+    """`--modules` names every module."""
+    assert "model.layers.1.mlp.up_proj" in run("inspect", "adapter", "--modules").stdout
+
+
+def on_terminal(arguments, **environment):
+    """What the process writes to a terminal that is its standard error, and to one that is its output."""
+    seen = []
+    for stream in ("stderr", "stdout"):
+        ours, theirs = pty.openpty()
+        clean = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "loratools", *arguments],
+            env={**clean, "TERM": "xterm", **environment},
+            **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs},
+        )
+        os.close(theirs)
+        text = b""
+        while True:
+            try:
+                piece = os.read(ours, 4096)
+            except OSError:  # Linux's way to say that the other end is closed
+                break
+            if not piece:
+                break
+            text += piece
+        os.close(ours)
+        seen.append((process.wait(), text.decode()))
+    return seen
+
+
+def test_colour_on_a_terminal_only():
+    """An error is red on a terminal, unless NO_COLOR; never in a pipe."""
+    (code, shown), _ = on_terminal(["bogus"])
+    assert code == 2
+    assert "\x1b[" in shown
+    (_, shown), _ = on_terminal(["bogus"], NO_COLOR="1")
+    assert "\x1b" not in shown
+
+
+def test_progress_on_a_terminal_only(workplace):
+    """The bar is drawn on standard error if that is a terminal, and nowhere else; `-q` has none."""
+    (code, shown), (_, printed) = on_terminal([*JSON_RUNS["merge"], "--overwrite"])
+    assert code == 0
+    assert "\x1b[" in shown
+    assert "\x1b" not in printed
+    assert "Merged" in printed
+    (_, shown), _ = on_terminal([*JSON_RUNS["merge"], "--overwrite", "-q"])
+    assert shown == ""
+
+
+@pytest.mark.parametrize("env", [{}, {"FORCE_COLOR": "1"}, {"NO_COLOR": "1"}, {"PYTHONIOENCODING": "ascii"}])
+def test_pipes_get_plain_text(env, shell, workplace):
+    """No escape sequence in a pipe, whatever the environment says; an ASCII console is served too."""
+    done = shell(*JSON_RUNS["extract"], env=env)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\x1b" not in done.stdout
+    assert "captured" in done.stdout
+
+
+def test_hostile_names_are_escaped(run, workplace):
+    """Terminal commands in a name, from a file or from the command line, arrive as text."""
+    evil = "up\x1b[2J\x1b]0;owned\x07‮"
+    result = run("inspect", evil)
+    assert result.exit_code == 66
+    assert "\\x1b[2J" in result.stderr
+    assert result.stderr.replace("\n", "").isprintable()
+    (workplace / "adapter").rename(workplace / evil)
+    result = run("merge", "base", evil, "-o", "out")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.replace("\n", "").isprintable()
+    result = run("merge", "base", evil, "-o", "out2", "--dry-run", "--json")
+    assert json.loads(result.stdout)["sources"][1]["name"] == evil
+    result = run("merge", "base", "--\x1b[2J", "-o", "out3")
+    assert result.exit_code == 2
+    assert "\x1b" not in result.stderr
+
+
+def test_safe_keeps_lines_and_letters():
+    assert safe("ΔW ≤ 1\n\tb") == "ΔW ≤ 1\n\tb"
+    assert safe("a\x1b\r‮\udcff") == "a\\x1b\\r\\u202e\\udcff"
+
+
+def test_a_reader_who_leaves(shell, workplace):
+    """`loratools … | head`: no traceback, no complaint; standard output could not be written, exit 74."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = shell("inspect", "base", stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (74, "")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["inspect", "base"], ["--help"], ["inspect", "base", "--json"]])
+def test_a_full_disk_behind_standard_output(arguments, shell, workplace):
+    """The answer could not be written: exit 74, and it says so once."""
+    with open("/dev/full", "w") as full:
+        done = shell(*arguments, stdout=full)
+    assert done.returncode == 74
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == (0 if "--json" in arguments else 1)
+
+
+def test_names_that_are_not_unicode(shell, workplace):
+    """A path of arbitrary bytes works, and is printed escaped."""
+    os.rename(workplace / "adapter", os.fsencode(workplace) + b"/caf\xe9")
+    done = shell("merge", "base", os.fsdecode(b"caf\xe9"), "-o", "out")
+    assert done.returncode == 0, done.stderr
