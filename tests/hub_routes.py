@@ -162,6 +162,8 @@ def _info(call, repo, rev):
 def _tree(call, repo, rev):
     tree = (found := call.repo(repo)).trees[call.commit(found, rev)]
     start, names = int(call.query.get("cursor", 0)), sorted(tree)
+    if call.query.get("recursive", "").lower() != "true":
+        names = [name for name in names if "/" not in name]
     stop = start + call.hub.page_size
     link = f'<{call.hub.url}/api/models/{repo}/tree/{rev}?recursive=True&cursor={stop}>; rel="next"'
     return _json(

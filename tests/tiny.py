@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 
 import torch
 from safetensors import safe_open
@@ -129,17 +128,12 @@ def sha256(path):
 def state(root):
     """Everything below `root`: relative name → hash, link target, or `directory`."""
     found = {}
-    for directory, names, files in os.walk(root):
-        for name in (*names, *files):
-            path = os.path.join(directory, name)
-            key = os.path.relpath(path, root)
-            if os.path.islink(path):
-                found[key] = f"-> {os.readlink(path)}"
-            elif os.path.isdir(path):
-                found[key] = "directory"
-            else:
-                with open(path, "rb") as file:
-                    found[key] = hashlib.sha256(file.read()).hexdigest()
+    for path in sorted(root.rglob("*")):
+        if path.is_symlink():
+            what = f"-> {path.readlink()}"
+        else:
+            what = "directory" if path.is_dir() else sha256(path)
+        found[str(path.relative_to(root))] = what
     return found
 
 

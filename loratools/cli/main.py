@@ -19,6 +19,7 @@ from loratools.cli.output import Output, finish
 
 PROGRAM: Final = "loratools"
 COMPLETION: Final = "_LORATOOLS_COMPLETE"
+_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "inspect": ("Look", "What is in a checkpoint or an adapter, from its headers."),
@@ -108,14 +109,19 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a console that holds no Δ still shows the rest
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) == signal.SIG_DFL:  # `nohup` ignores SIGHUP, and so do we then
-            signal.signal(number, _terminate)
+    for number in _SIGNALS:
+        if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:  # `nohup` ignores SIGHUP
+            signal.signal(number, _stop)
     main.main()
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Ctrl-C's way out; a second signal must not disturb the cleaning up."""
+def _stop(number: int, frame: FrameType | None) -> None:
+    """Stop as after Ctrl-C, once: signals that follow must not cut the cleaning up short."""
     del frame
-    signal.signal(number, signal.SIG_IGN)
-    raise Terminated
+    for each in _SIGNALS:
+        signal.signal(each, _stopping)  # not SIG_IGN: Python complains of signals that were under way
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+
+
+def _stopping(number: int, frame: FrameType | None) -> None:
+    del number, frame

@@ -72,7 +72,7 @@ def card(
         _operation(report, verb),
         _modules(report),
         _loading(full, base, library, pipeline_tag),
-        _limits(report, base),
+        _limits(report, full, base),
     )
 
 
@@ -245,12 +245,14 @@ def _loading(full: bool, base: str | None, library: str, pipeline_tag: str | Non
     return "\n".join(["## Loading", "", "```python", *lines, "```", ""])
 
 
-def _limits(report: Mapping[str, object], base: str | None) -> str:
+def _limits(report: Mapping[str, object], full: bool, base: str | None) -> str:
     notes = report.get("notes")
     said = [f"- {_prose(note)}" for note in notes] if isinstance(notes, list | tuple) else []
     own = [
         "- The figures compare weights, not answers: evaluate it on your task.",
-        "- It belongs to exactly this base: `loratools.json` holds its fingerprint, and the SHA-256 of every file.",
+        "- `loratools.json` holds the SHA-256 of every file"
+        + (" and input." if full else ", and the base's fingerprint."),
+        *([] if full else ["- It belongs to exactly that base; on another of the same shapes it means nothing."]),
         *([] if base else ["- The base is known by its hashes only, not by a repository."]),
         "- The licence of the base, and those of the other inputs, apply.",
     ]

@@ -57,7 +57,7 @@ def _parameters(document: Mapping[str, Any]) -> str:
 
 def _dtypes(dtypes: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, str]]:
     for name, share in dtypes.items():
-        tensors = f"{share['tensors']:,} tensor{'s' * (share['tensors'] != 1)}"
+        tensors = _number(share["tensors"], "tensor")
         yield "dtypes", f"{name}: {tensors}, {count(share['parameters'])} parameters, {size(share['bytes'])}"
 
 
@@ -97,17 +97,21 @@ def _checkpoint(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _adapter(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     number = facts["base"]["fingerprints"]
-    prints = f"fingerprints of {number} modules" if number else "no fingerprint"
+    prints = f"fingerprints of {_number(number, 'module')}" if number else "no fingerprint"
     yield "base", f"{shown(facts['base_model'] or facts['base']['name'] or 'not named')}, {prints}"
     for title, field in (("rank", "ranks"), ("alpha", "alphas"), ("scaling", "scalings")):
         values = facts[field]
         if len(values) == 1:
             yield title, f"{values[0]['value']:g}"
         elif values:
-            yield title, _listed(f"{each['value']:g} ({each['modules']} modules)" for each in values)
+            yield title, _listed(f"{each['value']:g} ({_number(each['modules'], 'module')})" for each in values)
     for title, field in (("targets", "targets"), ("whole", "whole")):
         if facts[field]:
             yield title, _listed(f"{shown(name)} ×{number}" for name, number in facts[field].items())
+
+
+def _number(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _listed(texts: Iterable[str]) -> str:

@@ -281,8 +281,7 @@ def _translation(failure: BaseException, action: str, where: Mapping[str, object
     if isinstance(failure, errors.HfHubHTTPError):
         return _refusal(failure.response.status_code, failure.server_message, action)
     if isinstance(failure, OSError) and failure.errno and not isinstance(failure, ConnectionError):
-        fix = "Check the disk and its free space, then run again."
-        return StorageError(f"{action} failed: {os.strerror(failure.errno)}.", fix=fix)
+        return StorageError(f"{action} failed: {os.strerror(failure.errno)}.", fix="Check the disk, then run again.")
     return HubError(f"{action} failed: {_said(failure)}.", fix=_FIX_AGAIN)
 
 
@@ -291,8 +290,7 @@ def _refusal(status: int, message: str | None, action: str) -> LoratoolsError:
     if status in {401, 403}:
         return AccessError(f"{action} is not permitted: {said}.", fix=_FIX_LOGIN, status=status)
     if status in {409, 412}:
-        fix = "Run the same command again: it starts from what is there now."
-        return HubError(f"{action} failed: someone else changed it meanwhile.", fix=fix, status=status)
+        return HubError(f"{action} failed: someone else changed it meanwhile.", fix="Run it again.", status=status)
     return HubError(f"{action} failed: {said}.", fix=_FIX_AGAIN, status=status)
 
 

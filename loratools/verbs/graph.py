@@ -12,7 +12,7 @@ from loratools import rendering
 from loratools.adapters import Selection
 from loratools.checkpoints import Checkpoint, Module, facts, owner
 from loratools.engine.reports import AbstractReport, version
-from loratools.errors import MalformedError, UnsupportedError, UsageError
+from loratools.errors import MalformedError, UsageError
 from loratools.files import open_checkpoint
 from loratools.files.locate import Source
 
@@ -149,8 +149,6 @@ def graph(
 
 
 def _view_named(view: str) -> Callable[[GraphReport], str]:
-    if view == "html":
-        raise UnsupportedError("The module tree cannot be written as HTML yet.", fix=f"Take one of {', '.join(VIEWS)}.")
     if view not in VIEWS:
         raise UsageError("There is no such view.", fix=f"Take one of {', '.join(VIEWS)}.", view=view)
     return VIEWS[view]

@@ -137,28 +137,14 @@ def plan_push(
     message: str | None = None,
     listener: Listener = ignore,
 ) -> PushPlan:
-    """Check a directory and compare it with the Hub; changes nothing, here or there.
-
-    Args:
-        path: the directory.
-        repo_id: `owner/name`.
-        private: make the repository, where it is not there yet, private.
-        create_pr: open a pull request instead of committing to the branch.
-        revision: the branch (made from `main` if it is not there), or `refs/pr/N`.
-        message: the commit's first line.
-        listener: told the stages.
+    """Check a directory and compare it with the Hub; changes nothing, here or there. Arguments as in `push`.
 
     Raises:
         UsageError: the arguments contradict each other.
         InputDataError: the directory holds what must not be published, or is not what its report says.
         LoratoolsError: the directory cannot be read, or the Hub did not answer.
     """
-    hub_files.check_repo_id(repo_id, owner=True)
-    hub_files.check_revision(revision)
-    if create_pr and revision not in {None, "main"}:
-        raise UsageError("A new pull request goes against main.", fix="Leave out --create-pr or --revision.")
-    if message is not None and not message.strip():
-        raise UsageError("The commit message is empty.", fix="Leave out --message, or write one.")
+    _check_request(repo_id, revision, message, create_pr=create_pr)
     listener(Stage("checking the files"))
     files, left_out, notes = _read(Path(path))
     listener(Stage("comparing with the Hub"))
@@ -173,6 +159,15 @@ def plan_push(
     return PushPlan(
         repo_id, repository.url, revision, parent, creates, private, create_pr, upload, same, tuple(left_out), notes
     )
+
+
+def _check_request(repo_id: str, revision: str | None, message: str | None, *, create_pr: bool) -> None:
+    hub_files.check_repo_id(repo_id, owner=True)
+    hub_files.check_revision(revision)
+    if create_pr and revision not in {None, "main"}:
+        raise UsageError("A new pull request goes against main.", fix="Leave out --create-pr or --revision.")
+    if message is not None and not message.strip():
+        raise UsageError("The commit message is empty.", fix="Leave out --message, or write one.")
 
 
 def _read(directory: Path) -> tuple[list[LocalFile], list[tuple[str, str]], tuple[str, ...]]:

@@ -124,7 +124,7 @@ def broken(workplace):
         (["merge", "base", "adapter", "-o", "none/out"], 73, "output", "none"),
     ],
 )  # fmt: skip
-def test_real_failures(arguments, code, kind, where, shell, broken, workplace, tree):
+def test_real_failures(arguments, code, kind, where, shell, run, broken, workplace, tree):
     """A real process: code, text that names the thing, JSON; nothing is written."""
     before = tree(workplace)
     done = shell(*arguments)
@@ -132,8 +132,8 @@ def test_real_failures(arguments, code, kind, where, shell, broken, workplace, t
     assert done.stderr.startswith("error: ")
     assert where in done.stderr
     assert "Traceback" not in done.stderr
-    done = shell("--json", *arguments)
-    assert (done.returncode, done.stderr) == (code, "")
+    done = run("--json", *arguments)
+    assert (done.exit_code, done.stderr) == (code, "")
     assert json.loads(done.stdout)["error"]["code"] == kind
     assert tree(workplace) == before
 

@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from loratools.cli.output import safe
+from loratools.cli.output import Output, safe
+from loratools.cli.progress import bytes_done, steps_done
+from loratools.engine.events import Advanced, Stage, Started
 
 JSON_RUNS = {
     "extract": ["extract", "base", "tuned", "-o", "out", "--rank", "2"],
@@ -75,58 +77,75 @@ def test_inspect_modules(run, workplace):
 
 
 def on_terminal(arguments, **environment):
-    """What the process writes to a terminal that is its standard error, and to one that is its output."""
-    seen = []
-    for stream in ("stderr", "stdout"):
-        ours, theirs = pty.openpty()
-        clean = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
-        process = subprocess.Popen(
-            [sys.executable, "-m", "loratools", *arguments],
-            env={**clean, "TERM": "xterm", **environment},
-            **{"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, stream: theirs},
-        )
-        os.close(theirs)
-        text = b""
-        while True:
-            try:
-                piece = os.read(ours, 4096)
-            except OSError:  # Linux's way to say that the other end is closed
-                break
-            if not piece:
-                break
-            text += piece
-        os.close(ours)
-        seen.append((process.wait(), text.decode()))
-    return seen
+    """A process whose standard error is a terminal: its exit code, what it printed, what the terminal showed."""
+    ours, theirs = pty.openpty()
+    clean = {key: value for key, value in os.environ.items() if key not in {"NO_COLOR", "FORCE_COLOR"}}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "loratools", *arguments],
+        env={**clean, "TERM": "xterm", **environment}, stdout=subprocess.PIPE, stderr=theirs, text=True,
+    )  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            piece = os.read(ours, 4096)
+        except OSError:  # Linux's way to say that the other end is closed
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(ours)
+    printed, _ = process.communicate()
+    return process.returncode, printed, shown.decode()
 
 
 def test_colour_on_a_terminal_only():
-    """An error is red on a terminal, unless NO_COLOR; never in a pipe."""
-    (code, shown), _ = on_terminal(["bogus"])
+    """An error is red on a terminal, unless NO_COLOR."""
+    code, _, shown = on_terminal(["bogus"])
     assert code == 2
-    assert "\x1b[" in shown
-    (_, shown), _ = on_terminal(["bogus"], NO_COLOR="1")
-    assert "\x1b" not in shown
+    assert "\x1b[31m" in shown
+    _, _, shown = on_terminal(["bogus"], NO_COLOR="1")
+    assert shown == "error: No such command 'bogus'. See `loratools --help`.\r\n"
 
 
 def test_progress_on_a_terminal_only(workplace):
-    """The bar is drawn on standard error if that is a terminal, and nowhere else; `-q` has none."""
-    (code, shown), (_, printed) = on_terminal([*JSON_RUNS["merge"], "--overwrite"])
+    """The bar is drawn on standard error if that is a terminal, and nowhere else."""
+    code, printed, shown = on_terminal(JSON_RUNS["merge"])
     assert code == 0
     assert "\x1b[" in shown
     assert "\x1b" not in printed
-    assert "Merged" in printed
-    (_, shown), _ = on_terminal([*JSON_RUNS["merge"], "--overwrite", "-q"])
-    assert shown == ""
+    assert printed.startswith("Merged")
+
+
+def test_who_sees_progress(monkeypatch):
+    """A terminal that can; not with `-q`."""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr("sys.stderr", type("Terminal", (), {"isatty": lambda self: True})())
+    assert Output().progress
+    assert not Output(quiet=True).progress
+    monkeypatch.setenv("TERM", "dumb")
+    assert not Output().progress
+    monkeypatch.setattr("sys.stderr", None)
+    assert not Output().progress
+
+
+def test_progress_takes_names_as_text():
+    """What looks like markup in a name is drawn as it is; steps and bytes both reach the bar."""
+    with bytes_done(shown=True) as listener, steps_done(shown=False) as silent:
+        silent("x", 1, 2)
+        for event in (Started("merge", 2, 10), Advanced(4, "[bold]a[/] \x1b[2J" + "x" * 100), Stage("verifying")):
+            listener(event)
+    with steps_done(shown=True) as step:
+        step("[red]train[/]", 1, 2)
 
 
 @pytest.mark.parametrize("env", [{}, {"FORCE_COLOR": "1"}, {"NO_COLOR": "1"}, {"PYTHONIOENCODING": "ascii"}])
 def test_pipes_get_plain_text(env, shell, workplace):
     """No escape sequence in a pipe, whatever the environment says; an ASCII console is served too."""
-    done = shell(*JSON_RUNS["extract"], env=env)
+    done = shell(*JSON_RUNS["merge"], "--dry-run", env=env)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\x1b" not in done.stdout
-    assert "captured" in done.stdout
+    assert "one-rounding" in done.stdout
 
 
 def test_hostile_names_are_escaped(run, workplace):
@@ -175,5 +194,6 @@ def test_a_full_disk_behind_standard_output(arguments, shell, workplace):
 def test_names_that_are_not_unicode(shell, workplace):
     """A path of arbitrary bytes works, and is printed escaped."""
     os.rename(workplace / "adapter", os.fsencode(workplace) + b"/caf\xe9")
-    done = shell("merge", "base", os.fsdecode(b"caf\xe9"), "-o", "out")
+    done = shell("merge", "base", os.fsdecode(b"caf\xe9"), "-o", "out", "--dry-run")
     assert done.returncode == 0, done.stderr
+    assert "caf\\udce9" in done.stdout

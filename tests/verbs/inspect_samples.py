@@ -3,8 +3,8 @@
 import functools
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -21,7 +21,15 @@ MODELS = {
     "gemma2": lambda: _causal("gemma2", **LLAMA, head_dim=8),
     "gpt2": lambda: _causal("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=64, n_positions=16),
     "gpt-neox": lambda: _causal("gpt_neox", **SMALL, vocab_size=64),
-    "opt": lambda: _causal("opt", hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=64, word_embed_proj_dim=32),
+    "opt": lambda: _causal(
+        "opt",
+        hidden_size=32,
+        ffn_dim=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        vocab_size=64,
+        word_embed_proj_dim=32,
+    ),
     "mamba": lambda: _causal("mamba", hidden_size=32, num_hidden_layers=2, vocab_size=64, state_size=4),
     "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL, vocab_size=64)),
     "bert-base": lambda: transformers.BertModel(transformers.BertConfig(**SMALL, vocab_size=64)),

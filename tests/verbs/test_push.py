@@ -193,6 +193,9 @@ def test_a_pull_request_leaves_main_alone_and_is_found_again(hub, adapter):
     second = push(adapter, "org/theirs", create_pr=True)
     assert (second.pull_request, second.commit, second.changed) == (first.pull_request, first.commit, False)
     assert len(repo.pulls) == 1
+    (adapter / "more.txt").write_text("x")
+    third = push(adapter, "org/theirs", create_pr=True)
+    assert (third.pull_request, third.changed) == (f"{hub.url}/org/theirs/discussions/2", True)
 
 
 def test_a_pull_request_can_be_continued(hub, adapter):

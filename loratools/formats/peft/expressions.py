@@ -20,7 +20,7 @@ _LOOSE: Final = re.compile(r"[*+]|\{\d*,?\d*\}")
 """A quantifier that can repeat: all but `?`."""
 
 
-def matches(key: str, module: str, **where: object) -> bool:
+def matches(key: str, module: str, *, file: str, field: str) -> bool:
     r"""Whether `re.match(rf"(.*\.)?({key})$", module)` holds, as in `peft.utils.other.get_pattern_key`.
 
     Raises:
@@ -29,12 +29,16 @@ def matches(key: str, module: str, **where: object) -> bool:
     """
     if len(key) > _MAX_KEY or not _is_tame(key) or (len(module) > _MAX_MODULE and _LOOSE.search(key)):
         raise UnsupportedError(
-            "This pattern could take hours to match, and is not tried.", fix="Name the modules plainly.", key=key, **where
+            "This pattern could take hours to match, and is not tried.",
+            fix="Name the modules plainly.",
+            file=file,
+            field=field,
+            key=key,
         )
     try:
         return _compiled(key).match(module) is not None
     except re.error as error:
-        raise MalformedError(f"{error}.", key=key, **where) from error
+        raise MalformedError(f"{error}.", file=file, field=field, key=key) from error
 
 
 @functools.lru_cache(maxsize=65536)
