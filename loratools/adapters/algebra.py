@@ -18,11 +18,25 @@ def finite(ref: TensorRef) -> torch.Tensor:
     """A factor, read to be computed with.
 
     Raises:
-        NonFiniteError: it holds NaN or infinity; says how many.
+        NonFiniteError: see `require_finite`.
+    """
+    tensor = ref.load()
+    require_finite(tensor, ref)
+    return tensor
+
+
+def require_finite(tensor: torch.Tensor, ref: TensorRef) -> None:
+    """Refuse to compute with NaN or infinity.
+
+    Args:
+        tensor: what was read, all of it or some rows.
+        ref: where from.
+
+    Raises:
+        NonFiniteError: `tensor` holds such an entry; says how many.
     """
     from loratools.linalg import non_finite_count
 
-    tensor = ref.load()
     bad = non_finite_count(tensor)
     if bad:
         raise NonFiniteError(
@@ -31,7 +45,6 @@ def finite(ref: TensorRef) -> torch.Tensor:
             tensor=ref.name,
             file=ref.source.label,
         )
-    return tensor
 
 
 def scaled(path: str, update: AbstractUpdate, weight: float) -> AbstractUpdate:

@@ -110,14 +110,14 @@ def is_buffer(parameter: str, spec: TensorSpec) -> bool:
     return parameter in BUFFERS or mask or spec.dtype in _NOT_TRAINED
 
 
+def counts(parameter: str, spec: TensorSpec, tie: Tie | None = None) -> bool:
+    """Whether a stored tensor is a parameter that no other module has: no buffer, no head that is the embedding."""
+    return not is_buffer(parameter, spec) and (tie is None or spec.name != tie.tensor)
+
+
 def counted(module: Module, tie: Tie | None = None) -> int:
-    """The parameters of a module that no other module has: no buffer, no head that is the embedding."""
-    copy = tie.tensor if tie is not None else None
-    total = 0
-    for parameter, spec in module.parameters.items():
-        if spec.name != copy and not is_buffer(parameter, spec):
-            total += spec.numel
-    return total
+    """The number of parameters of a module, without what does not count."""
+    return sum(spec.numel for parameter, spec in module.parameters.items() if counts(parameter, spec, tie))
 
 
 def face(module: Module) -> tuple[tuple[int, ...] | None, str]:

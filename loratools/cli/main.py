@@ -112,7 +112,12 @@ def run() -> None:
     for number in _SIGNALS:
         if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:  # `nohup` ignores SIGHUP
             signal.signal(number, _stop)
-    main.main()
+    try:
+        main.main()
+    finally:
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _stopping:  # while it shuts down, Python forgets handlers, not this
+                signal.signal(number, signal.SIG_IGN)
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -10,8 +10,10 @@ from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint
 from loratools.engine.binding import Bindings, Renaming, Target, bind
+from loratools.engine.memory import TILE_BYTES
+from loratools.engine.operations.tiles import same_bytes
 from loratools.errors import MismatchError, UnsupportedError
-from loratools.tensors import COMPUTABLE, TensorSpec
+from loratools.tensors import COMPUTABLE, TensorRef, TensorSpec
 
 
 @dataclasses.dataclass(slots=True)
@@ -92,22 +94,21 @@ def collect(
     added: dict[str, AddedTensor] = {}
     notes: list[str] = []
     renaming = Renaming()
-    shared: set[str] = set()
+    alone = False
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         bindings = bind(adapter, base)
         notes += [*adapter.notes, *bindings.notes]
         notes += () if merged else fingerprint.compare(adapter, bindings, base)
         if any(target.added for target in bindings.targets.values()):
             renaming = bindings.renaming.inverse()
-        skipped = _mirrored(adapter, bindings, base, notes)
-        if skipped or adapter.config.get("ensure_weight_tying") is True:
-            shared |= {target.tensor("weight") for target in bindings.targets.values()}
         for path, target in bindings.targets.items():
-            if path not in skipped:
-                _gather(source_id(index), path, adapter[path], target, weight, tensors, added)
-                if getattr(adapter[path], "shared", False):
-                    shared.add(target.tensor("weight"))
-    untied = _untie(base, tensors, shared, notes)
+            _gather(source_id(index), path, adapter[path], target, weight, tensors, added)
+        both = _changes_both(adapter, bindings, base)
+        alone |= both is False
+        if both and base.tied_head is not None:
+            _mirror(source_id(index), base.tied_head, tensors)
+            notes.append(f"{base.tied_head[1]} is tied to {base.tied_head[0]}: one update, applied once.")
+    untied = _untie(base, tensors, alone=alone, notes=notes)
     _require_computable(base, tensors)
     return Changes(tensors, added, untied, renaming, tuple(dict.fromkeys(notes)))
 
@@ -141,43 +142,86 @@ def _gather(  # noqa: PLR0913, PLR0917
         change.factor_elements += sum(term.lora_A.spec.numel + term.lora_B.spec.numel for term in update.terms)
 
 
-def _mirrored(adapter: Adapter, bindings: Bindings, base: Checkpoint, notes: list[str]) -> set[str]:
-    """The head's update where it is the embedding's, written twice: PEFT's `ensure_weight_tying`.
+def _changes_both(adapter: Adapter, bindings: Bindings, base: Checkpoint) -> bool | None:
+    """Whether the adapter changes tied matrices as the one that they are; None where it changes neither.
+
+    It does under PEFT's `ensure_weight_tying`, and by plain keys, which PEFT writes into the shared parameter.
 
     Raises:
-        MismatchError: the two differ although the configuration says they are one.
+        MismatchError: the two updates differ although the configuration says they are one.
     """
-    tied = base.tied_head
-    if tied is None or adapter.config.get("ensure_weight_tying") is not True:
-        return set()
     by_tensor = {target.tensor("weight"): path for path, target in bindings.targets.items()}
-    embedding, head = by_tensor.get(tied[0]), by_tensor.get(tied[1])
-    if embedding is None or head is None:
-        return set()
-    one, other = adapter[embedding], adapter[head]
-    if one.terms and other.terms:
-        import torch
+    paths = [by_tensor[name] for name in base.tied_head or () if name in by_tensor]
+    updates = [adapter[path] for path in paths if _changes_weight(adapter[path])]
+    if not updates:
+        return None
+    tying = adapter.config.get("ensure_weight_tying") is True
+    if not tying and not all(getattr(update, "shared", False) for update in updates):
+        return False
+    if len(updates) == 1 or _same(updates[0], updates[1]):
+        return True
+    if tying:
+        raise MismatchError("The updates of the tied embedding and head differ.", module=paths[1], adapter=adapter.name)
+    return False
 
-        same = torch.equal(one.terms[0].lora_A.load(), other.terms[0].lora_B.load().T)
-        if not same or not torch.equal(one.terms[0].lora_B.load(), other.terms[0].lora_A.load().T):
-            raise MismatchError("The updates of the tied embedding and head differ.", module=head, adapter=adapter.name)
-    notes.append(f"{head} is tied to {embedding}: its update is the same one, applied once.")
-    return {head}
+
+def _changes_weight(update: AbstractUpdate) -> bool:
+    return bool(update.terms) or "weight" in update.replaced or "weight" in update.added_rows
+
+
+def _same(embedding: AbstractUpdate, head: AbstractUpdate) -> bool:
+    """Whether a head's update is the embedding's, seen from the other side."""
+    given, mirrored = embedding.replaced.get("weight"), head.replaced.get("weight")
+    if len(embedding.terms) != len(head.terms) or (given is None) != (mirrored is None):
+        return False
+    if given is not None and mirrored is not None and not same_bytes(given, mirrored, TILE_BYTES):
+        return False
+    return all(
+        _turned(one.lora_A, other.lora_B) and _turned(one.lora_B, other.lora_A)
+        for one, other in zip(embedding.terms, head.terms, strict=True)
+    )
+
+
+def _turned(one: TensorRef, other: TensorRef) -> bool:
+    import torch
+
+    return one.shape == other.shape[::-1] and torch.equal(one.load(), other.load().T)
+
+
+def _mirror(source: str, tied: tuple[str, str], tensors: dict[str, TensorChange]) -> None:
+    """Give both of two tied tensors what one adapter, which keeps them tied, gives to one of them.
+
+    Raises:
+        UnsupportedError: it would have to be added to updates that lie the other way round.
+    """
+    embedding, head = (tensors.setdefault(name, TensorChange()) for name in tied)
+    for one, other in ((embedding, head), (head, embedding)):
+        terms, wholes = ([each for each in items if each["source"] == source] for items in (one.terms, one.wholes))
+        if any(each["source"] == source for each in (*other.terms, *other.wholes)):
+            continue
+        if terms and other.terms and one.transposed != other.transposed:
+            raise UnsupportedError("Updates of tied matrices that are not written for both cannot be added to others.")
+        if terms:
+            other.transposed, other.rank = one.transposed, other.rank + one.rank
+            other.factor_elements += one.factor_elements
+        other.terms += terms
+        other.wholes += wholes
+        other.rows = other.rows or one.rows
 
 
 def _untie(
-    base: Checkpoint, tensors: dict[str, TensorChange], shared: set[str], notes: list[str]
+    base: Checkpoint, tensors: dict[str, TensorChange], *, alone: bool, notes: list[str]
 ) -> tuple[str, str, TensorChange] | None:
-    """Keep tied matrices one where the adapter changes both; give the head its own tensor where it does not."""
+    """Keep tied matrices one where every adapter changes both; give the head its own tensor where one does not."""
     tied = base.tied_head
     if tied is None or (tied[0] not in tensors and tied[1] not in tensors):
         return None
     embedding, head = tied
-    if embedding in shared and head not in tensors:
-        if head in base:
-            tensors[head] = tensors[embedding]
-        return None
     change = tensors.get(head, TensorChange()) if head in base else tensors.pop(head, TensorChange())
+    if not alone:
+        return None
+    if change.rows is not None and head not in base:
+        raise UnsupportedError("Rows appended to tied matrices that come apart are not merged yet.", tensor=head)
     notes.append(
         f"The adapter changes one of the tied matrices {embedding} and {head} and not the other, so they are "
         "written apart and tie_word_embeddings becomes false: the merged model computes what the adapter did."

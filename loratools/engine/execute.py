@@ -36,14 +36,12 @@ class Execution:
     Attributes:
         outcomes: one per unit, in the plan's order.
         files: base name, bytes, SHA-256 of every file written so far.
-        tensors: SHA-256 of every tensor written, by name.
         adapter: the adapter as written, where one comes out.
         notes: what the run itself has to say.
     """
 
     outcomes: tuple[Outcome, ...]
     files: tuple[Mapping[str, Any], ...]
-    tensors: Mapping[str, str]
     adapter: Adapter | None
     notes: tuple[str, ...]
 
@@ -103,9 +101,8 @@ def execute(  # noqa: PLR0913  (what to do, with what, and who is told)
         written = sink.finish()
         _copy_companions(plan, sources, out.path)
         adapter = sink.adapter if isinstance(sink, AdapterSink) else None
-        tensors = {name: digest for file in written for name, digest in file.tensors.items()}
         files = _files(out.path, written)
-        report = describe(Execution(tuple(outcomes), files, tensors, adapter, notes))
+        report = describe(Execution(tuple(outcomes), files, adapter, notes))
         report = _describe(report, out)
         out.publish()
     return report

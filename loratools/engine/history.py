@@ -59,11 +59,7 @@ class Recorded:
             digest = _digest(adapter)
             match = next((entry for entry in self.adapters if digest is not None and entry[0] == digest), None)
             if match is None:
-                raise MismatchError(
-                    "This adapter was not merged into this checkpoint.",
-                    fix=f"According to its report, these were: {', '.join(name for _, _, name in self.adapters)}.",
-                    adapter=adapter.name,
-                )
+                raise self._unknown(adapter, in_memory=digest is None)
             if weights is not None and given[index] != match[1]:
                 raise MismatchError(
                     f"The adapter was merged with weight {match[1]}, not {given[index]}.",
@@ -72,6 +68,13 @@ class Recorded:
                 )
             found.append(match[1])
         return found
+
+    def _unknown(self, adapter: Adapter, *, in_memory: bool) -> MismatchError:
+        merged = ", ".join(name for _, _, name in self.adapters)
+        what, fix = "was not merged into this checkpoint", f"According to its report, these were: {merged}."
+        if in_memory:
+            what, fix = "cannot be recognised: it was made in memory", "Give --base: then no adapter need be named."
+        return MismatchError(f"This adapter {what}.", fix=fix, adapter=adapter.name)
 
     def require_base(self, base: Checkpoint) -> None:
         """Refuse a base that is not the one that was merged into.

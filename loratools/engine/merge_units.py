@@ -36,6 +36,9 @@ class MergePlanner:
             ref = self.base[embedding]
             spec = TensorSpec(self._name(head), layout.recast(ref.dtype, self.dtype), ref.shape)
             extra.append(layout.Planned(spec, embedding, ref.nbytes))
+        if max_bytes is not None and (single or max_bytes < 1):
+            fix = "Give -o a directory." if single else "Give a size of at least one byte."
+            raise UsageError("The output cannot be cut into shards of this size.", fix=fix, output=name, size=max_bytes)
         if max_bytes is not None:
             return layout.resharded([*tensors.values(), *extra], max_bytes)
         if single and len(self.base.shards) > 1:

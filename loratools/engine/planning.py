@@ -132,7 +132,7 @@ def weights_for(count: int, weights: Sequence[float] | float | None) -> list[flo
         UsageError: another number of weights, or one that is not finite.
     """
     given = [weights] if isinstance(weights, (int, float)) else list(weights or [1.0])
-    if len(given) == 1:
+    if len(given) == 1 and (count or weights is None):
         given *= count
     if len(given) != count:
         raise UsageError(f"{len(given)} weights were given for {count} adapters.", fix="Give none, one, or one each.")

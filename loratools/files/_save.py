@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from loratools.adapters import AbstractUpdate, Adapter, LowRank, Sum
 from loratools.adapters.algebra import finite
-from loratools.errors import UsageError
+from loratools.errors import NonFiniteError, UsageError
 from loratools.files import locate
 from loratools.formats import Encoded, codec_named
 from loratools.storage.files import ReadOnlyFile
@@ -111,20 +111,28 @@ def concatenated_factors(update: Sum) -> tuple[torch.Tensor, torch.Tensor, float
         downs, ups = [finite(term.lora_A) for term in terms], [finite(term.lora_B) for term in terms]
         return *_of_one_dtype(downs, ups), shared * rank
     downs = [finite(term.lora_A) for term in terms]
-    ups = [scaled_exactly(finite(term.lora_B), term.scale) for term in terms]
+    ups = [scaled_exactly(term.lora_B, term.scale) for term in terms]
     lora_A, lora_B = _of_one_dtype(downs, ups)
     assert isinstance(lora_A, torch.Tensor)
     return lora_A, lora_B, float(rank)
 
 
-def scaled_exactly(tensor: torch.Tensor, scale: float) -> torch.Tensor:
-    """`scale · tensor` in its own dtype where that is exact (a power of two, mostly), else in float32."""
+def scaled_exactly(ref: TensorRef, scale: float) -> torch.Tensor:
+    """`scale · tensor` in its own dtype where that is exact (a power of two, mostly), else in float32.
+
+    Raises:
+        NonFiniteError: the tensor holds NaN or infinity, or the product does.
+    """
     import torch
 
+    tensor = finite(ref)
     exact = (tensor.double() * scale).to(tensor.dtype)
     if torch.equal(exact.double(), tensor.double() * scale):
         return exact
-    return (tensor.double() * scale).float()
+    product = (tensor.double() * scale).float()
+    if not bool(torch.isfinite(product).all()):
+        raise NonFiniteError(f"Multiplied by {scale:g}, the factor overflows float32.", tensor=ref.name)
+    return product
 
 
 def _of_one_dtype(downs: list[torch.Tensor], ups: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 import threading
+import zlib
 from collections.abc import Iterator
 from typing import final
 
@@ -15,10 +15,11 @@ from loratools.tensors import TensorRef, TensorSpec
 
 @final
 class Handed:
-    """Hashes of the bytes of one tensor, or where they were copied from; used from several threads.
+    """Checksums of the bytes of one tensor, or where they were copied from; used from several threads.
 
-    Bytes that come in order go into one running hash, which then is the tensor's; others are
-    hashed piece by piece, and the tensor's own hash is taken when the file is read back.
+    Bytes that come in order go into one running CRC-32, others are summed piece by piece. The SHA-256 of the
+    file is taken from what the disk gives back; here it is enough to notice that this differs from what was
+    handed in, and a CRC costs a third.
     """
 
     __slots__ = ("_claims", "_lock", "_pieces", "_running", "_until", "copied_from")
@@ -27,9 +28,9 @@ class Handed:
         self.copied_from: TensorRef | None = None
         self._lock = threading.Lock()
         self._claims: list[tuple[int, int]] = []
-        self._running = hashlib.sha256()
+        self._running = 0
         self._until = 0
-        self._pieces: list[tuple[int, int, bytes]] = []
+        self._pieces: list[tuple[int, int, int]] = []
 
     def claim(self, name: str, start: int, stop: int) -> None:
         """Note that bytes `start:stop` are about to be written.
@@ -48,13 +49,13 @@ class Handed:
             self._claims.insert(at, (start, stop))
 
     def add(self, start: int, data: memoryview) -> None:
-        """Hash bytes that were written at `start`."""
+        """Sum bytes that were written at `start`."""
         with self._lock:
             if start == self._until:
-                self._running.update(data)
+                self._running = zlib.crc32(data, self._running)
                 self._until += len(data)
                 return
-        piece = (start, start + len(data), hashlib.sha256(data).digest())
+        piece = (start, start + len(data), zlib.crc32(data))
         with self._lock:
             self._pieces.append(piece)
 
@@ -74,19 +75,20 @@ class Handed:
                 f"The tensor was not written completely: byte {reached} of {spec.nbytes} is missing.", tensor=spec.name
             )
 
-    def digest_of(self, file: ReadOnlyFile, offset: int, spec: TensorSpec, stop: threading.Event) -> str:
-        """The SHA-256 of the tensor's bytes in `file` from `offset` on, once they are what was handed in.
+    def require_same(self, file: ReadOnlyFile, offset: int, spec: TensorSpec, stop: threading.Event) -> None:
+        """Refuse a file whose bytes from `offset` on are not what was handed in.
 
         Raises:
             StorageError: they are not, or `stop` was set.
         """
         reader = _Reader(file, offset, spec.name, stop)
         if self.copied_from is not None:
-            return reader.same_as(self.copied_from)
-        return reader.hashed_as(self._segments(), spec.nbytes)
+            reader.require_same_as(self.copied_from)
+        else:
+            reader.require_sums(self._segments())
 
-    def _segments(self) -> list[tuple[int, int, bytes]]:
-        return [(0, self._until, self._running.digest()), *sorted(self._pieces)]
+    def _segments(self) -> list[tuple[int, int, int]]:
+        return [(0, self._until, self._running), *sorted(self._pieces)]
 
 
 @final
@@ -99,26 +101,19 @@ class _Reader:
         self._tensor = tensor
         self._stop = stop
 
-    def same_as(self, ref: TensorRef) -> str:
-        digest = hashlib.sha256()
+    def require_same_as(self, ref: TensorRef) -> None:
         pairs = zip(self._blocks(0, ref.nbytes), blocks(ref.source, ref.offset, ref.offset + ref.nbytes), strict=True)
         for found, wanted in pairs:
             if bytes(found) != bytes(wanted):  # views are compared element by element, copies at once
                 raise self._differs(f"those of its source, {ref.source.label}")
-            digest.update(found)
-        return digest.hexdigest()
 
-    def hashed_as(self, segments: list[tuple[int, int, bytes]], size: int) -> str:
-        whole = hashlib.sha256()
+    def require_sums(self, segments: list[tuple[int, int, int]]) -> None:
         for start, stop, wanted in segments:
-            part = whole if stop - start == size else hashlib.sha256()
+            found = 0
             for view in self._blocks(start, stop):
-                part.update(view)
-                if part is not whole:
-                    whole.update(view)
-            if part.digest() != wanted:
+                found = zlib.crc32(view, found)
+            if found != wanted:
                 raise self._differs("those that were written")
-        return whole.hexdigest()
 
     def _blocks(self, start: int, stop: int) -> Iterator[memoryview]:
         for view in blocks(self._file, self._offset + start, self._offset + stop):

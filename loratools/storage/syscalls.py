@@ -30,6 +30,9 @@ _UNABLE: Final = frozenset({errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.E
 _HERE: Final = -100  # AT_FDCWD
 _NO_REPLACE: Final = 1
 _EXCHANGE: Final = 2
+_WRITE_OUT: Final = 2  # SYNC_FILE_RANGE_WRITE
+WRITEBACK_BYTES: Final = 64 << 20
+"""How much is written before the kernel is asked to begin with it."""
 
 
 def failure(error: OSError, doing: str, path: Path) -> LoratoolsError:
@@ -148,6 +151,16 @@ def _copy_in_kernel(source: int, start: int, descriptor: int, offset: int, count
     return done
 
 
+def start_writeback(descriptor: int) -> None:
+    """Ask the kernel to begin writing dirty pages out, without waiting: the final sync then finds little left.
+
+    A hint: where the call does not exist or fails, nothing is lost, since `sync_data` follows in any case.
+    """
+    call = _native("sync_file_range")
+    if call is not None:
+        call(descriptor, ctypes.c_int64(0), ctypes.c_int64(0), _WRITE_OUT)
+
+
 def sync_data(descriptor: int, path: Path) -> None:
     """Wait until the file's bytes and size are on the disk."""
     with reported("Flushing to the disk", path):
@@ -241,13 +254,13 @@ def remove_tree(path: Path) -> None:
 
 
 @cache
-def _native_rename() -> Any:
-    return getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+def _native(name: str) -> Any:
+    return getattr(ctypes.CDLL(None, use_errno=True), name, None)
 
 
 def _renameat2(source: Path, target: Path, flags: int) -> None:
     """`rename` with flags (Linux; elsewhere it fails with ENOSYS)."""
-    native = _native_rename()
+    native = _native("renameat2")
     if native is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
     if native(_HERE, os.fsencode(source), _HERE, os.fsencode(target), ctypes.c_uint(flags)) != 0:

@@ -208,10 +208,11 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
                 whole.append(name)
             elif fate.startswith("left out"):
                 left_out[name] = fate.removeprefix("left out: ")
-    touched = [path for path, update in (execution.adapter or {}).items() if update.terms]
+    touched = list(execution.adapter or {})
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
-    found = [*_findings(modules), *prepared.planner.advice(execution.adapter)]
+    none = () if execution.adapter else ("Every tensor that was compared is identical: the adapter changes nothing.",)
+    found = [*none, *_findings(modules), *prepared.planner.advice(execution.adapter)]
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),
         parameters=prepared.plan.options,

@@ -126,13 +126,13 @@ def _prepare(
                 merged=checkpoint.name,
             )
         factors = recorded.weights_for(loaded, weights)
-        return _subtract(checkpoint, output, loaded, factors, run)
+        return _subtract(checkpoint, output, loaded, factors, run, foreign=not recorded.known)
     original = open_checkpoint(base)
     return _restore(checkpoint, original, output, loaded, recorded, weights, run)
 
 
 def _subtract(
-    merged: Checkpoint, output: Source, loaded: list[Adapter], factors: Sequence[float], run: Run
+    merged: Checkpoint, output: Source, loaded: list[Adapter], factors: Sequence[float], run: Run, *, foreign: bool
 ) -> _Prepared:
     changes = collect(merged, loaded, [-factor for factor in factors], merged=True)
     _refuse_replacements(changes)
@@ -142,7 +142,7 @@ def _subtract(
     path = Path(output)
     single = path.suffix == ".safetensors"
     files = planner.files(None, single=single, name=path.name)
-    work = [_with_bound(unit) for unit in planner.units(files)]
+    work = [_with_bound(unit, foreign=foreign) for unit in planner.units(files)]
     notes = (
         *changes.notes,
         "ΔW was subtracted: every entry is within the bound of what was there, not bit for bit; --base gives the bits.",
@@ -150,10 +150,10 @@ def _subtract(
     return _prepared(path, run, sources, planner, files, work, "subtraction", factors, notes)
 
 
-def _with_bound(unit: Unit) -> Unit:
+def _with_bound(unit: Unit, *, foreign: bool) -> Unit:
     if unit.operation != "merge":
         return unit
-    return dataclasses.replace(unit, parameters={**unit.parameters, "bound": True})
+    return dataclasses.replace(unit, parameters={**unit.parameters, "bound": True, "foreign": foreign})
 
 
 def _refuse_replacements(changes: Changes) -> None:

@@ -124,8 +124,9 @@ def broken(workplace):
         (["merge", "base", "adapter", "-o", "none/out"], 73, "output", "none"),
     ],
 )  # fmt: skip
-def test_real_failures(arguments, code, kind, where, shell, run, broken, workplace, tree):
+def test_real_failures(arguments, code, kind, where, shell, run, broken, tree):  # noqa: PLR0917
     """A real process: code, text that names the thing, JSON; nothing is written."""
+    workplace = broken.parent
     before = tree(workplace)
     done = shell(*arguments)
     assert (done.returncode, done.stdout) == (code, "")

@@ -100,7 +100,8 @@ def test_demo(run, workplace, monkeypatch):
         return Told()
 
     monkeypatch.setattr(verb, "demo", demo)
-    assert run("demo", "adapt", "-o", "kept", "--seed", "3").stdout == "      bytes\nbase     12\nIts files are in kept.\n"
+    shown = run("demo", "adapt", "-o", "kept", "--seed", "3").stdout
+    assert shown == "      bytes\nbase     12\nIts files are in kept.\n"
     assert run("demo", "--json").stdout == '{"schema": "loratools/demo/1"}\n'
     assert asked == [("adapt", "kept", 3), ("adapt", None, 0)]
 

@@ -10,11 +10,10 @@ from loratools.files import load_adapter
 from loratools.verbs.merge import merge
 from tests import models
 from tests.interop.extraction import assert_same_output
-from tests.interop.merging import assert_law_2, layers_of, merged_by_peft, products, unmerged, write_by_peft
+from tests.interop.merging import assert_law_2, assert_one_rounding, layers_of, merged_by_peft, products, unmerged, write_by_peft
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BERT = ["query", "key", "value", "output.dense", "intermediate.dense"]
-WIDE = {"hidden_size": 128, "intermediate_size": 192}
 
 CASES = {
     "alpha": ("llama", {"r": 4, "lora_alpha": 10, "target_modules": LLAMA}),
@@ -87,6 +86,27 @@ def test_law_2_against_merge_and_unload(bases, tmp_path, unchanged, case, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("case", ["rslora", "conv1d"])
+def test_an_update_larger_than_the_weight(bases, tmp_path, case, dtype):
+    """ΔW ten times W, where PEFT's fp32 product is itself some ulp off: we still are one rounding from the exact sum,
+    and nowhere further from it than PEFT by more than that."""
+    family, config = CASES[case]
+    base = bases(family, dtype)
+    adapter = write_by_peft(base, tmp_path / "adapter", size=0.05, **config)
+    merge(base, [adapter], tmp_path / "merged")
+    model = unmerged(base, adapter)
+    assert_one_rounding(tmp_path / "merged", model)
+    ours, theirs = models.tensors_of(tmp_path / "merged"), merged_by_peft(model)
+    errors = {"ours": 0.0, "theirs": 0.0}
+    for path, layer in layers_of(model).items():
+        name = f"{path}.weight"
+        exact = layer.get_base_layer().weight.detach().double() + products(layer)
+        errors["ours"] += float((ours[name].double() - exact).square().sum())
+        errors["theirs"] += float((theirs[name].double() - exact).square().sum())
+    assert errors["ours"] <= errors["theirs"] * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("case", ["alpha", "conv1d", "embedding"])
 def test_factors_in_16_bits(bases, tmp_path, case, dtype):
     """Factors stored in bf16 mean the same to us as to PEFT, which reads them into fp32."""
@@ -124,17 +144,19 @@ def test_embeddings_saved_beside_their_factors(bases, tmp_path, dtype):
     assert any(key.endswith("embed_tokens.base_layer.weight") for key in models.factors_of(adapter))
     other = models.save(models.build("llama", dtype, seed=9), tmp_path / "other")
     for start in (base, other):
-        merge(start, [adapter], tmp_path / start.name / "merged")
-        assert_law_2(tmp_path / start.name / "merged", start, unmerged(start, adapter))
+        merge(start, [adapter], tmp_path / f"merged-{start.name}")
+        assert_law_2(tmp_path / f"merged-{start.name}", start, unmerged(start, adapter))
 
 
 def test_minilm_trained_by_peft(minilm, minilm_adapter, tmp_path):
-    """A real BERT, an adapter trained by PEFT with rsLoRA, overlapping patterns, biases and a saved pooler, in bf16:
-    law 2 over ten million entries, and the merged model is the trained one."""
-    base = models.save(models.load(minilm).to(torch.bfloat16), tmp_path / "base")
-    merge(base, [minilm_adapter], tmp_path / "merged")
-    count = assert_law_2(tmp_path / "merged", base, unmerged(base, minilm_adapter))
-    assert count.entries > 3_000_000
+    """A real BERT, an adapter trained by PEFT with rsLoRA, overlapping patterns, biases and a saved pooler: law 2 over
+    five million entries in both 16-bit dtypes, and the merged model is the trained one."""
+    for dtype in ("bf16", "fp16"):
+        base = models.save(models.load(minilm).to(models.DTYPES[dtype]), tmp_path / dtype)
+        merge(base, [minilm_adapter], tmp_path / f"merged-{dtype}")
+        count = assert_law_2(tmp_path / f"merged-{dtype}", base, unmerged(base, minilm_adapter))
+        assert count.entries > 5_000_000
+        assert count.share <= 1e-4
     merge(minilm, [minilm_adapter], tmp_path / "merged32")
     assert_same_output(models.load(tmp_path / "merged32"), unmerged(minilm, minilm_adapter))
 
@@ -243,7 +265,7 @@ class TestTied:
         model = unmerged(base, adapter)
         assert_same_output(models.load(tmp_path / "merged"), model, 2e-5)
         twice = merged_by_peft(model)["transformer.wte.weight"]
-        assert not torch.allclose(models.tensors_of(tmp_path / "merged")["transformer.wte.weight"], twice, atol=1e-3)
+        assert not torch.allclose(models.tensors_of(tmp_path / "merged")["transformer.wte.weight"], twice, atol=1e-4)
 
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
     @pytest.mark.parametrize("other", ["embedding", "head"])

@@ -79,7 +79,7 @@ def test_overwriting_a_directory_exchanges_it_whole(tmp_path):
 
 def test_overwriting_a_directory_is_refused_at_the_start_where_it_cannot_be_exchanged(tmp_path, monkeypatch):
     make_directory(tmp_path / "out", "old")
-    monkeypatch.setattr(syscalls, "_native_rename", lambda: None)
+    monkeypatch.setattr(syscalls, "_native", lambda name: None)
     with pytest.raises(OutputError, match="one step"), OutputDirectory(tmp_path / "out", overwrite=True):
         pytest.fail("work would have been done in vain")
     assert names(tmp_path) == ["out"]
@@ -87,7 +87,7 @@ def test_overwriting_a_directory_is_refused_at_the_start_where_it_cannot_be_exch
 
 
 def test_without_the_newer_rename_new_outputs_are_still_exclusive(tmp_path, monkeypatch):
-    monkeypatch.setattr(syscalls, "_native_rename", lambda: None)
+    monkeypatch.setattr(syscalls, "_native", lambda name: None)
     make_directory(tmp_path / "out", "one")
     make_files(tmp_path / "x.safetensors", "one")
     for make, name in ((OutputDirectory, "late"), (OutputFiles, "late.safetensors")):

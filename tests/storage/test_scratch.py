@@ -7,6 +7,7 @@ import pytest
 
 from loratools.errors import InternalError
 from loratools.storage.files import ReadOnlyFile
+from loratools.storage.safetensors import open_safetensors
 from loratools.storage.writer import SafetensorsWriter, ScratchFile, write_bytes_durably
 from loratools.tensors import TensorRef, TensorSpec
 from tests.storage.storage_samples import sha
@@ -30,7 +31,8 @@ def test_scratch_tensors_have_no_name_and_can_be_copied(tmp_path):
     with SafetensorsWriter(tmp_path / "x", [refs[name].spec for name in data], {}) as writer:
         writer.copy_run(list(data), [refs[name] for name in data])
         result = writer.finish()
-    assert result.tensors == {name: sha(each) for name, each in data.items()}
+    assert result.sha256 == sha((tmp_path / "x").read_bytes())
+    assert {name: bytes(ref.read()) for name, ref in open_safetensors(tmp_path / "x").tensors.items()} == data
     assert [path.name for path in tmp_path.iterdir()] == ["x"]
 
 

@@ -38,13 +38,12 @@ def test_the_library_reads_what_we_write(tmp_path):
     assert list(open_safetensors(path).tensors) == list(tensors)
     assert result.sha256 == sha(path.read_bytes())
     assert (result.bytes, result.name) == (path.stat().st_size, "x.safetensors")
-    assert result.tensors == {n: sha(bytes(bytes_of(t)) if t.numel() else b"") for n, t in tensors.items()}
 
 
 def test_no_tensors_at_all(tmp_path):
     result = written(tmp_path / "x", specs=())
     assert load_file(tmp_path / "x") == {}
-    assert result.tensors == {}
+    assert result.sha256 == sha((tmp_path / "x").read_bytes())
 
 
 def test_the_same_tensors_make_the_same_file(tmp_path):
@@ -55,7 +54,7 @@ def test_the_same_tensors_make_the_same_file(tmp_path):
                 writer.write(spec.name, DATA[spec.name][at : at + 1], at)
         second = writer.finish()
     assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
-    assert (first.sha256, first.tensors) == (second.sha256, second.tensors)
+    assert first.sha256 == second.sha256
 
 
 def test_threads_write_chunks_in_any_order(tmp_path):
@@ -68,7 +67,7 @@ def test_threads_write_chunks_in_any_order(tmp_path):
             pool.map(lambda chunk: writer.write(chunk[0], data[chunk[0]][chunk[1] : chunk[1] + 9973], chunk[1]), chunks)
         )
         result = writer.finish()
-    assert result.tensors == {name: sha(each) for name, each in data.items()}
+    assert result.sha256 == sha((tmp_path / "x").read_bytes())
     assert {name: bytes(bytes_of(each)) for name, each in load_file(tmp_path / "x").items()} == data
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.tiles import row_bytes, row_ranges
 from loratools.engine.plan import Unit
+from loratools.errors import NonFiniteError
 from loratools.storage.files import sha256_of
 from loratools.tensors import torch_dtype
 
@@ -27,8 +28,12 @@ def copy(unit: Unit, context: Context) -> Outcome:
 
 
 def cast(unit: Unit, context: Context) -> Outcome:
-    """A tensor in another dtype: each entry rounded once, to nearest even."""
-    from loratools.linalg import round_to
+    """A tensor in another dtype: each entry rounded once, to nearest even; NaN and infinity stay what they are.
+
+    Raises:
+        NonFiniteError: a finite entry overflows.
+    """
+    from loratools.linalg import non_finite_count, round_to
 
     ref = context.tensor(unit.inputs[0])
     dtype = torch_dtype(str(unit.parameters["dtype"]))
@@ -37,6 +42,14 @@ def cast(unit: Unit, context: Context) -> Outcome:
         context.check()
         tile = (ref.rows(start, stop) if ref.shape else ref).load()
         result = round_to(tile, dtype)
+        lost = non_finite_count(result) - non_finite_count(tile)
+        if lost:
+            raise NonFiniteError(
+                f"{lost} entries overflow {result.dtype}.",
+                fix="Choose a dtype with a larger range: bf16 or fp32.",
+                tensor=ref.name,
+                file=ref.source.label,
+            )
         context.sink.write(unit.file, unit.target, result, written)
         written += result.numel() * result.element_size()
         context.advance(tile.numel() * tile.element_size(), unit.target)

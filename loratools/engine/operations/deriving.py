@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from loratools.adapters import AbstractUpdate, LowRank, Sum, Term
-from loratools.adapters.algebra import summed
+from loratools.adapters.algebra import finite, summed
 from loratools.engine.context import Context, Outcome
 from loratools.engine.plan import Unit
-from loratools.errors import NonFiniteError, UnsupportedError
+from loratools.errors import UnsupportedError
 from loratools.files import concatenated_factors, scaled_exactly
 from loratools.tensors import TensorRef
 
@@ -41,14 +41,8 @@ def _scaled_alpha(held: list[tuple[float, AbstractUpdate]]) -> LowRank | None:
 
 
 def _require_finite(term: Term) -> None:
-    from loratools.linalg import non_finite_count
-
     for ref in (term.lora_A, term.lora_B):
-        bad = non_finite_count(ref.load())
-        if bad:
-            raise NonFiniteError(
-                f"{bad} of {ref.spec.numel} entries are NaN or infinite.", tensor=ref.name, file=ref.source.label
-            )
+        finite(ref)
 
 
 def _settled(target: str, update: Sum, context: Context) -> LowRank:
@@ -72,5 +66,5 @@ def _restated(target: str, update: LowRank, alpha: float | None, context: Contex
     quotient = update.scaling / fresh.scaling
     lora_B: TensorRef = update.lora_B
     if quotient != 1:
-        lora_B = context.sink.keep(f"{target}.lora_B", scaled_exactly(update.lora_B.load(), quotient))
+        lora_B = context.sink.keep(f"{target}.lora_B", scaled_exactly(update.lora_B, quotient))
     return dataclasses.replace(fresh, lora_B=lora_B)

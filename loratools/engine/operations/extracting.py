@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import Full, LowRank
 from loratools.engine.context import Context, Outcome
-from loratools.engine.operations.tiles import row_bytes, row_ranges, same_bytes, same_values
+from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes, same_values
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError, UnsupportedError
 from loratools.tensors import TensorRef
@@ -24,7 +24,7 @@ def extract(unit: Unit, context: Context) -> Outcome:
 
     Raises:
         UnsupportedError: a changed tensor of a kind that is refused.
-        NonFiniteError: NaN or infinity in the difference.
+        NonFiniteError: NaN or infinity in the difference, or in what is stored whole.
     """
     rules: Mapping[str, Any] = unit.parameters["rules"]
     fates: dict[str, str] = {}
@@ -41,6 +41,7 @@ def extract(unit: Unit, context: Context) -> Outcome:
             fate = "low-rank" if low_rank else "equal in value"
         grown = rule["rule"] in {"rows", "rows-whole"}
         if fate == "whole":
+            require_all_finite(tuned, context.settings.tile_bytes)
             replaced[parameter] = tuned.rows(0, base.shape[0]) if grown and base is not None else tuned
         if grown:
             assert base is not None
@@ -110,9 +111,9 @@ def _factors(
     try:
         U, S, Vh, info = truncated_svd(difference, **options, overwrite=True)
     except NonFiniteError as error:
-        raise NonFiniteError(
-            error.what, fix="One of the two checkpoints is damaged.", tensor=tuned.name, shape=tuned.shape
-        ) from error
+        for ref in (base, tuned):
+            require_all_finite(ref, context.settings.tile_bytes)
+        raise NonFiniteError("The difference overflows float32.", tensor=tuned.name, shape=tuned.shape) from error
     facts |= _measured(info, weight_norm)
     if not S.numel():
         return {}

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from loratools.adapters.algebra import finite
 from loratools.engine.context import Context, Outcome
-from loratools.engine.operations.tiles import row_bytes, row_ranges
+from loratools.engine.operations.bounds import Bound
+from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges
 from loratools.engine.plan import Input, Unit
 from loratools.errors import MismatchError, NonFiniteError
 from loratools.tensors import TensorRef, torch_dtype
@@ -61,9 +63,7 @@ def _change(unit: Unit, context: Context, dtype: str) -> Change:
     for term in unit.parameters.get("terms", ()):
         update = context.update(Input(term["source"], term["module"]))
         for product in update.terms:
-            lora_A, lora_B = (context.on_device(ref.load()) for ref in (product.lora_A, product.lora_B))
-            _require_finite(lora_A, product.lora_A)
-            _require_finite(lora_B, product.lora_B)
+            lora_A, lora_B = (context.on_device(finite(ref)) for ref in (product.lora_A, product.lora_B))
             terms.append((lora_A, lora_B, float(term["weight"]) * product.scale))
     wholes = tuple(
         (float(whole["weight"]), context.update(Input(whole["source"], whole["module"])).replaced[whole["parameter"]])
@@ -76,19 +76,6 @@ def _change(unit: Unit, context: Context, dtype: str) -> Change:
     return Change(LowRankSum.of(terms, transposed=transposed, pieces=pieces), wholes)
 
 
-def _require_finite(tensor: torch.Tensor, ref: TensorRef) -> None:
-    from loratools.linalg import non_finite_count
-
-    bad = non_finite_count(tensor)
-    if bad:
-        raise NonFiniteError(
-            f"{bad} of {tensor.numel()} entries are NaN or infinite.",
-            fix="The file is damaged, or training diverged; nothing was written.",
-            tensor=ref.name,
-            file=ref.source.label,
-        )
-
-
 def merge(unit: Unit, context: Context) -> Outcome:
     """Write `round(W + Σ w ΔW)` for one stored tensor, then rows that the adapter appends.
 
@@ -99,16 +86,16 @@ def merge(unit: Unit, context: Context) -> Outcome:
     ref = context.tensor(unit.inputs[0])
     change = _change(unit, context, str(unit.parameters["dtype"]))
     written = changed = 0
-    bound = 0.0
+    bound = Bound.of(unit, context) if unit.parameters.get("bound") else None
     for rows in _tiles(ref, context):
         context.check()
         part = ref.rows(*rows) if rows else ref
         tile = context.on_device(part.load(context.buffer("tile", part.nbytes)))
         result = change.tile(tile, rows, dtype, context.buffer("result", tile.numel() * dtype.itemsize))
-        _require_finite_result(result, tile, ref)
+        _require_finite_result(result, ref, change, context)
         changed += differing_entries(result, tile)
-        if unit.parameters.get("bound"):
-            bound = max(bound, _half_steps(tile, result))
+        if bound is not None:
+            bound.see(tile, result)
         context.sink.write(unit.file, unit.target, result.cpu(), written)
         written += result.numel() * result.element_size()
         context.advance(tile.numel() * tile.element_size(), unit.target)
@@ -117,18 +104,7 @@ def merge(unit: Unit, context: Context) -> Outcome:
         context.sink.write(unit.file, unit.target, result, written)
         written += result.numel() * result.element_size()
     facts = {"changed": changed, "entries": ref.spec.numel}
-    return Outcome(unit.target, "merge", "merged", facts | ({"bound": bound} if unit.parameters.get("bound") else {}))
-
-
-def _half_steps(before: torch.Tensor, after: torch.Tensor) -> float:
-    """How far subtraction can be from what was there before the merge: half a step of each of two roundings.
-
-    The merge rounded in steps of the merged entry, the subtraction in steps of its result; both at most half a
-    step, measured at the larger neighbour.
-    """
-    from loratools.linalg import ulp
-
-    return float((0.5 * (ulp(before) + ulp(after))).max())
+    return Outcome(unit.target, "merge", "merged", facts | ({"bound": bound.value} if bound else {}))
 
 
 def _tiles(ref: TensorRef, context: Context) -> Sequence[tuple[int, int] | None]:
@@ -152,15 +128,16 @@ def differing_entries(one: torch.Tensor, other: torch.Tensor) -> int:
     return int(torch.count_nonzero(one.view(bits) ^ other.view(bits)))
 
 
-def _require_finite_result(result: torch.Tensor, tile: torch.Tensor, ref: TensorRef) -> None:
+def _require_finite_result(result: torch.Tensor, base: TensorRef, change: Change, context: Context) -> None:
     from loratools.linalg import non_finite_count
 
     if non_finite_count(result):
-        _require_finite(tile, ref)
+        for ref in (base, *(whole for _, whole in change.wholes)):
+            require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError(
             f"The merged weights overflow {result.dtype}.",
             fix="Merge with a smaller weight, or with --dtype bf16.",
-            tensor=ref.name,
+            tensor=base.name,
         )
 
 
@@ -169,7 +146,7 @@ def _appended(unit: Unit, context: Context) -> list[torch.Tensor]:
     if not rows:
         return []
     update = context.update(Input(rows["source"], rows["module"]))
-    return [update.added_rows[rows["parameter"]].load()]
+    return [finite(update.added_rows[rows["parameter"]])]
 
 
 def add(unit: Unit, context: Context) -> Outcome:

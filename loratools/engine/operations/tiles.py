@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from loratools.tensors import TensorRef
+from loratools.errors import NonFiniteError
+from loratools.tensors import COMPUTABLE, TensorRef
 
 
 def row_ranges(shape: tuple[int, ...], row_bytes: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
@@ -24,6 +25,27 @@ def row_bytes(ref: TensorRef) -> int:
 def elements_per_row(shape: tuple[int, ...]) -> int:
     """Elements of one row of a tensor of this shape."""
     return math.prod(shape[1:])
+
+
+def require_all_finite(ref: TensorRef, tile_bytes: int) -> None:
+    """Refuse a tensor with NaN or infinity anywhere, looking at a tile at a time; dtypes without them pass.
+
+    Raises:
+        NonFiniteError: says in how many entries.
+    """
+    from loratools.linalg import non_finite_count
+
+    if ref.dtype not in COMPUTABLE:
+        return
+    pieces = [ref.rows(*rows) for rows in row_ranges(ref.shape, row_bytes(ref), tile_bytes)] if ref.shape else [ref]
+    bad = sum(non_finite_count(piece.load()) for piece in pieces)
+    if bad:
+        raise NonFiniteError(
+            f"{bad} of {ref.spec.numel} entries are NaN or infinite.",
+            fix="The file is damaged, or training diverged; nothing was written.",
+            tensor=ref.name,
+            file=ref.source.label,
+        )
 
 
 def same_bytes(one: TensorRef, other: TensorRef, chunk_bytes: int) -> bool:

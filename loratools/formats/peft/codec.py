@@ -45,11 +45,11 @@ class PeftCodec(AbstractCodec):
                 fix="Put the configuration beside the weights.",
             )
         fields.refuse_unsupported(contents.config)
-        modules, order = _grouped(contents.tensors)
+        notes: list[str] = []
+        modules, order = _grouped(_without_copies(contents.tensors, notes))
         added = _added_rows(contents.side_tensors)
         for module in added:
             modules.setdefault(module, {})
-        notes: list[str] = []
         if contents.config.get("lora_alpha") is None:
             notes.append(f"{fields.CONFIG_FILE} has no lora_alpha; PEFT's default of {fields.DEFAULT_ALPHA} is taken.")
         updates = {
@@ -96,6 +96,14 @@ def _renamed(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
     return {key: dataclasses.replace(ref, spec=ref.spec.renamed(key)) for key, ref in tensors.items()}
 
 
+def _without_copies(tensors: Mapping[str, TensorRef], notes: list[str]) -> dict[str, TensorRef]:
+    """Without what PEFT writes beside a saved embedding's own key, and does not load: see `keys.copied`."""
+    copies = [key for key in tensors if keys.copied(key) in tensors]
+    if copies:
+        notes.append(f"Left out, since PEFT writes these copies and does not load them: {', '.join(copies)}.")
+    return {key: ref for key, ref in tensors.items() if key not in set(copies)}
+
+
 def _grouped(
     tensors: Mapping[str, TensorRef],
 ) -> tuple[dict[str, dict[tuple[str, str], TensorRef]], dict[str, int]]:
@@ -121,9 +129,7 @@ def _update(
     lora_A, lora_B = roles.get((f"{stem}A", "")), roles.get((f"{stem}B", ""))
     if lora_A is None and lora_B is None:
         wrapped = any(module.endswith(name) for name in fields.saved_modules(config))
-        return Full(
-            replaced=MappingProxyType(replaced), added_rows=MappingProxyType(dict(added)), shared=not wrapped
-        )
+        return Full(replaced=MappingProxyType(replaced), added_rows=MappingProxyType(dict(added)), shared=not wrapped)
     if lora_A is None or lora_B is None:
         there, missing = ("lora_B", "lora_A") if lora_A is None else ("lora_A", "lora_B")
         raise MalformedError(f"The module has {there} and no {missing}.", fix="The file is incomplete.", module=module)

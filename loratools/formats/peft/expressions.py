@@ -1,7 +1,7 @@
 """The keys of `rank_pattern` and `alpha_pattern`: regular expressions, written by strangers.
 
-Python's `re` backtracks, so an expression of twenty characters can run for hours on a name of thirty. What could do that
-is refused before it runs; no pattern that PEFT writes, or that its documentation shows, is among it.
+Python's `re` backtracks, so an expression of twenty characters can run for hours on a name of thirty. What could do
+that is refused before it runs; no pattern that PEFT writes, or that its documentation shows, is among it.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from loratools.errors import MalformedError, UnsupportedError
 
 _MAX_KEY: Final = 2000
 _MAX_MODULE: Final = 1000
-_MAX_UNBOUNDED: Final = 4
-_TOKEN: Final = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[*+?]|\{\d*,?\d*\}|[()|]|.", re.DOTALL)
+_MAX_REPETITIONS: Final = 4
+_PIECE: Final = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[*+?]|\{\d*,?\d*\}|[()|]|.", re.DOTALL)
 _LOOSE: Final = re.compile(r"[*+]|\{\d*,?\d*\}")
 """A quantifier that can repeat: all but `?`."""
 
@@ -49,23 +49,20 @@ def _compiled(key: str) -> re.Pattern[str]:
 
 @functools.lru_cache(maxsize=65536)
 def _is_tame(key: str) -> bool:
-    """No repeated group that itself repeats or branches, and few repetitions in all: at worst a low power of the length."""
-    groups = [False]
-    closed: bool | None = None
-    unbounded = 0
-    for token in _TOKEN.findall(key):
-        if _LOOSE.fullmatch(token):
+    """No repeated group that itself repeats or branches, and few repetitions: at worst a low power of the length."""
+    groups = [False]  # for every open group: does it repeat or branch inside?
+    closed = False
+    repetitions = 0
+    for piece in _PIECE.findall(key):
+        if _LOOSE.fullmatch(piece):
             if closed:
                 return False
-            groups[-1] = True
-            unbounded += token in "*+" or "," in token
-        closed_now = None
-        if token == "(":
+            repetitions += 1
+        groups[-1] |= piece == "|" or _LOOSE.fullmatch(piece) is not None
+        closed = False
+        if piece == "(":
             groups.append(False)
-        elif token == "|":
-            groups[-1] = True
-        elif token == ")" and len(groups) > 1:
-            closed_now = groups.pop()
-            groups[-1] = groups[-1] or closed_now
-        closed = closed_now
-    return unbounded <= _MAX_UNBOUNDED
+        elif piece == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] |= closed
+    return repetitions <= _MAX_REPETITIONS

@@ -18,6 +18,8 @@ _LORA: Final = re.compile(r"^(?P<module>.+)\.(?P<role>lora_A|lora_B)\.weight$")
 _EMBEDDING: Final = re.compile(r"^(?P<module>.+)\.(?P<role>lora_embedding_A|lora_embedding_B)$")
 _BASE_LAYER: Final = re.compile(r"^(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)$")
 
+_COPY: Final = re.compile(r"^(?P<module>.+)\.(modules_to_save|original_module)\.(?P<parameter>weight|bias)$")
+
 _REFUSED: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
@@ -76,6 +78,16 @@ def parse(key: str) -> Key:
         return Key(found["module"], "base_layer", found["parameter"])
     module, _, parameter = rest.rpartition(".")
     return Key(module, "parameter", parameter)
+
+
+def copied(key: str) -> str | None:
+    """The key that `key` accompanies, if it is one of the wrapper's own parameters.
+
+    `save_embedding_layers` stores a module of `modules_to_save` three times: under its own key, which is what PEFT
+    loads, and as `modules_to_save` and `original_module` (the base's) below it.
+    """
+    found = _COPY.match(key)
+    return f"{found['module']}.{found['parameter']}" if found else None
 
 
 def low_rank_keys(module: str, layer: str) -> tuple[str, str]:
