@@ -44,7 +44,9 @@ def gpt2(dtype=torch.float32, seed=0):
     shapes = {"wte.weight": (32, 16), "wpe.weight": (8, 16)}
     shapes |= {"h.0.attn.c_attn.weight": (16, 48), "h.0.attn.c_attn.bias": (48,)}
     shapes |= {"h.0.attn.c_proj.weight": (16, 16), "h.0.attn.c_proj.bias": (16,), "ln_f.weight": (16,)}
-    return {name: normal(seed * 1000 + i, *shape, dtype=dtype, scale=0.1) for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: normal(seed * 1000 + i, *shape, dtype=dtype, scale=0.1) for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 GPT2 = {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": 32}
@@ -78,7 +80,10 @@ def write_checkpoint(directory, tensors=None, config=CONFIG, shards=1, companion
 def factors(rank=4, seed=1, dtype=torch.float32, modules=None, scale=0.1):
     """Module → (A, B)."""
     return {
-        path: (normal(seed * 100 + i, rank, n, dtype=dtype), normal(seed * 100 + i + 50, m, rank, dtype=dtype, scale=scale))
+        path: (
+            normal(seed * 100 + i, rank, n, dtype=dtype),
+            normal(seed * 100 + i + 50, m, rank, dtype=dtype, scale=scale),
+        )
         for i, (path, (m, n)) in enumerate((modules or SHAPES).items())
     }
 
@@ -129,10 +134,7 @@ def state(root):
     """Everything below `root`: relative name → hash, link target, or `directory`."""
     found = {}
     for path in sorted(root.rglob("*")):
-        if path.is_symlink():
-            what = f"-> {path.readlink()}"
-        else:
-            what = "directory" if path.is_dir() else sha256(path)
+        what = f"-> {path.readlink()}" if path.is_symlink() else "directory" if path.is_dir() else sha256(path)
         found[str(path.relative_to(root))] = what
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection
-from typing import Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from loratools.checkpoints.checkpoint import Checkpoint
 from loratools.checkpoints.modules import Module, owner
@@ -73,6 +73,23 @@ class Tie:
     same_as: str
     stored: bool
     evidence: Literal["confirmed", "inferred"]
+
+
+class ModuleRow(NamedTuple):
+    """One module of a checkpoint: the shape and dtype of its weight as stored, its own parameters counted once."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...] | None
+    dtype: str
+    parameters: int
+    evidence: str
+
+    def to_json(self) -> dict[str, Any]:
+        """The row as JSON."""
+        shape = list(self.shape) if self.shape is not None else None
+        row = {"name": self.name, "kind": self.kind, "shape": shape, "dtype": self.dtype}
+        return {**row, "parameters": self.parameters, "evidence": self.evidence}
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

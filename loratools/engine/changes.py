@@ -98,6 +98,7 @@ def collect(
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         bindings = bind(adapter, base)
         notes += [*adapter.notes, *bindings.notes]
+        notes += () if adapter else [f"{adapter.name} is empty: it changes nothing."]
         notes += () if merged else fingerprint.compare(adapter, bindings, base)
         if any(target.added for target in bindings.targets.values()):
             renaming = bindings.renaming.inverse()

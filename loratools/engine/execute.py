@@ -144,22 +144,41 @@ def _run(plan: Plan, sources: Sources, sink: AbstractSink, settings: Settings, l
     tensors = sum(len(source) for source in sources.values())
     gate = memory.Gate(memory.room(plan.units, tensors, settings.max_memory))
 
-    def work(unit: Unit) -> Outcome:
-        with gate.held(unit.peak_bytes + memory.BUFFERS):
-            context.check()
-            outcome = OPERATIONS[unit.operation](unit, context)
-            sink.unit_done(unit.file)
-            return outcome
-
+    worker = _Worker(context, sink, gate)
     with _one_thread_each(plan), ThreadPoolExecutor(settings.threads, "loratools") as pool:
-        futures = [pool.submit(work, unit) for unit in plan.units]
+        futures = [pool.submit(worker, index, unit) for index, unit in enumerate(plan.units)]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
+            if worker.failed:  # those before it have been started; the first error of all is the one to tell
+                wait(futures[: min(worker.failed)])
             return _results(futures)
         except BaseException:
             context.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Worker:
+    """Runs units, from several threads; once one has failed, only those that come before it in the plan."""
+
+    context: Context
+    sink: AbstractSink
+    gate: memory.Gate
+    failed: list[int] = dataclasses.field(default_factory=list)
+
+    def __call__(self, index: int, unit: Unit) -> Outcome:
+        with self.gate.held(unit.peak_bytes + memory.BUFFERS):
+            self.context.check()
+            if self.failed and index > min(self.failed):
+                raise Stopped
+            try:
+                outcome = OPERATIONS[unit.operation](unit, self.context)
+                self.sink.unit_done(unit.file)
+            except Exception:
+                self.failed.append(index)
+                raise
+            return outcome
 
 
 def _results(futures: Sequence[Future[Outcome]]) -> list[Outcome]:

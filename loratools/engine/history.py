@@ -10,7 +10,7 @@ from typing import Any
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint, planning
-from loratools.errors import MismatchError, UnsupportedError
+from loratools.errors import MalformedError, MismatchError, UnsupportedError
 from loratools.storage.files import sha256_of
 
 
@@ -32,10 +32,25 @@ class Recorded:
 
     @classmethod
     def of(cls, merged: Checkpoint) -> Recorded:
-        """Read it; a checkpoint without a report, or with another verb's, is simply not known."""
+        """Read it; a checkpoint without a report, or with another verb's, is simply not known.
+
+        Raises:
+            MalformedError: somebody edited it.
+        """
         report = merged.report
         if report.get("schema") != "loratools/merge/1":
             return cls()
+        try:
+            return cls._parsed(report)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise MalformedError(
+                "The report of this checkpoint is not as `loratools merge` writes it.",
+                fix="Get it again, or delete its loratools.json and name what was merged.",
+                checkpoint=merged.name,
+            ) from error
+
+    @classmethod
+    def _parsed(cls, report: Mapping[str, Any]) -> Recorded:
         weights = report.get("parameters", {}).get("weights", [])
         inputs = [each for each in report.get("inputs", []) if each.get("role") == "adapter"]
         adapters = tuple(

@@ -143,12 +143,13 @@ def _relation(tuned: TensorRef, base: TensorRef, checkpoint: Checkpoint) -> Rela
 def _require_same_architecture(base: Checkpoint, tuned: Checkpoint, pairs: Mapping[str, Pair]) -> None:
     same = sum(pair.relation in {"same", "rows"} for pair in pairs.values())
     odd = [pair for pair in pairs.values() if pair.relation == "reshaped" and not _is_head(pair)]
-    if odd or not same:
+    if odd or 2 * same < len(pairs):
         listed = ", ".join(
             f"{pair.tuned_name} {pair.base.shape if pair.base else None} → {pair.tuned.shape}" for pair in odd[:_LISTED]
         )
         raise MismatchError(
-            f"The checkpoints are not of one architecture: {len(odd)} shapes differ, {same} tensors correspond.",
+            f"The checkpoints are not of one architecture: {len(odd)} shapes differ, {same} of {len(pairs)} tensors "
+            "correspond.",
             fix="Name the base that the tuned checkpoint started from.",
             base=base.name,
             tuned=tuned.name,

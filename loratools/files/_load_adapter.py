@@ -35,7 +35,11 @@ def load_adapter(
     del base
     if isinstance(source, Adapter):
         return source
-    path = locate.local(source)
+    with locate.readable(source):
+        return _loaded(locate.local(source), format)
+
+
+def _loaded(path: Path, format: str | None) -> Adapter:
     _refuse_ambiguous(path)
     weights = open_weights(path, locate.ADAPTER_STEMS)
     directory = path if path.is_dir() else path.parent

@@ -38,7 +38,11 @@ def open_checkpoint(source: locate.Source | Checkpoint) -> Checkpoint:
     """
     if isinstance(source, Checkpoint):
         return source
-    path = locate.local(source)
+    with locate.readable(source):
+        return _opened(locate.local(source))
+
+
+def _opened(path: Path) -> Checkpoint:
     if path.is_dir() and locate.kind_of(path) == "adapter":
         raise MalformedError("This directory holds an adapter, not a checkpoint.", path=path)
     weights = open_weights(path, locate.MODEL_STEMS)

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from loratools.errors import InputMissingError, MalformedError, UnsupportedError, UsageError
+from loratools.errors import (
+    AccessError,
+    InputMissingError,
+    LoratoolsError,
+    MalformedError,
+    StorageError,
+    UnsupportedError,
+    UsageError,
+)
 from loratools.formats.peft.config import CONFIG_FILE as ADAPTER_CONFIG
 from loratools.storage.files import read_json
 
@@ -16,6 +26,26 @@ MODEL_STEMS: Final = ("model", "diffusion_pytorch_model")
 ADAPTER_STEMS: Final = ("adapter_model",)
 _FILE_SUFFIXES: Final = (".safetensors", ".gguf")
 _MAX_CONFIG_BYTES: Final = 64 * 1024 * 1024
+
+
+@contextmanager
+def readable(source: Source) -> Iterator[None]:
+    """What the operating system says against looking at an input, as our own errors.
+
+    Raises:
+        AccessError: it is not permitted.
+        StorageError: anything else: a name that is too long, a disk that fails.
+    """
+    try:
+        yield
+    except LoratoolsError:
+        raise
+    except PermissionError as error:
+        raise AccessError(
+            "The input may not be read.", fix="Change its permissions.", path=error.filename or source
+        ) from error
+    except OSError as error:
+        raise StorageError(f"The input cannot be read: {error.strerror}.", path=error.filename or source) from error
 
 
 def local(source: Source) -> Path:
@@ -42,7 +72,11 @@ def kind_of(source: Source) -> Literal["checkpoint", "adapter"]:
     Raises:
         MalformedError: a directory holds both, or several adapters and nothing else.
     """
-    path = local(source)
+    with readable(source):
+        return _kind(local(source))
+
+
+def _kind(path: Path) -> Literal["checkpoint", "adapter"]:
     if path.is_dir():
         names = {entry.name for entry in path.iterdir()}
         model = any(name.startswith(MODEL_STEMS) and name.endswith((".safetensors", ".index.json")) for name in names)

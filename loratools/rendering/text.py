@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from loratools.engine.reports import AbstractReport
 from loratools.rendering._names import count, dimensions, sentence, shown, size
 from loratools.rendering._table import table
 
@@ -17,14 +15,19 @@ _ADAPTER_COLUMNS: Final = ("name", "kind", "shape", "dtype", "rank", "alpha", "s
 _NUMBERS: Final = {_CHECKPOINT_COLUMNS: 1, _ADAPTER_COLUMNS: 4}
 
 
-def inspection(report: AbstractReport, *, modules: bool = False) -> str:
-    """What `inspect` found, as a page; with `modules`, one line for each module too.
+class Inspection(Protocol):
+    """What is asked of a report on a checkpoint or an adapter: its JSON document."""
 
-    Args:
-        report: an `InspectReport`; what is read is its JSON document.
-        modules: add the table of modules.
-    """
-    document = report.to_json()
+    def to_json(self) -> dict[str, Any]:
+        """The whole of it."""
+
+    def summary(self) -> dict[str, Any]:
+        """The document without its modules."""
+
+
+def inspection(report: Inspection, *, modules: bool = False) -> str:
+    """What `inspect` found, as a page; with `modules`, one line for each module too."""
+    document = report.to_json() if modules else report.summary()
     facts = [("parameters", _parameters(document)), ("bytes", size(document["bytes"])), *_dtypes(document["dtypes"])]
     own = _checkpoint(document["checkpoint"]) if document["checkpoint"] else _adapter(document["adapter"])
     rows = [*own, *facts, ("modules", _modules(document)), *_files(document["files"])]
@@ -62,8 +65,8 @@ def _dtypes(dtypes: Mapping[str, Mapping[str, int]]) -> Iterator[tuple[str, str]
 
 
 def _modules(document: Mapping[str, Any]) -> str:
-    kinds = Counter(row["kind"] for row in document["modules"])
-    return f"{len(document['modules']):,}: " + _listed(f"{number:,} {kind}" for kind, number in kinds.most_common())
+    kinds = document["kinds"]
+    return f"{sum(kinds.values()):,}: " + _listed(f"{number:,} {kind}" for kind, number in kinds.items())
 
 
 def _files(files: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

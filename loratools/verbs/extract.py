@@ -211,7 +211,7 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     touched = list(execution.adapter or {})
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
-    none = () if execution.adapter else ("Every tensor that was compared is identical: the adapter changes nothing.",)
+    none = () if execution.adapter else ("Nothing that the adapter may hold has changed: it is empty.",)
     found = [*none, *_findings(modules), *prepared.planner.advice(execution.adapter)]
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),

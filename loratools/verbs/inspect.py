@@ -27,24 +27,6 @@ _Sort = tuple[str, tuple[int, ...], bool]  # dtype, shape, whether it counts as 
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class ModuleRow:
-    """One module of a checkpoint: the shape and dtype of its weight as stored, its own parameters counted once."""
-
-    name: str
-    kind: str
-    shape: tuple[int, ...] | None
-    dtype: str
-    parameters: int
-    evidence: str
-
-    def to_json(self) -> dict[str, Any]:
-        """The row as JSON."""
-        shape = list(self.shape) if self.shape is not None else None
-        row = {"name": self.name, "kind": self.kind, "shape": shape, "dtype": self.dtype}
-        return {**row, "parameters": self.parameters, "evidence": self.evidence}
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Share:
     """What part of the tensors has one dtype."""
 
@@ -93,6 +75,7 @@ class InspectReport(AbstractReport):
         bytes: of all tensors as stored.
         dtypes: name → share.
         modules: every module that owns tensors, in file order.
+        kinds: kind of module → how many, the most frequent first.
         selected: how many modules of how many the totals are about.
         files: everything that belongs to it; weights first.
         checkpoint: facts of a checkpoint, else None.
@@ -106,12 +89,13 @@ class InspectReport(AbstractReport):
     parameters: int
     bytes: int
     dtypes: Mapping[str, Share]
+    kinds: Mapping[str, int]
     selected: Mapping[str, int]
     checkpoint: CheckpointFacts | None = None
     adapter: updates.AdapterFacts | None = None
     files: tuple[File, ...]
     notes: tuple[str, ...]
-    modules: tuple[ModuleRow, ...] | tuple[updates.UpdateRow, ...]
+    modules: tuple[facts.ModuleRow, ...] | tuple[updates.UpdateRow, ...]
 
     @property
     def verb(self) -> str:
@@ -120,8 +104,13 @@ class InspectReport(AbstractReport):
 
     def to_json(self) -> dict[str, Any]:
         """See `AbstractReport.to_json`."""
+        return {**self.summary(), "modules": [row.to_json() for row in self.modules]}
+
+    def summary(self) -> dict[str, Any]:
+        """The document without its modules: it does not grow with the model."""
         document = super(InspectReport, dataclasses.replace(self, modules=())).to_json()
-        return {**document, "modules": [row.to_json() for row in self.modules]}
+        del document["modules"]
+        return document
 
 
 def inspect(
@@ -160,7 +149,8 @@ def _collector_paused() -> Iterator[None]:
 
 def _checkpoint(checkpoint: Checkpoint, selection: Selection) -> InspectReport:
     modules = checkpoint.modules
-    chosen = [modules[path] for path in selection.selected(modules)]
+    everything = selection == Selection()
+    chosen = list(modules.values()) if everything else [modules[path] for path in selection.selected(modules)]
     paths = {module.name for module in chosen}
     tie = facts.tie_of(checkpoint, paths)
     copies = int(tie is not None and tie.stored and owner(tie.tensor)[0] in paths)
@@ -177,6 +167,7 @@ def _checkpoint(checkpoint: Checkpoint, selection: Selection) -> InspectReport:
         parameters=sum(row.parameters for row in rows),
         bytes=sum(share.bytes for share in shares.values()),
         dtypes=shares,
+        kinds=dict(Counter(row.kind for row in rows).most_common()),
         selected={"modules": len(rows), "of": len(modules)},
         checkpoint=CheckpointFacts(
             family=facts.family_of(checkpoint),
@@ -191,9 +182,9 @@ def _checkpoint(checkpoint: Checkpoint, selection: Selection) -> InspectReport:
     )
 
 
-def _rows(modules: Iterable[Module], tie: facts.Tie | None) -> tuple[tuple[ModuleRow, ...], Counter[_Sort]]:
+def _rows(modules: Iterable[Module], tie: facts.Tie | None) -> tuple[tuple[facts.ModuleRow, ...], Counter[_Sort]]:
     """A row a module; and how many tensors there are of each sort."""
-    rows: list[ModuleRow] = []
+    rows: list[facts.ModuleRow] = []
     sorts: Counter[_Sort] = Counter()
     for module in modules:
         own = 0
@@ -201,7 +192,7 @@ def _rows(modules: Iterable[Module], tie: facts.Tie | None) -> tuple[tuple[Modul
             counts = facts.counts(parameter, spec, tie)
             sorts[spec.dtype, spec.shape, counts] += 1
             own += spec.numel if counts else 0
-        rows.append(ModuleRow(module.name, module.kind, *facts.face(module), own, module.evidence))
+        rows.append(facts.ModuleRow(module.name, module.kind, *facts.face(module), own, module.evidence))
     return tuple(rows), sorts
 
 
@@ -243,11 +234,11 @@ def _size(path: Path) -> int:
 
 def _checkpoint_notes(checkpoint: Checkpoint, buffers: int) -> tuple[str, ...]:
     notes = []
-    foreign = next(filter(_ADAPTER_KEY.search, checkpoint), None)
-    if foreign is not None:
-        notes.append(f"{foreign} is the name of an adapter's tensor: this may be an adapter without its configuration.")
     if not checkpoint.config:
         notes.append("There is no config.json: what the model is was told from names alone.")
+        foreign = next(filter(_ADAPTER_KEY.search, checkpoint), None)
+        if foreign is not None:
+            notes.append(f"{foreign} is an adapter's key: this may be an adapter without its configuration.")
     if buffers:
         notes.append(f"{buffers} tensors are buffers (masks, positions, statistics) and not counted as parameters.")
     packed = sum(module.kind == "quantised" for module in checkpoint.modules.values())
@@ -269,6 +260,7 @@ def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
         parameters=sum(row.parameters for row in rows),
         bytes=sum(share.bytes for share in shares.values()),
         dtypes=shares,
+        kinds=dict(Counter(row.kind for row in rows).most_common()),
         selected={"modules": len(rows), "of": len(adapter)},
         adapter=updates.summary(adapter, rows),
         files=_files(adapter.files, held),

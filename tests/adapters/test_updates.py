@@ -43,7 +43,9 @@ def test_a_sum_adds_its_terms():
     one, two = low_rank(2), low_rank(3, alpha=-1.0)
     whole = Sum(parts=(*one.terms, *(Term(t.lora_A, t.lora_B, 0.5 * t.scale) for t in two.terms)))
     assert whole.rank == 5
-    torch.testing.assert_close(whole.delta_weight(), one.delta_weight() + 0.5 * two.delta_weight(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        whole.delta_weight(), one.delta_weight() + 0.5 * two.delta_weight(), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_factors_that_are_no_product_are_refused_by_name():

@@ -9,7 +9,7 @@ from typing import Any
 
 from tests.benchmarks.measure import BenchmarkError, Contender
 
-PEAK_KEY = "peak_memory"
+PEAK_KEY = "peak_bytes"
 GIBIBYTE = 2**30
 
 

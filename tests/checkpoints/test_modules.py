@@ -22,7 +22,7 @@ def test_a_tensor_belongs_to_the_path_before_its_last_dot():
     """A bare name belongs to the root."""
     assert owner("model.layers.0.mixer.A_log") == ("model.layers.0.mixer", "A_log")
     assert owner("logit_scale") == ("", "logit_scale")
-    assert set(modules(**{"a__weight": (2, 3), "a__bias": (2,), "b": (1,)})) == {"a", ""}
+    assert set(modules(a__weight=(2, 3), a__bias=(2,), b=(1,))) == {"a", ""}
 
 
 def test_a_bias_tells_which_way_a_matrix_lies():
@@ -59,7 +59,9 @@ def test_other_kinds():
 
 def test_only_conv1d_and_embeddings_are_stored_transposed():
     """What merges and extractions ask."""
-    found = modules({"model_type": "gpt2"}, wte__weight=(32, 4), c_attn__weight=(4, 12), x__weight=(4, 5), n__weight=(4,))
+    found = modules(
+        {"model_type": "gpt2"}, wte__weight=(32, 4), c_attn__weight=(4, 12), x__weight=(4, 5), n__weight=(4,)
+    )
     assert {name: module.stored_transposed for name, module in found.items()} == {
         "wte": True, "c_attn": True, "x": False, "n": False,
     }  # fmt: skip

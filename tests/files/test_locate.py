@@ -71,7 +71,9 @@ def test_what_is_not_there_is_missing(tmp_path):
             assert name.split("/")[0] in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "{", '{"a": 1, "a": 2}', "null", "\x00", '"peft"', '{"r": NaN}', "[" * 100000])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", "{", '{"a": 1, "a": 2}', "null", "\x00", '"peft"', '{"r": NaN}', "[" * 100000]
+)
 def test_a_configuration_that_is_no_object_is_malformed(tmp_path, text):
     """H63: with the file's name; deep nesting does not end the interpreter."""
     adapter = write_adapter(tmp_path / "a")

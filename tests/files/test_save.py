@@ -4,7 +4,14 @@ import pytest
 import torch
 
 from loratools.adapters import Adapter
-from loratools.errors import LoratoolsError, NonFiniteError, OutputError, OutputExistsError, UnsupportedError, UsageError
+from loratools.errors import (
+    LoratoolsError,
+    NonFiniteError,
+    OutputError,
+    OutputExistsError,
+    UnsupportedError,
+    UsageError,
+)
 from loratools.files import load_adapter, save
 from loratools.storage.writer import SafetensorsWriter
 from tests.tiny import Q, factors, lora_tensors, state, write_adapter, write_checkpoint
@@ -15,7 +22,10 @@ def test_it_is_two_files_and_loads_back(tmp_path):
     a = load_adapter(write_adapter(tmp_path / "a", lora_alpha=5))
     before = state(tmp_path)
     save(a, tmp_path / "b")
-    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "b").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     b = load_adapter(tmp_path / "b")
     assert all(torch.equal(a[path].delta_weight(), b[path].delta_weight()) for path in a)
     assert {name: digest for name, digest in state(tmp_path).items() if not name.startswith("b")} == before

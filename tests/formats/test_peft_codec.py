@@ -29,7 +29,12 @@ def test_factors_scaling_and_layer():
     found = decode(tensors, r=2, lora_alpha=6, alpha_pattern={"k_proj": 3}, use_rslora=True)
     q, k, embedding = found.updates[Q], found.updates[K], found.updates["model.embed_tokens"]
     assert (q.scaling, k.scaling) == (6 / 2, 3 / 2)
-    assert (q.kind, embedding.kind, embedding.layer, embedding.shape) == ("low-rank", "embedding", "embedding", (16, 32))
+    assert (q.kind, embedding.kind, embedding.layer, embedding.shape) == (
+        "low-rank",
+        "embedding",
+        "embedding",
+        (16, 32),
+    )
     assert len([note for note in found.notes if "rank 2" in note and "rank 4" in note]) == 4
     assert not decode(tensors, r=4).notes
 
@@ -163,13 +168,17 @@ def test_decode_after_encode_is_the_adapter(tmp_path, dtype, fields):
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
     config = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert config["target_modules"] == [path for path in a if a[path].terms]
-    assert all(config[key] == value for key, value in fields.items() if key in {"a_field_of_2031", "modules_to_save", "bias"})
+    assert all(
+        config[key] == value for key, value in fields.items() if key in {"a_field_of_2031", "modules_to_save", "bias"}
+    )
 
 
 def test_a_sum_is_written_with_its_scaling_baked(tmp_path):
     """Ranks concatenate, alpha = r where scalings differ, ΔW to 1e-6; read back it is one product."""
     a = load_adapter(write_adapter(tmp_path / "a"))
-    b = load_adapter(write_adapter(tmp_path / "b", lora_tensors(factors(3, 2, torch.bfloat16)), lora_alpha=5, use_rslora=True))
+    b = load_adapter(
+        write_adapter(tmp_path / "b", lora_tensors(factors(3, 2, torch.bfloat16)), lora_alpha=5, use_rslora=True)
+    )
     c = 0.7 * a - 0.3 * b
     save(c, tmp_path / "c")
     back = load_adapter(tmp_path / "c")

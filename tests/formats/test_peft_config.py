@@ -85,7 +85,7 @@ def overlapping():
         module = ".".join(chance.choices(PIECES, k=chance.randint(1, 5)))
         parts = module.split(".")
         patterns = [".".join(parts[chance.randint(0, len(parts) - 1) :]) for _ in range(2)]
-        patterns += chance.choices(HAND, k=3) + [".".join(chance.choices(PIECES, k=2)), module + "0"]
+        patterns += [*chance.choices(HAND, k=3), ".".join(chance.choices(PIECES, k=2)), module + "0"]
         chance.shuffle(patterns)
         yield list(dict.fromkeys(patterns)), module
 
@@ -95,7 +95,7 @@ def test_patterns_match_as_pefts_own_function():
     judge = pytest.importorskip("peft.utils.other").get_pattern_key
     hits = 0
     for patterns, module in overlapping():
-        values = dict(zip(patterns, range(1, 100)))
+        values = dict(zip(patterns, range(1, 100), strict=False))
         expected = values.get(judge(list(values), module), 0)
         assert fields.matched(values, module, 0, field="rank_pattern") == expected, (patterns, module)
         hits += expected > 0
@@ -173,7 +173,9 @@ def test_excluded_neighbours_are_left_alone_by_peft():
 
     config = fields.lora_fields(updates({"q": 2}), ["q", "a", "a.q", "a.k"])
     model = peft.get_peft_model(Net(), peft.LoraConfig(**config))
-    wrapped = {name.removesuffix(".lora_A") for name, _ in model.base_model.model.named_modules() if name.endswith("lora_A")}
+    wrapped = {
+        name.removesuffix(".lora_A") for name, _ in model.base_model.model.named_modules() if name.endswith("lora_A")
+    }
     assert wrapped == {"q"}
 
 
@@ -196,7 +198,9 @@ def test_a_number_that_is_none_is_malformed(field, value):
     assert caught.value.where["field"] == field
 
 
-@pytest.mark.parametrize("pattern", [["q"], "q", 7, {"q": "2"}, {"q": float("nan")}, {"(": 2}, {"q": None} | {"q": [1]}])
+@pytest.mark.parametrize(
+    "pattern", [["q"], "q", 7, {"q": "2"}, {"q": float("nan")}, {"(": 2}, {"q": None} | {"q": [1]}]
+)
 def test_a_pattern_that_is_none_is_malformed(pattern):
     """Of every wrong type, and expressions that are none."""
     with pytest.raises(MalformedError):

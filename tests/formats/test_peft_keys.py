@@ -39,7 +39,11 @@ def test_parameter_keys_read_back(module, wrapped):
     if not module and wrapped:
         return
     parsed = keys.parse(keys.parameter_key(module, "weight", wrapped=wrapped))
-    assert (parsed.module, parsed.role, parsed.parameter) == (module, "base_layer" if wrapped else "parameter", "weight")
+    assert (parsed.module, parsed.role, parsed.parameter) == (
+        module,
+        "base_layer" if wrapped else "parameter",
+        "weight",
+    )
 
 
 REFUSED = {

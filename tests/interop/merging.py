@@ -101,6 +101,10 @@ def size_of(weight, ours, layer):
     return models.ulp(torch.maximum(m, products(layer, absolute=True)), weight.dtype)
 
 
+def _rank(layer):
+    return sum(module.weight.shape[0] for module in layer.lora_A.values())
+
+
 class Count:
     """How many entries of how many differ."""
 
@@ -120,8 +124,10 @@ def assert_law_2(merged, base, model):
     """Every tensor of the checkpoint `merged` against PEFT's `model` over `base`, by law 2's own numbers.
 
     Linear and Conv1D: against PEFT's merge, 16 bits differ on at most 1e-4 of all entries (and what chance adds to
-    so few: three standard deviations) and by at most one ulp of m, 32 bits by at most two. Embedding, where PEFT
-    rounds twice: against float64 rounded once, one ulp of m. All else: PEFT's bits.
+    so few: three standard deviations) and by at most one ulp of m, 32 bits by at most two. PEFT's own fp32 product
+    of rank r may be r ulp of m off, and is beyond two in about one entry of 10^4: those are allowed it.
+    Embedding, where PEFT rounds twice: against float64 rounded once, one ulp of m. All else: PEFT's bits. And
+    whatever PEFT does, ours is one rounding away from the exact sum.
     """
     ours, before, theirs = models.tensors_of(merged), models.tensors_of(base), merged_by_peft(model)
     assert_one_rounding(merged, model)
@@ -138,8 +144,12 @@ def assert_law_2(merged, base, model):
         exact = weight.double() + products(layer)
         step = size_of(weight, tensor, layer)
         judged = exact.to(tensor.dtype) if embedding else theirs[name]
-        allowed = 2 if tensor.dtype == torch.float32 and not embedding else 1
-        assert bool(((tensor.double() - judged.double()).abs() <= allowed * step).all()), name
+        steps = (tensor.double() - judged.double()).abs() / step
+        if tensor.dtype == torch.float32 and not embedding:
+            assert int((steps > 2).sum()) <= 1e-3 * steps.numel(), name
+            assert steps.max() <= max(2, _rank(layer)), name
+        else:
+            assert steps.max() <= 1, name
         if not embedding and tensor.dtype != torch.float32:
             count.add(tensor, theirs[name])
     expected = 1e-4 * count.entries

@@ -9,7 +9,7 @@ from loratools.errors import MalformedError, MismatchError
 from loratools.files import load_adapter
 from loratools.verbs.merge import merge
 from tests import models
-from tests.interop.extraction import assert_same_output
+from tests.interop.extraction import assert_same_output, stored_products
 from tests.interop.merging import assert_law_2, assert_one_rounding, layers_of, merged_by_peft, products, unmerged, write_by_peft
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -261,6 +261,9 @@ class TestTied:
         base = bases("gpt2")
         config = {"target_modules": ["wte", "lm_head"], "ensure_weight_tying": True}
         adapter = write_by_peft(base, tmp_path / "adapter", r=4, lora_alpha=9, **config)
+        stored = models.config_of(adapter)  # PEFT writes the head's factors, and forgets to list it
+        targets = sorted({*stored["target_modules"], "lm_head"})
+        (adapter / "adapter_config.json").write_text(json.dumps({**stored, "target_modules": targets}))
         merge(base, [adapter], tmp_path / "merged")
         model = unmerged(base, adapter)
         assert_same_output(models.load(tmp_path / "merged"), model, 2e-5)
@@ -278,10 +281,11 @@ class TestTied:
                     for index in order]  # fmt: skip
         merge(base, adapters, tmp_path / "merged")
         ours, embedding = models.tensors_of(tmp_path / "merged"), models.tensors_of(base)["model.embed_tokens.weight"]
-        layers = layers_of(unmerged(base, *adapters))
-        for name in ("model.embed_tokens", "lm_head"):
-            exact = embedding.double() + products(layers[name])
-            assert (ours[f"{name}.weight"].double() - exact).abs().max() < 1e-6
+        stored = [stored_products(adapter) for adapter in adapters]
+        for name, turn in (("model.embed_tokens", True), ("lm_head", False)):
+            deltas = [each[name].T if turn else each[name] for each in stored if name in each]
+            exact = embedding.double() + sum(deltas)
+            assert (ours[f"{name}.weight"].double() - exact).abs().max() < 1e-7
 
     @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
     def test_two_shared_updates_stay_one_matrix(self, bases, tmp_path, order):
@@ -290,8 +294,11 @@ class TestTied:
         config = self.CASES["weight-tying"]
         adapters = [write_by_peft(base, tmp_path / f"a{index}", seed=index, r=3, lora_alpha=4, **config) for index in order]
         merge(base, adapters, tmp_path / "merged", weights=[0.5, -2.0])
-        assert "lm_head.weight" not in models.tensors_of(tmp_path / "merged")
-        assert_same_output(models.load(tmp_path / "merged"), unmerged(base, *adapters, weights=[0.5, -2.0]), 2e-5)
+        ours, embedding = models.tensors_of(tmp_path / "merged"), models.tensors_of(base)["model.embed_tokens.weight"]
+        assert "lm_head.weight" not in ours
+        one, other = (stored_products(adapter)["model.embed_tokens"].T for adapter in adapters)
+        exact = embedding.double() + 0.5 * one - 2.0 * other
+        assert (ours["model.embed_tokens.weight"].double() - exact).abs().max() < 1e-7
 
     def test_a_stored_copy_of_a_tied_head(self, tmp_path):
         """A checkpoint may store the tied head although it is the embedding: both copies follow a shared update."""
@@ -318,7 +325,7 @@ def test_recast_while_merging(bases, tmp_path):
             exact = exact + products(layer)
         assert tensor.dtype == torch.bfloat16
         assert (tensor.double() - exact).abs().max() <= (0.5001 * models.ulp(exact, torch.bfloat16)).max()
-        assert int((tensor != exact.to(torch.bfloat16)).sum()) <= 1e-4 * tensor.numel()
+        assert int((tensor != exact.to(torch.bfloat16)).sum()) <= 1  # where ΔW, right to 2e-7, lies at a middle
     before, after = (models.config_of(path, "config.json") for path in (base, tmp_path / "merged"))
     assert {key for key in before if before[key] != after[key]} == {"dtype"}
     assert models.load(tmp_path / "merged").dtype == torch.bfloat16

@@ -24,7 +24,9 @@ from tests.tiny import (
 @pytest.fixture(params=[torch.float32, torch.bfloat16, torch.float16], ids=str)
 def source(tmp_path, request):
     pairs = factors(3, 1, request.param)
-    return write_adapter(tmp_path / "a", lora_tensors(pairs), r=3, lora_alpha=5, use_rslora=True, alpha_pattern={"k_proj": 7})
+    return write_adapter(
+        tmp_path / "a", lora_tensors(pairs), r=3, lora_alpha=5, use_rslora=True, alpha_pattern={"k_proj": 7}
+    )
 
 
 def close(one, other):

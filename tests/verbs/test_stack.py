@@ -34,7 +34,9 @@ def three(tmp_path):
     return [
         write_adapter(tmp_path / "a", lora_tensors(factors(4, 1)), lora_alpha=8),
         write_adapter(tmp_path / "b", lora_tensors(factors(3, 2, torch.bfloat16)), r=3, lora_alpha=5, use_rslora=True),
-        write_adapter(tmp_path / "c", lora_tensors(factors(2, 3, modules={Q: SHAPES[Q], "x.y": (3, 5)})), r=2, lora_alpha=-1),
+        write_adapter(
+            tmp_path / "c", lora_tensors(factors(2, 3, modules={Q: SHAPES[Q], "x.y": (3, 5)})), r=2, lora_alpha=-1
+        ),
     ]
 
 
@@ -42,7 +44,13 @@ def three(tmp_path):
 def test_the_sum_is_the_sum(tmp_path, three, weights):
     """Law 4: Δ = Σ w ΔW to 1e-6, for ranks, alphas, dtypes, signs and modules that differ."""
     report = stack(three, tmp_path / "out", weights=weights)
-    given = [1.0] * 3 if weights is None else [weights] * 3 if isinstance(weights, float) else list(weights) * (3 if len(weights) == 1 else 1)
+    given = (
+        [1.0] * 3
+        if weights is None
+        else [weights] * 3
+        if isinstance(weights, float)
+        else list(weights) * (3 if len(weights) == 1 else 1)
+    )
     made, sources = load_adapter(tmp_path / "out"), [load_adapter(path) for path in three]
     assert set(made) == {*SHAPES, "x.y"}
     for path in made:
@@ -70,7 +78,9 @@ def test_one_adapter_with_a_weight_keeps_every_byte_of_its_factors(tmp_path, thr
     made, source = load_adapter(tmp_path / "out"), load_adapter(three[1])
     assert tensors_of(tmp_path / "out").keys() == tensors_of(three[1]).keys()
     for path in made:
-        assert all(equal_bits(x.load(), y.load()) for x, y in zip(made[path].tensors, source[path].tensors, strict=True))
+        assert all(
+            equal_bits(x.load(), y.load()) for x, y in zip(made[path].tensors, source[path].tensors, strict=True)
+        )
         assert made[path].use_rslora
         assert made[path].scaling == pytest.approx(-0.3 * source[path].scaling, rel=1e-15)
 

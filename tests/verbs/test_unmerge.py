@@ -46,7 +46,9 @@ def same_weights(one, other):
 @pytest.mark.parametrize("shards", [1, 3])
 def test_with_the_base_every_bit_comes_back(tmp_path, dtype, named, shards):
     """Law 1: the base's files, weights and companions, with the adapters named or known from the report."""
-    base = write_checkpoint(tmp_path / "base", llama(DTYPES[dtype]), shards=shards, companions={"tokenizer.json": b"{}"})
+    base = write_checkpoint(
+        tmp_path / "base", llama(DTYPES[dtype]), shards=shards, companions={"tokenizer.json": b"{}"}
+    )
     made = adapters(tmp_path)
     merge(base, made, tmp_path / "merged", weights=[0.5, -1])
     report = unmerge(tmp_path / "merged", tmp_path / "out", adapters=made if named else (), base=base)
@@ -99,7 +101,9 @@ def largest_error(out, base, bounds):
     """Per subtracted tensor: the largest error over its reported bound."""
     found, expected = tensors_of(out), tensors_of(base)
     assert all(equal_bits(found[name], tensor) for name, tensor in expected.items() if name not in bounds)
-    return max(float((found[name].double() - expected[name].double()).abs().max()) / bound for name, bound in bounds.items())
+    return max(
+        float((found[name].double() - expected[name].double()).abs().max()) / bound for name, bound in bounds.items()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -119,7 +123,9 @@ def test_subtraction_is_within_its_bound(tmp_path, dtype, scale):
     assert report.totals["bound"] == max(bounds.values())
     assert any("bound" in note for note in report.notes)
     worst = max(bounds.values())
-    assert worst <= 4 * torch.finfo(DTYPES[dtype]).eps * max(float(t.abs().max()) for t in tensors_of(tmp_path / "merged").values())
+    assert worst <= 4 * torch.finfo(DTYPES[dtype]).eps * max(
+        float(t.abs().max()) for t in tensors_of(tmp_path / "merged").values()
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,0 +1,112 @@
+"""Law 4: Δ(stack(a, b; w)) = Σ w_i ΔW_i; the same for the algebra of adapters in Python; truncation is near the best."""
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loratools.adapters import Adapter, LowRank
+from loratools.files import load_adapter, save
+from loratools.tensors import in_memory
+from loratools.verbs.stack import stack
+from tests import models
+from tests.interop.extraction import stored_products
+
+MODULES = {"a.lin": (6, 4), "b.lin": (3, 8), "lin": (4, 4), "c.embed": (5, 9)}
+
+weights = st.floats(-4, 4).map(lambda value: round(value, 3))
+
+
+@st.composite
+def updates(draw, name):
+    """One module's update: any rank, alpha, scaling rule, dtype, size."""
+    out, into = MODULES[name]
+    rank = draw(st.integers(1, 9))
+    dtype = models.DTYPES[draw(st.sampled_from(["fp32", "bf16", "fp16"]))]
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 10**6)))
+    size = draw(st.sampled_from([1.0, 1e-3, 30.0]))
+    return LowRank(
+        lora_A=in_memory("A", (size * torch.randn(rank, into, generator=generator)).to(dtype)),
+        lora_B=in_memory("B", torch.randn(out, rank, generator=generator).to(dtype)),
+        alpha=draw(st.sampled_from([1.0, 7.0, 0.37, -2.0, 64.0, float(rank)])),
+        use_rslora=draw(st.booleans()),
+        of="embedding" if name.endswith("embed") else "linear",
+    )
+
+
+@st.composite
+def adapters(draw):
+    """An adapter of some of the modules."""
+    names = draw(st.lists(st.sampled_from(sorted(MODULES)), min_size=1, unique=True))
+    return Adapter({name: draw(updates(name)) for name in names}, name="drawn")
+
+
+def delta(update):
+    """ΔW in float64 by the formula."""
+    size = update.lora_A.shape[0] ** (0.5 if update.use_rslora else 1)
+    return update.alpha / size * update.lora_B.load().double() @ update.lora_A.load().double()
+
+
+def weighted(members):
+    """(Σ w ΔW, Σ |w| ‖ΔW‖) per module."""
+    total, size = {}, {}
+    for weight, adapter in members:
+        for name, update in adapter.items():
+            total[name] = total.get(name, 0) + weight * delta(update)
+            size[name] = size.get(name, 0) + abs(weight) * float(delta(update).norm())
+    return total, size
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(weights, adapters()), min_size=1, max_size=4))
+def test_stack_is_the_sum_whatever_goes_in(members):
+    """Any ranks, alphas, dtypes, signs, modules: on disk, by PEFT's formula, to 1e-6 of the summands' sizes."""
+    total, size = weighted(members)
+    with tempfile.TemporaryDirectory() as place:
+        root = Path(place)
+        for index, (_, adapter) in enumerate(members):
+            save(adapter, root / str(index))
+        stack([root / str(index) for index in range(len(members))], root / "sum", weights=[weight for weight, _ in members])
+        found = stored_products(root / "sum")
+        assert set(found) == set(total)
+        for name, exact in total.items():
+            assert (found[name] - exact).norm() <= 1e-6 * size[name] + 1e-30, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(adapters(), adapters(), adapters(), weights, weights)
+def test_the_algebra_is_the_same_sum(a, b, d, left, right):
+    """`left * a + right * b - d` in Python, read back from what `save` wrote too; norm, inner and cosine agree with
+    the materialised ΔW."""
+    c = left * a + right * b - d
+    total, size = weighted([(left, a), (right, b), (-1.0, d)])
+    for name, exact in total.items():
+        assert (c[name].delta_weight().double() - exact).norm() <= 1e-6 * size[name] + 1e-30
+    squares = sum(float(exact.square().sum()) for exact in total.values())
+    scale = sum(size.values())
+    assert c.norm() == pytest.approx(squares**0.5, abs=1e-6 * scale + 1e-30)
+    inner = sum(float((total[name] * delta(a[name])).sum()) for name in a)
+    assert c.inner(a) == pytest.approx(inner, abs=1e-6 * scale * max(a.norm(), 1e-30) + 1e-30)
+    with tempfile.TemporaryDirectory() as place:
+        save(c, Path(place) / "c")
+        again = load_adapter(Path(place) / "c")
+        for name, exact in total.items():
+            assert (again[name].delta_weight().double() - exact).norm() <= 1e-6 * size[name] + 1e-30
+
+
+@settings(max_examples=40, deadline=None)
+@given(adapters(), adapters(), st.integers(1, 5))
+def test_truncation_is_near_the_best(a, b, rank):
+    """The QR core's truncation of a sum is within 1.001 of Eckart–Young of the materialised ΔW."""
+    total, size = weighted([(1.0, a), (-0.5, b)])
+    short = (a - 0.5 * b).truncate(rank=rank)
+    for name, exact in total.items():
+        values = torch.linalg.svdvals(exact)
+        kept = short[name].delta_weight().double() if name in short else torch.zeros_like(exact)
+        assert (exact - kept).norm() <= 1.001 * values[rank:].norm() + 1e-6 * size[name]
+        if name in short:
+            assert short[name].rank <= rank
+            assert short[name].scaling == 1

@@ -1,0 +1,152 @@
+"""Law 5: decode(encode(x)) = x for all that PEFT's format can hold; what it cannot is refused by name."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from loratools.adapters import Adapter, Full, LowRank, Sum, Term
+from loratools.errors import UnsupportedError
+from loratools.formats import Contents, codec_named
+from loratools.tensors import in_memory
+from tests import models
+
+CODEC = codec_named("peft")
+
+components = st.sampled_from(["a", "lin", "norm", "layers", "0", "1", "10", "q_proj", "x-y", "embed"])
+paths = st.lists(components, min_size=1, max_size=4).map(".".join)
+
+
+def tensor(shape, seed, dtype):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@st.composite
+def updates(draw):
+    """Anything that the format can hold of one module."""
+    seed, dtype = draw(st.integers(0, 10**6)), models.DTYPES[draw(st.sampled_from(["fp32", "bf16", "fp16"]))]
+    out, into, rank = draw(st.integers(1, 5)), draw(st.integers(1, 5)), draw(st.integers(1, 6))
+    replaced = {}
+    if draw(st.booleans()):
+        replaced["bias"] = in_memory("b", tensor((out,), seed + 2, dtype))
+    added = {"weight": in_memory("r", tensor((2, into), seed + 3, dtype))} if draw(st.booleans()) else {}
+    if draw(st.booleans()):
+        if draw(st.booleans()) or not (replaced or added):
+            replaced["weight"] = in_memory("w", tensor((out, into), seed, dtype))
+        if draw(st.booleans()):
+            replaced["A_log"] = in_memory("p", tensor((out, 2, 3), seed, dtype))
+        return Full(replaced=replaced, added_rows=added, shared=True)
+    return LowRank(
+        lora_A=in_memory("A", tensor((rank, into), seed, dtype)),
+        lora_B=in_memory("B", tensor((out, rank), seed + 1, dtype)),
+        alpha=draw(st.sampled_from([1.0, 4.0, 0.3, -2.0, float(rank), 1e-3])),
+        use_rslora=draw(st.booleans()),
+        of=draw(st.sampled_from(["linear", "embedding"])),
+        replaced=replaced,
+        added_rows=added,
+    )
+
+
+def round_trip(adapter, siblings=()):
+    """What comes back from what is written."""
+    encoded = CODEC.encode(adapter, siblings=siblings)
+    config = next(json.loads(text) for text in encoded.texts.values())
+    return CODEC.decode(Contents(encoded.tensors, config, encoded.metadata, encoded.side_tensors)), config
+
+
+def same(one, other):
+    """Equal dtype, shape and bytes, name aside."""
+    return one.dtype == other.dtype and one.shape == other.shape and bytes(one.read()) == bytes(other.read())
+
+
+def assert_same_update(found, given_, path):
+    assert found.kind == given_.kind, path
+    assert found.replaced.keys() == given_.replaced.keys(), path
+    assert found.added_rows.keys() == given_.added_rows.keys(), path
+    for name in given_.replaced:
+        assert same(found.replaced[name], given_.replaced[name]), (path, name)
+    for name in given_.added_rows:
+        assert same(found.added_rows[name], given_.added_rows[name]), (path, name)
+    if isinstance(given_, LowRank):
+        assert same(found.lora_A, given_.lora_A), path
+        assert same(found.lora_B, given_.lora_B), path
+        assert found.layer == given_.layer
+        assert found.scaling == pytest.approx(given_.scaling, rel=1e-15), path
+        if found.use_rslora == given_.use_rslora:
+            assert found.alpha == given_.alpha
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(paths, updates(), min_size=1, max_size=6), st.lists(paths, max_size=4))
+def test_what_is_written_is_read(held, siblings):
+    """Kinds, factors, alphas, replaced parameters and added rows come back whatever the module paths, and whatever
+    order PEFT sorts the patterns into."""
+    adapter = Adapter(held)
+    assume(not CODEC.cannot_hold(adapter))
+    try:
+        decoded, config = round_trip(adapter, [*held, *siblings])
+    except UnsupportedError as error:
+        assert any(path in str(error) for path in held)
+        return
+    assert list(decoded.updates) == list(held)
+    for path, update in held.items():
+        assert_same_update(decoded.updates[path], update, path)
+    low = {path for path, update in held.items() if isinstance(update, LowRank)}
+    assert set(config["target_modules"] if low else []) == low
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(paths, updates(), min_size=1, max_size=6), st.lists(paths, max_size=6))
+def test_peft_would_wrap_what_is_meant(held, siblings):
+    """By PEFT's own matching, the written configuration targets the low-rank modules and no sibling, gives each its
+    rank, and saves no module whose parameters are not all there."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+    from peft.utils.other import get_pattern_key
+
+    adapter = Adapter(held)
+    assume(not CODEC.cannot_hold(adapter))
+    known = {*held, *siblings}
+    known |= {path.rsplit(".", depth)[0] for path in known for depth in range(1, 4)}
+    try:
+        _, config = round_trip(adapter, sorted(known))
+    except UnsupportedError:
+        return
+    names = {"target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "r", "lora_alpha"}
+    written = LoraConfig(**{key: value for key, value in config.items() if key in names})
+    low = {path for path, update in held.items() if isinstance(update, LowRank)}
+    hits = {path for path in known if (hit := check_target_module_exists(written, path)) and not isinstance(hit, _ExcludedModule)}
+    assert hits == low
+    for path in low:
+        assert written.rank_pattern.get(get_pattern_key(list(written.rank_pattern), path), written.r) == held[path].rank
+    for entry in config["modules_to_save"] or []:
+        assert [path for path in known if path.endswith(entry)] == [entry]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.dictionaries(paths, updates(), min_size=1, max_size=4))
+def test_decoding_twice_is_decoding_once(held):
+    """encode(decode(encode(x))) writes the same tensors and the same configuration again."""
+    adapter = Adapter(held)
+    assume(not CODEC.cannot_hold(adapter))
+    try:
+        decoded, config = round_trip(adapter, list(held))
+        again, second = round_trip(Adapter(decoded.updates, config=config), list(held))
+    except UnsupportedError:
+        return
+    assert second == config
+    assert again.updates.keys() == decoded.updates.keys()
+
+
+def test_what_cannot_be_held_is_named():
+    """A parameter of another name under a low-rank update, and a sum that is not concatenated, are refused."""
+    factors = {"lora_A": in_memory("A", torch.ones(2, 3)), "lora_B": in_memory("B", torch.ones(4, 2))}
+    odd = Adapter({"m.lin": LowRank(**factors, alpha=2.0, replaced={"gamma": in_memory("g", torch.ones(4))})})
+    assert any("m.lin" in lost and "gamma" in lost for lost in CODEC.cannot_hold(odd))
+    with pytest.raises(UnsupportedError, match="gamma"):
+        CODEC.encode(odd)
+    term = Term(factors["lora_A"], factors["lora_B"], 1.0)
+    with pytest.raises(UnsupportedError, match="m"):
+        CODEC.encode(Adapter({"m": Sum(parts=(term, term))}))
