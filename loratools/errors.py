@@ -38,7 +38,9 @@ def printable(text: object) -> str:
     right-to-left override.
     """
     escaped = "".join(
-        character if unicodedata.category(character)[0] != "C" else character.encode("unicode_escape").decode("ascii")
+        character
+        if unicodedata.category(character)[0] != "C" and unicodedata.category(character) not in {"Zl", "Zp"}
+        else character.encode("unicode_escape").decode("ascii")
         for character in str(text)[: _MAX_NAME + 1].encode("utf-8", "backslashreplace").decode("utf-8")
     )
     return escaped if len(str(text)) <= _MAX_NAME else escaped[:_MAX_NAME] + "…"

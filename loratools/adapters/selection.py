@@ -72,6 +72,8 @@ class Selection:
             UsageError: a pattern matches nothing, or nothing is left.
         """
         known = list(paths)
+        if not self.include and not self.exclude:
+            return known
         for pattern in (*self.include, *self.exclude):
             if not any(compiled(pattern).search(path) for path in known):
                 raise UsageError(

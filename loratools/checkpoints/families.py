@@ -121,8 +121,24 @@ INPUT_EMBEDDINGS: Final = (
 )
 """Last components of the token embedding, most telling first."""
 
-HEADS: Final = ("lm_head", "embed_out", "output", "cls.predictions.decoder", "vocab_projector")
+HEADS: Final = (
+    "lm_head", "embed_out", "output", "cls.predictions.decoder", "vocab_projector", "lm_head.decoder",
+    "generator_lm_head", "predictions.decoder",
+)  # fmt: skip
 """Module paths (suffixes) of the projection onto the vocabulary."""
+
+MASKED_HEAD: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "bert": "cls.predictions.decoder",
+        "roberta": "lm_head.decoder",
+        "xlm-roberta": "lm_head.decoder",
+        "mpnet": "lm_head.decoder",
+        "distilbert": "vocab_projector",
+        "electra": "generator_lm_head",
+        "albert": "predictions.decoder",
+    }
+)
+"""config `model_type` → the head of its masked language model, which checkpoints leave out where it is tied."""
 
 TIED_BY_DEFAULT: Final = frozenset(
     {
@@ -177,10 +193,10 @@ def tied_head(names: Collection[str], config: Mapping[str, Any]) -> tuple[str, s
         return None
     architectures = config.get("architectures") or []
     generative = any(
-        isinstance(name, str) and name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration"))
+        isinstance(name, str) and name.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration", "MaskedLM"))
         for name in architectures
     )
     stored = head(names)
     if stored is None and not generative:
         return None
-    return embedding, stored or "lm_head.weight"
+    return embedding, stored or f"{MASKED_HEAD.get(family, 'lm_head')}.weight"

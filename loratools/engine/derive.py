@@ -16,7 +16,9 @@ from loratools.engine.execute import Execution, execute
 from loratools.engine.plan import Input, Plan, Unit
 from loratools.engine.planning import Run
 from loratools.engine.reports import AbstractWrittenReport
+from loratools.engine.sinks import Assembly
 from loratools.files.locate import Source, require_directory_name
+from loratools.formats import codec_named
 
 RULES: Final = {
     "keep": "one adapter times a weight keeps its factors' bytes, alpha is multiplied; several are concatenated, "
@@ -76,6 +78,7 @@ def plan_of(request: Request, run: Run) -> Plan:
     Raises:
         UsageError: the output is no directory; a pattern matches nothing.
     """
+    codec_named(_format(request))
     path = Path(request.output)
     require_directory_name(path)
     sources = {source_id(index): adapter for index, adapter in enumerate(request.adapters)}
@@ -150,9 +153,9 @@ def run_of(request: Request, run: Run, report: type[Report]) -> Report:
         plan,
         sources,
         describe=lambda execution: _report(report, plan, request, template, execution),
-        template=template,
-        settings=run.settings(computes=False),
-        listener=run.listener,
+        run=run,
+        computes=False,
+        assembly=Assembly(template),
     )
 
 

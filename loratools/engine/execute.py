@@ -17,11 +17,12 @@ from loratools.checkpoints import Checkpoint
 from loratools.engine import memory
 from loratools.engine.cards import card
 from loratools.engine.context import Context, Outcome, Settings, Stopped
-from loratools.engine.events import Advanced, Listener, Stage, Started, ignore
+from loratools.engine.events import Advanced, Listener, Stage, Started
 from loratools.engine.operations import OPERATIONS
 from loratools.engine.plan import Plan, Unit, canonical
+from loratools.engine.planning import Run
 from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
-from loratools.engine.sinks import AbstractSink, AdapterSink, CheckpointSink
+from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink
 from loratools.storage.outputs import OutputDirectory, OutputFiles, stale_partials
 from loratools.storage.writer import WrittenFile, write_bytes_durably
 
@@ -61,16 +62,14 @@ class Execution:
         return [outcome for outcome in self.outcomes if outcome.operation == operation]
 
 
-def execute(  # noqa: PLR0913  (what to do, with what, and who is told)
+def execute(
     plan: Plan,
     sources: Sources,
     *,
     describe: Callable[[Execution], Report],
-    template: Adapter | None = None,
-    complete: Callable[[Adapter], Adapter] | None = None,
-    siblings: Sequence[str] = (),
-    settings: Settings | None = None,
-    listener: Listener = ignore,
+    run: Run,
+    computes: bool = True,
+    assembly: Assembly | None = None,
 ) -> Report:
     """Run `plan` and publish its output; on any failure nothing is left.
 
@@ -78,25 +77,23 @@ def execute(  # noqa: PLR0913  (what to do, with what, and who is told)
         plan: what to do.
         sources: the opened inputs, by the ids that the plan uses.
         describe: makes the report from what happened; pure.
-        template: for adapters, everything but the updates: format, configuration, base model.
-        complete: for adapters, what follows for the configuration from the updates that came out.
-        siblings: for adapters, all module paths of the model.
-        settings: threads, device, limits.
-        listener: receives progress.
+        run: threads, device, limits, listener.
+        computes: whether there are numbers to compute, which is what a device is for.
+        assembly: for adapters, what they are put together with.
 
     Raises:
         MemoryLimitError: the plan exceeds the limit; nothing was written.
         LoratoolsError: whatever a unit raised; nothing is left.
     """
-    chosen = settings or Settings()
-    memory.require(plan, chosen.max_memory)
+    memory.require(plan, run.max_memory)
+    settings, listener = run.settings(computes=computes), run.listener
     notes = tuple(
         f"A run that was killed left {path.name} beside the output." for path in stale_partials(Path(plan.output))
     )
     listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
     with _output(plan) as out:
-        sink = _sink(plan, out.path, template, complete, siblings)
-        outcomes = _run(plan, sources, sink, chosen, listener)
+        sink = _sink(plan, out.path, assembly)
+        outcomes = _run(plan, sources, sink, settings, listener)
         listener(Stage("verifying"))
         written = sink.finish()
         _copy_companions(plan, sources, out.path)
@@ -115,20 +112,11 @@ def _output(plan: Plan) -> OutputDirectory | OutputFiles:
     return OutputDirectory(path, overwrite=plan.overwrite)
 
 
-def _sink(
-    plan: Plan,
-    directory: Path,
-    template: Adapter | None,
-    complete: Callable[[Adapter], Adapter] | None,
-    siblings: Sequence[str],
-) -> AbstractSink:
+def _sink(plan: Plan, directory: Path, assembly: Assembly | None) -> AbstractSink:
     if plan.kind == "adapter":
-        assert template is not None
+        assert assembly is not None
         order = [unit.target for unit in plan.units if unit.operation in {"extract", "derive"}]
-        form = str(plan.options.get("format") or template.format)
-        return AdapterSink(
-            directory, template=template, complete=complete, format=form, order=order, siblings=siblings
-        )
+        return AdapterSink(directory, assembly, str(plan.options["format"]), order)
     counts = Counter(unit.file for unit in plan.units if unit.file)
     return CheckpointSink(directory, plan.files, counts)
 
@@ -146,8 +134,9 @@ def _run(plan: Plan, sources: Sources, sink: AbstractSink, settings: Settings, l
 
     worker = _Worker(context, sink, gate)
     with _one_thread_each(plan), ThreadPoolExecutor(settings.threads, "loratools") as pool:
-        futures = [pool.submit(worker, index, unit) for index, unit in enumerate(plan.units)]
+        futures: list[Future[Outcome]] = []
         try:
+            futures += (pool.submit(worker, index, unit) for index, unit in enumerate(plan.units))
             wait(futures, return_when=FIRST_EXCEPTION)
             if worker.failed:  # those before it have been started; the first error of all is the one to tell
                 wait(futures[: min(worker.failed)])

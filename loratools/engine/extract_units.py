@@ -191,7 +191,8 @@ class ExtractPlanner:
         assert pair.base is not None
         rows, columns = pair.base.shape
         rank = min(self.svd.cap, rows, columns)
-        return 4 * tiles + 4 * rows * columns + workspace_bytes(rows, columns, rank)
+        workspace = workspace_bytes(rows, columns, rank, preset=self.svd.preset)
+        return 4 * tiles + 4 * rows * columns + workspace
 
     def template(self, format: str = "peft") -> Adapter:
         """The adapter that comes out, without its updates."""

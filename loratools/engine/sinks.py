@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -98,25 +98,33 @@ class CheckpointSink(AbstractSink):
         return [self._written[name] for name in self._files]
 
 
+def _as_it_is(adapter: Adapter) -> Adapter:
+    return adapter
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Assembly:
+    """What an adapter is put together with, once its updates are known.
+
+    Attributes:
+        template: everything but the updates: configuration, base model.
+        complete: what follows for the configuration from the updates that came out.
+        siblings: all module paths of the model, where they are known.
+    """
+
+    template: Adapter
+    complete: Callable[[Adapter], Adapter] = _as_it_is
+    siblings: tuple[str, ...] = ()
+
+
 class AdapterSink(AbstractSink):
     """Factors go to a scratch file; keys and configuration follow once all ranks are known."""
 
-    def __init__(
-        self,
-        directory: Path,
-        *,
-        template: Adapter,
-        complete: Callable[[Adapter], Adapter] | None = None,
-        format: str,
-        order: Sequence[str],
-        siblings: Collection[str],
-    ) -> None:
+    def __init__(self, directory: Path, assembly: Assembly, format: str, order: Sequence[str]) -> None:
         self._directory = directory
-        self._template = template
-        self._complete = complete
+        self._assembly = assembly
         self._format = format
         self._order = order
-        self._siblings = siblings
         self._scratch = ScratchFile(directory)
         self._updates: dict[str, AbstractUpdate] = {}
         self._lock = threading.Lock()
@@ -130,8 +138,8 @@ class AdapterSink(AbstractSink):
     def adapter(self) -> Adapter:
         """What has come together, in the planned order."""
         updates = {path: self._updates[path] for path in self._order if path in self._updates}
-        adapter = dataclasses.replace(self._template, updates=MappingProxyType(updates))
-        return adapter if self._complete is None else self._complete(adapter)
+        template = dataclasses.replace(self._assembly.template, updates=MappingProxyType(updates))
+        return self._assembly.complete(template)
 
     def keep(self, name: str, tensor: torch.Tensor) -> TensorRef:
         """See `AbstractSink.keep`."""
@@ -145,5 +153,5 @@ class AdapterSink(AbstractSink):
 
     def finish(self) -> list[WrittenFile]:
         """See `AbstractSink.finish`."""
-        encoded = encode_adapter(self.adapter, format=self._format, siblings=self._siblings)
+        encoded = encode_adapter(self.adapter, format=self._format, siblings=self._assembly.siblings)
         return write_weights(encoded, self._directory)

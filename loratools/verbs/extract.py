@@ -16,8 +16,10 @@ from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
+from loratools.engine.sinks import Assembly
 from loratools.files import open_checkpoint
 from loratools.files.locate import Source, require_directory_name
+from loratools.formats import codec_named
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -143,11 +145,8 @@ def extract(
         prepared.plan,
         prepared.sources,
         describe=lambda execution: _report(prepared, execution),
-        template=planner.template(),
-        complete=planner.complete,
-        siblings=planner.paths(),
-        settings=prepared.run.settings(),
-        listener=prepared.run.listener,
+        run=prepared.run,
+        assembly=Assembly(planner.template(), planner.complete, tuple(planner.paths())),
     )
 
 
@@ -165,6 +164,7 @@ def _prepare(
 ) -> _Prepared:
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     svd = options.svd.checked(DEFAULT_RANK)
+    codec_named(options.format)
     path = Path(output)
     require_directory_name(path)
     sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}

@@ -102,8 +102,8 @@ def merge(
         prepared.plan,
         prepared.sources,
         describe=lambda execution: _report(prepared, execution),
-        settings=prepared.run.settings(computes=any(unit.operation == "merge" for unit in prepared.plan.units)),
-        listener=prepared.run.listener,
+        run=prepared.run,
+        computes=any(unit.operation == "merge" for unit in prepared.plan.units),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,10 @@ def _request(  # noqa: PLR0917
         raise UsageError("rescale takes exactly one of --by, --bake, --restate-alpha.")
     if restate_alpha == 0:
         raise UsageError("alpha 0 would make every update zero.")
+    for value in (by, restate_alpha):
+        if value is not None and not math.isfinite(value):
+            raise UsageError("The factor and alpha must be finite numbers.", value=value)
     weights = weights_for(1, 1.0 if by is None else by)
-    alpha: Any = "bake" if bake else "keep" if restate_alpha is None else weights_for(1, restate_alpha)[0]
+    alpha: Any = "bake" if bake else "keep" if restate_alpha is None else float(restate_alpha)
     options = {"by": by, "bake": bake, "restate_alpha": restate_alpha}
     return Request("rescale", [load_adapter(adapter)], output, weights, alpha, patterns, format, options)

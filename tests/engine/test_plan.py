@@ -70,7 +70,7 @@ def test_planning_writes_nothing_and_prints(files, name):
 
 @pytest.mark.parametrize("name", PLANS)
 def test_a_plan_is_consistent(files, name):
-    """Every input is of a source, every rule that is named is explained, bounds are sums, units are frozen plain data."""
+    """Every input is of a source, every rule that is named is explained, bounds are sums, units are plain data."""
     plan = PLANS[name](files)
     sources = {source.id for source in plan.sources}
     assert all(address.source in sources for unit in plan.units for address in unit.inputs)

@@ -127,7 +127,7 @@ def test_detection():
     assert detect(Contents(refs, adapter_config()), file="x").name == "peft"
     bare = Contents(refs, None)
     assert detect(bare, file="x").name == "peft"
-    with pytest.raises(MalformedError, match="adapter_config.json"):
+    with pytest.raises(MalformedError, match=r"adapter_config\.json"):
         CODECS[0].decode(bare)
     with pytest.raises(MalformedError, match=r"model\.x"):
         detect(Contents({"model.x": in_memory("model.x", normal(1, 2))}, None), file="x.safetensors")

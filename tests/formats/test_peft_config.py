@@ -118,7 +118,7 @@ COLLIDING = ["q", "a.q", "b.a.q", "aXq", "a.q.q", "layers.1.q", "layers.11.q", "
 
 
 def test_patterns_name_every_module_apart_for_peft():
-    """Whatever suffixes collide, PEFT's function gives every module its own value under our patterns (or it is refused).
+    """Whatever suffixes collide, PEFT's function gives every module its own value under our patterns.
 
     PEFT sorts nothing, but JSON with sorted keys may: both orders are tried.
     """
@@ -182,7 +182,8 @@ def test_excluded_neighbours_are_left_alone_by_peft():
 def test_keys_that_name_code_are_not_repeated_and_unknown_ones_are_kept():
     """H62: what PEFT would import stays behind; a field of a newer PEFT travels on."""
     config = LORA | {
-        "auto_mapping": {"parent_library": "os"}, "megatron_core": "antigravity", "corda_config": {"cache_file": "x.pt"},
+        "auto_mapping": {"parent_library": "os"}, "megatron_core": "antigravity",
+        "corda_config": {"cache_file": "x.pt"},
         "a_field_of_2031": [1, {"x": None}], "revision": "main",
     }  # fmt: skip
     kept = fields.inherited(config)

@@ -10,6 +10,8 @@ from loratools.errors import MismatchError
 from loratools.files import open_checkpoint
 from loratools.verbs.extract import extract
 from loratools.verbs.merge import merge
+from loratools.verbs.rescale import rescale
+from loratools.verbs.stack import stack
 
 FULL = 128
 """A rank that no matrix of the tiny models exceeds."""
@@ -435,6 +437,40 @@ def test_suffix_collisions_do_not_reach_peft(tmp_path):
         x = torch.randn(3, 8)
         assert (model(x) - tuned(x)).abs().max() < 1e-5
         assert models.wrapped_modules(model) == {name.removesuffix(".weight") for name in changed if "lin.weight" in name}
+
+
+class Nest(torch.nn.Module):
+    """`lin`, and a Nest below it, down to a depth: every path ends the longer ones'."""
+
+    def __init__(self, depth):
+        super().__init__()
+        self.lin = torch.nn.Linear(8, 8)
+        self.a = Nest(depth - 1) if depth else torch.nn.Identity()
+        self.config = {"model_type": "custom"}
+
+    def forward(self, x):
+        return self.lin(self.a(x))
+
+
+@pytest.mark.parametrize("changed", [("lin", "a.a.lin"), ("lin",), ("a.lin", "a.a.a.lin"), ("lin", "a.lin", "a.a.lin")])
+def test_an_exclusion_does_not_hit_a_target(tmp_path, changed):
+    """The module between two targets is excluded without the longer of the two, and stays so after a rescaling that
+    does not see the base."""
+    torch.manual_seed(0)
+    base = Nest(3)
+    tuned = models.tuned_from(base, only={f"{name}.weight" for name in changed}.__contains__)
+    models.write_checkpoint(tmp_path / "base", base.state_dict())
+    models.write_checkpoint(tmp_path / "tuned", tuned.state_dict())
+    extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=8)
+    rescale(tmp_path / "adapter", tmp_path / "rescaled", bake=True)
+    stack([tmp_path / "adapter"] * 2, tmp_path / "stacked", weights=[0.25, 0.75])
+    x = torch.randn(3, 8)
+    for name in ("adapter", "rescaled", "stacked"):
+        fresh = Nest(3)
+        fresh.load_state_dict(base.state_dict())
+        model = models.load_cleanly(fresh, tmp_path / name)
+        assert models.wrapped_modules(model) == set(changed)
+        assert (model(x) - tuned(x)).abs().max() < 1e-5
 
 
 def test_the_pairs_really_differ(pairs):

@@ -79,10 +79,11 @@ def test_extract_then_merge_gives_the_tuned_checkpoint(tmp_path, dtype):
 
 
 @pytest.mark.parametrize(("options", "ranks"), [
-    ({}, {2}), ({"rank": 1}, {1}), ({"energy": 0.9999}, {2}), ({"error": 0.01}, {2}), ({"energy": 0.9999, "max_rank": 1}, {1}),
+    ({}, {2}), ({"rank": 1}, {1}), ({"energy": 0.9999}, {2}), ({"error": 0.01}, {2}),
+    ({"energy": 0.9999, "max_rank": 1}, {1}),
 ])  # fmt: skip
 def test_rank_rules(tmp_path, options, ranks):
-    """Default 16 (clipped, where no more exists), a rank, the least rank for an energy or an error, a cap that is said."""
+    """Default 16 (clipped where no more exists), a rank, the least rank for an energy or error, a cap that is said."""
     base, other = (
         write_checkpoint(tmp_path / "b", llama(torch.float64)),
         write_checkpoint(tmp_path / "t", tuned(torch.float64)),
@@ -97,8 +98,10 @@ def test_rank_rules(tmp_path, options, ranks):
 
 
 @pytest.mark.parametrize("options", [
-    {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0}, {"energy": 1.5}, {"error": -1}, {"max_rank": 0, "energy": 0.5},
-    {"include": ["nothing"]}, {"exclude": ["*"]}, {"save_full": ["nothing"]}, {"preset": "klingon"}, {"format": "klingon"},
+    {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0}, {"energy": 1.5}, {"error": -1},
+    {"max_rank": 0, "energy": 0.5},
+    {"include": ["nothing"]}, {"exclude": ["*"]}, {"save_full": ["nothing"]}, {"preset": "klingon"},
+    {"format": "klingon"},
     {"threads": 0}, {"device": "cuda:99"}, {"energy": float("nan")},
 ])  # fmt: skip
 def test_options_that_are_none(tmp_path, pair, options):

@@ -95,7 +95,7 @@ def test_patterns(tmp_path, three):
 
 
 def test_refusals(tmp_path, three):
-    """Nothing to add, shapes that differ, wrong numbers of weights, parameters stored whole: by name, nothing written."""
+    """Nothing to add, shapes that differ, wrong numbers of weights, whole parameters: by name, nothing written."""
     other = write_adapter(tmp_path / "other", lora_tensors(factors(2, 3, modules={Q: (16, 8)})), r=2)
     whole = write_adapter(tmp_path / "whole", {f"{PREFIX}score.weight": normal(1, 3, 16)}, modules_to_save=["score"])
     before = state(tmp_path)

@@ -199,6 +199,8 @@ def _config(
     adapter: Adapter, low_rank: Mapping[str, LowRank], whole: list[str], siblings: Collection[str]
 ) -> dict[str, Any]:
     config = fields.inherited(adapter.config) | fields.lora_fields(low_rank, siblings)
+    if not siblings and low_rank and (excluded := fields.inherited_exclusion(adapter.config, list(low_rank))):
+        config["exclude_modules"] = excluded
     biases = any("bias" in update.replaced for update in low_rank.values())
     plain_biases = any(
         "bias" in update.replaced for path, update in adapter.items() if not update.terms and path not in whole

@@ -197,10 +197,30 @@ def lora_fields(updates: Mapping[str, LowRank], siblings: Collection[str]) -> di
         "rank_pattern": {key: tidy(value) for key, value in patterns(ranks, rank, targets).items()},
         "alpha_pattern": {key: tidy(value) for key, value in patterns(alphas, alpha, targets).items()},
     }
-    excluded = collateral(targets, siblings)
-    if excluded:
-        fields["exclude_modules"] = excluded
+    if excluded := collateral(targets, siblings):
+        fields["exclude_modules"] = exclusion(excluded, targets)
     return fields
+
+
+def exclusion(modules: Sequence[str], targets: Sequence[str]) -> list[str] | str:
+    """`exclude_modules` for exactly these: a list, or an expression where PEFT's suffix rule would hit a target too."""
+    if any(target == module or target.endswith(f".{module}") for module in modules for target in targets):
+        return "|".join(re.escape(module) for module in modules)
+    return list(modules)
+
+
+def inherited_exclusion(config: Mapping[str, Any], targets: Sequence[str]) -> list[str] | str | None:
+    """What of the `exclude_modules` that was read still holds: without it, a target's namesake would be wrapped.
+
+    An expression is kept only if it is an alternation of plain paths, as `exclusion` writes it.
+    """
+    given = config.get("exclude_modules")
+    if isinstance(given, str):
+        names = [re.sub(r"\\(.)", r"\1", piece) for piece in given.split("|")]
+        plain = "|".join(re.escape(name) for name in names) == given and not set(names) & set(targets)
+        return given if plain else None
+    named = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    return [name for name in named if isinstance(exclusion([name], targets), list)] or None
 
 
 def inherited(config: Mapping[str, Any]) -> dict[str, Any]:
