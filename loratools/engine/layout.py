@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from loratools.checkpoints import Checkpoint
 from loratools.engine.plan import Input, OutputFile, Unit
+from loratools.files.locate import MODEL_STEMS
 from loratools.tensors import COMPUTABLE, TensorSpec
 
 _RUN_BYTES: Final = 256 * 1024 * 1024
@@ -41,7 +42,13 @@ def files_like(
     return files
 
 
-def resharded(tensors: Iterable[Planned], max_bytes: int, stem: str = "model") -> list[tuple[str, list[Planned]]]:
+def stem_of(base: Checkpoint) -> str:
+    """What the files of a checkpoint are called before their number: loaders look for that name."""
+    names = [base.index_name or "", *(shard.name for shard in base.shards)]
+    return next((stem for stem in MODEL_STEMS if any(name.startswith(stem) for name in names)), MODEL_STEMS[0])
+
+
+def resharded(tensors: Iterable[Planned], max_bytes: int, stem: str) -> list[tuple[str, list[Planned]]]:
     """Greedy in order: a shard is closed when the next tensor would not fit; one tensor always does."""
     groups: list[list[Planned]] = [[]]
     used = 0
@@ -71,7 +78,7 @@ def index_text(files: Sequence[OutputFile], base: Checkpoint) -> dict[str, str]:
     """`{name: text}` of the shard index, where there are several files or the base had one."""
     if len(files) == 1 and base.index_name is None:
         return {}
-    stem = base.index_name.removesuffix(".safetensors.index.json") if base.index_name else "model"
+    stem = stem_of(base)
     total = sum(spec.nbytes for file in files for spec in file.tensors)
     weight_map = {spec.name: file.name for file in files for spec in file.tensors}
     document = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}

@@ -40,7 +40,7 @@ class MergePlanner:
             fix = "Give -o a directory." if single else "Give a size of at least one byte."
             raise UsageError("The output cannot be cut into shards of this size.", fix=fix, output=name, size=max_bytes)
         if max_bytes is not None:
-            return layout.resharded([*tensors.values(), *extra], max_bytes)
+            return layout.resharded([*tensors.values(), *extra], max_bytes, layout.stem_of(self.base))
         if single and len(self.base.shards) > 1:
             raise UsageError("A sharded checkpoint needs a directory to be written to.", output=name)
         files = layout.files_like(self.base, tensors, extra)

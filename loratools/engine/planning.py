@@ -114,8 +114,11 @@ def check_output(output: Path, run: Run, sources: Iterable[Checkpoint | Adapter]
     """Refuse an output that could not be published, before any work.
 
     Raises:
+        UsageError: a format that is not written.
         OutputExistsError, OutputError, StorageError, AccessError: see `storage.outputs`.
     """
+    if output.suffix == ".gguf":
+        raise UsageError("GGUF files are not written yet.", fix="Give -o a directory.", output=output.name)
     inputs: list[Path] = []
     for source in sources:
         inputs += source.files if isinstance(source, Checkpoint) else files_behind(source)

@@ -20,3 +20,21 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Bases, made once each."""
+    from tests import models
+
+    made = {}
+
+    def get(family, dtype="fp32", **changes):
+        key = (family, dtype, tuple(changes.items()))
+        if key not in made:
+            made[key] = models.save_family(
+                family, models.build(family, dtype, **changes), tmp_path_factory.mktemp("base") / f"{family}-{dtype}"
+            )
+        return made[key]
+
+    return get

@@ -3,8 +3,9 @@
 import dataclasses
 from pathlib import Path
 
-from tests import models
 import torch
+
+from tests import models
 
 PREFIX = "base_model.model."
 

@@ -9,8 +9,16 @@ from loratools.errors import MalformedError, MismatchError
 from loratools.files import load_adapter
 from loratools.verbs.merge import merge
 from tests import models
-from tests.interop.extraction import assert_same_output, stored_products
-from tests.interop.merging import assert_law_2, assert_one_rounding, layers_of, merged_by_peft, products, unmerged, write_by_peft
+from tests.interop.extraction import assert_same_output
+from tests.interop.merging import (
+    assert_law_2,
+    assert_one_rounding,
+    layers_of,
+    merged_by_peft,
+    products,
+    unmerged,
+    write_by_peft,
+)
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BERT = ["query", "key", "value", "output.dense", "intermediate.dense"]
@@ -30,7 +38,8 @@ CASES = {
         "qwen",
         {
             "r": 4, "lora_alpha": 8, "target_modules": LLAMA, "use_rslora": True,
-            "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "mlp.down_proj": 7}, "alpha_pattern": {".*_proj": 3},
+            "rank_pattern": {"^model.layers.0.self_attn.q_proj": 2, "mlp.down_proj": 7},
+            "alpha_pattern": {".*_proj": 3},
         },
     ),
     "conv1d": (
@@ -49,22 +58,6 @@ CASES = {
     ),
     "embed-and-head": ("llama", {"r": 4, "lora_alpha": 9, "target_modules": ["embed_tokens", "lm_head", "q_proj"]}),
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory):
-    """Bases, made once each."""
-    made = {}
-
-    def get(family, dtype="fp32", **changes):
-        key = (family, dtype, tuple(changes.items()))
-        if key not in made:
-            made[key] = models.save_family(
-                family, models.build(family, dtype, **changes), tmp_path_factory.mktemp("base") / f"{family}-{dtype}"
-            )
-        return made[key]
-
-    return get
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -129,7 +122,9 @@ def test_the_square_conv1d_is_not_turned(bases, tmp_path):
     model = unmerged(base, adapter)
     assert_law_2(tmp_path / "merged", base, model)
     name = "transformer.h.0.attn.c_proj"
-    change = (models.tensors_of(tmp_path / "merged")[f"{name}.weight"] - models.tensors_of(base)[f"{name}.weight"]).double()
+    change = (
+        models.tensors_of(tmp_path / "merged")[f"{name}.weight"] - models.tensors_of(base)[f"{name}.weight"]
+    ).double()
     true = products(layers_of(model)[name])
     assert (change - true).norm() < 1e-4 * true.norm() < (change - true.T).norm()
 
@@ -171,8 +166,12 @@ def test_several_adapters_with_weights(bases, tmp_path, family, dtype):
     turned = {"fan_in_fan_out": family == "gpt2"}
     adapters = [
         write_by_peft(base, tmp_path / "a", seed=1, r=4, lora_alpha=6, target_modules=targets, **turned),
-        write_by_peft(base, tmp_path / "b", seed=2, r=7, lora_alpha=3, use_rslora=True, target_modules=targets[:2], **turned),
-        write_by_peft(base, tmp_path / "c", seed=3, r=2, lora_alpha=2, target_modules=targets[1:], factors="bf16", **turned),
+        write_by_peft(
+            base, tmp_path / "b", seed=2, r=7, lora_alpha=3, use_rslora=True, target_modules=targets[:2], **turned
+        ),
+        write_by_peft(
+            base, tmp_path / "c", seed=3, r=2, lora_alpha=2, target_modules=targets[1:], factors="bf16", **turned
+        ),
     ]
     weights = [0.7, -1.3, 0.45]
     merge(base, adapters, tmp_path / "merged", weights=weights)
@@ -194,7 +193,10 @@ def test_several_adapters_with_weights(bases, tmp_path, family, dtype):
 def test_one_weight_for_all_and_none(bases, tmp_path):
     """No weight is 1 each; one is for all."""
     base = bases("qwen")
-    paths = [write_by_peft(base, tmp_path / name, seed=seed, r=2, target_modules=["q_proj"]) for seed, name in enumerate("ab")]
+    paths = [
+        write_by_peft(base, tmp_path / name, seed=seed, r=2, target_modules=["q_proj"])
+        for seed, name in enumerate("ab")
+    ]
     merge(base, paths, tmp_path / "none")
     merge(base, paths, tmp_path / "ones", weights=[1, 1])
     merge(base, paths, tmp_path / "half", weights=0.5)
@@ -218,99 +220,6 @@ def test_named_adapters_in_one_directory(bases, tmp_path):
     write_by_peft(base, root, seed=3, r=2, lora_alpha=4, target_modules=["k_proj"])
     assert {path.split(".")[-1] for path in load_adapter(root)} == {"k_proj"}
     assert {path.split(".")[-1] for path in load_adapter(root / "one")} == {"q_proj"}
-
-
-class TestTied:
-    """One matrix, two uses: what is right is what PEFT's unmerged forward computes."""
-
-    CASES = {
-        "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
-        "head": {"target_modules": ["lm_head", "q_proj"]},
-        "both": {"target_modules": ["embed_tokens", "lm_head", "q_proj"]},
-        "weight-tying": {"target_modules": ["embed_tokens", "lm_head", "q_proj"], "ensure_weight_tying": True},
-        "saved": {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
-        "saved-weight-tying": {
-            "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True,
-        },
-        "neither": {"target_modules": ["q_proj"]},
-    }  # fmt: skip
-    STAY_TIED = ("weight-tying", "saved-weight-tying", "neither")
-
-    @pytest.mark.parametrize("embeddings", [False, True])
-    @pytest.mark.parametrize("case", CASES)
-    def test_the_merged_model_computes_what_the_unmerged_does(self, bases, tmp_path, case, embeddings):
-        """LoRA on the embedding, the head, both, both as one, or a saved copy: the merged logits are PEFT's unmerged
-        ones; the configuration changes only where the two matrices come apart."""
-        base = bases("qwen")
-        adapter = write_by_peft(base, tmp_path / "adapter", r=4, lora_alpha=9, embeddings=embeddings, **self.CASES[case])
-        merge(base, [adapter], tmp_path / "merged")
-        merged = models.load(tmp_path / "merged")
-        assert_same_output(merged, unmerged(base, adapter), 2e-5)
-        before, after = (models.config_of(path, "config.json") for path in (base, tmp_path / "merged"))
-        if case in self.STAY_TIED:
-            assert (tmp_path / "merged" / "config.json").read_bytes() == (base / "config.json").read_bytes()
-            assert "lm_head.weight" not in models.tensors_of(tmp_path / "merged")
-        else:
-            assert after == {**before, "tie_word_embeddings": False}
-            assert list(after) == list(before)
-            assert "lm_head.weight" in models.tensors_of(tmp_path / "merged")
-
-    def test_gpt2_as_one_matrix(self, bases, tmp_path):
-        """GPT-2's names: LoRA on wte and lm_head under ensure_weight_tying is applied once, where PEFT's own merge
-        applies it twice."""
-        base = bases("gpt2")
-        config = {"target_modules": ["wte", "lm_head"], "ensure_weight_tying": True}
-        adapter = write_by_peft(base, tmp_path / "adapter", r=4, lora_alpha=9, **config)
-        stored = models.config_of(adapter)  # PEFT writes the head's factors, and forgets to list it
-        targets = sorted({*stored["target_modules"], "lm_head"})
-        (adapter / "adapter_config.json").write_text(json.dumps({**stored, "target_modules": targets}))
-        merge(base, [adapter], tmp_path / "merged")
-        model = unmerged(base, adapter)
-        assert_same_output(models.load(tmp_path / "merged"), model, 2e-5)
-        twice = merged_by_peft(model)["transformer.wte.weight"]
-        assert not torch.allclose(models.tensors_of(tmp_path / "merged")["transformer.wte.weight"], twice, atol=1e-4)
-
-    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-    @pytest.mark.parametrize("other", ["embedding", "head"])
-    def test_one_shared_update_and_one_that_is_not(self, bases, tmp_path, other, order):
-        """An adapter that changes the matrix as one, and another that changes one use of it: each use gets what is
-        meant for it, in either order."""
-        base = bases("qwen")
-        configs = [self.CASES["weight-tying"], self.CASES[other]]
-        adapters = [write_by_peft(base, tmp_path / f"a{index}", seed=index, r=3, lora_alpha=4, **configs[index])
-                    for index in order]  # fmt: skip
-        merge(base, adapters, tmp_path / "merged")
-        ours, embedding = models.tensors_of(tmp_path / "merged"), models.tensors_of(base)["model.embed_tokens.weight"]
-        stored = [stored_products(adapter) for adapter in adapters]
-        for name, turn in (("model.embed_tokens", True), ("lm_head", False)):
-            deltas = [each[name].T if turn else each[name] for each in stored if name in each]
-            exact = embedding.double() + sum(deltas)
-            assert (ours[f"{name}.weight"].double() - exact).abs().max() < 1e-7
-
-    @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
-    def test_two_shared_updates_stay_one_matrix(self, bases, tmp_path, order):
-        """Two adapters that both keep the tie: the sum keeps it."""
-        base = bases("qwen")
-        config = self.CASES["weight-tying"]
-        adapters = [write_by_peft(base, tmp_path / f"a{index}", seed=index, r=3, lora_alpha=4, **config) for index in order]
-        merge(base, adapters, tmp_path / "merged", weights=[0.5, -2.0])
-        ours, embedding = models.tensors_of(tmp_path / "merged"), models.tensors_of(base)["model.embed_tokens.weight"]
-        assert "lm_head.weight" not in ours
-        one, other = (stored_products(adapter)["model.embed_tokens"].T for adapter in adapters)
-        exact = embedding.double() + 0.5 * one - 2.0 * other
-        assert (ours["model.embed_tokens.weight"].double() - exact).abs().max() < 1e-7
-
-    def test_a_stored_copy_of_a_tied_head(self, tmp_path):
-        """A checkpoint may store the tied head although it is the embedding: both copies follow a shared update."""
-        model = models.build("qwen")
-        models.save(model, tmp_path / "plain")
-        tensors = models.tensors_of(tmp_path / "plain")
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-        base = models.write_checkpoint(tmp_path / "base", tensors, models.config_of(tmp_path / "plain", "config.json"))
-        for case in ("weight-tying", "embedding", "head"):
-            adapter = write_by_peft(base, tmp_path / case, r=3, lora_alpha=4, **self.CASES[case])
-            merge(base, [adapter], tmp_path / f"merged-{case}")
-            assert_same_output(models.load(tmp_path / f"merged-{case}"), unmerged(base, adapter), 2e-5)
 
 
 def test_recast_while_merging(bases, tmp_path):
@@ -337,7 +246,9 @@ def test_resharding_keeps_every_bit(bases, tmp_path):
     adapter = write_by_peft(base, tmp_path / "adapter", r=4, target_modules=LLAMA)
     merge(base, [adapter], tmp_path / "like-the-base")
     merge(base, [adapter], tmp_path / "resharded", max_shard_size=40_000)
-    names = [sorted(path.name for path in (tmp_path / each).glob("*.safetensors")) for each in ("like-the-base", "resharded")]
+    names = [
+        sorted(path.name for path in (tmp_path / each).glob("*.safetensors")) for each in ("like-the-base", "resharded")
+    ]
     assert names[0] == sorted(path.name for path in base.glob("*.safetensors"))
     assert len(names[0]) < len(names[1])
     assert models.tensor_hashes(tmp_path / "like-the-base") == models.tensor_hashes(tmp_path / "resharded")

@@ -13,6 +13,7 @@ from loratools.verbs.extract import extract
 from loratools.verbs.merge import merge
 from tests import models
 from tests.interop.extraction import assert_same_output, delta_of, make_pair, stored_products
+from tests.interop.judge import load_cleanly, saved_modules, wrapped_modules
 
 
 def test_a_changed_biases_of_low_rank_modules_are_loaded(tmp_path):
@@ -20,7 +21,7 @@ def test_a_changed_biases_of_low_rank_modules_are_loaded(tmp_path):
     one under PEFT, bit for bit."""
     pair = make_pair(tmp_path, "qwen")
     extract(pair.base, pair.tuned, tmp_path / "adapter", rank=128)
-    model = models.load_cleanly(pair.fresh(), tmp_path / "adapter")
+    model = load_cleanly(pair.fresh(), tmp_path / "adapter")
     for name, module in pair.model.named_modules():
         if name.endswith(("q_proj", "k_proj", "v_proj")):
             found = model.get_base_model().get_submodule(name)
@@ -34,8 +35,8 @@ def test_c_untouched_modules_have_no_rank(tmp_path, rule):
     pair = make_pair(tmp_path, "llama", only=lambda name: "layers.1" in name and name.endswith("proj.weight"))
     report = extract(pair.base, pair.tuned, tmp_path / "adapter", **rule)
     assert all("layers.1" in module["name"] and module["rank"] > 0 for module in report.modules)
-    model = models.load_cleanly(pair.fresh(), tmp_path / "adapter")
-    assert all("layers.1" in path for path in models.wrapped_modules(model))
+    model = load_cleanly(pair.fresh(), tmp_path / "adapter")
+    assert all("layers.1" in path for path in wrapped_modules(model))
     config = models.config_of(tmp_path / "adapter")
     assert all(rank > 0 for rank in config["rank_pattern"].values())
 
@@ -44,10 +45,10 @@ def test_d_excluded_modules_are_not_wrapped(tmp_path):
     """(d) mergekit's suffix targets match the excluded layer again, with random factors; ours are full paths."""
     pair = make_pair(tmp_path, "llama")
     extract(pair.base, pair.tuned, tmp_path / "adapter", rank=128, exclude=[r"re:layers\.0\."])
-    model = models.load_cleanly(pair.fresh(), tmp_path / "adapter")
-    wrapped = models.wrapped_modules(model)
+    model = load_cleanly(pair.fresh(), tmp_path / "adapter")
+    wrapped = wrapped_modules(model)
     assert wrapped
-    assert not any("layers.0." in path for path in wrapped | models.saved_modules(model))
+    assert not any("layers.0." in path for path in wrapped | saved_modules(model))
     before = models.tensors_of(pair.base)
     for name, tensor in model.get_base_model().state_dict().items():
         if "layers.0." in name:
@@ -63,7 +64,7 @@ def test_e_added_tokens_load_on_the_real_base(tmp_path, family):
     models.save(base, tmp_path / "base")
     models.save(models.disturbed(tuned, 0.02), tmp_path / "tuned")
     extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=128)
-    models.load_cleanly(models.load(tmp_path / "base"), tmp_path / "adapter")
+    load_cleanly(models.load(tmp_path / "base"), tmp_path / "adapter")
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
     assert_same_output(models.load(tmp_path / "merged"), tuned)
 
@@ -74,7 +75,7 @@ def test_f_tied_embeddings_are_changed_once(tmp_path, family):
     ours is the tuned matrix in PEFT's forward, in PEFT's merge and in our own."""
     pair = make_pair(tmp_path, family)
     extract(pair.base, pair.tuned, tmp_path / "adapter", rank=128)
-    model = models.load_cleanly(pair.fresh(), tmp_path / "adapter")
+    model = load_cleanly(pair.fresh(), tmp_path / "adapter")
     assert_same_output(model, pair.model)
     merge(pair.base, [tmp_path / "adapter"], tmp_path / "merged")
     assert_same_output(models.load(tmp_path / "merged"), pair.model)
@@ -97,16 +98,16 @@ def test_g_conv1d_of_transformers_is_a_matrix(tmp_path):
         true = delta_of(path, base, pair.model)
         assert delta.shape == true.shape
         assert (delta - true).norm() < 1e-5 * true.norm()
-    assert_same_output(models.load_cleanly(base, tmp_path / "adapter"), pair.model)
+    assert_same_output(load_cleanly(base, tmp_path / "adapter"), pair.model)
 
 
 def test_i_relative_paths_without_a_network(tmp_path, monkeypatch, no_network):
-    """(i) mergekit asks the Hub about a relative path after all the work, and dies offline; ours opens no connection."""
+    """(i) mergekit asks the Hub about a relative path after all the work and dies offline; ours opens no connection."""
     make_pair(tmp_path, "llama")
     monkeypatch.chdir(tmp_path)
     extract("base", "tuned", "adapter", rank=4)
     merge("base", ["adapter"], "merged")
-    models.load_cleanly(models.load("base"), "adapter")
+    load_cleanly(models.load("base"), "adapter")
     for path in (tmp_path / "adapter").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes(), path.name
     assert os.fspath(tmp_path / "merged" / "config.json")
@@ -156,7 +157,7 @@ def test_j_parameters_of_any_name_are_kept(tmp_path):
     assert bare <= set(report.whole)
     fresh = Mamba()
     fresh.load_state_dict(base.state_dict())
-    model = models.load_cleanly(fresh, tmp_path / "adapter")
+    model = load_cleanly(fresh, tmp_path / "adapter")
     for name in bare:
         assert torch.equal(model.get_base_model().get_parameter(name), tuned.get_parameter(name)), name
     x = torch.randn(5, 16)
@@ -209,7 +210,7 @@ def test_b_and_h_are_refused_by_name(tmp_path, unchanged, name):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_b_and_h_do_not_matter_where_nothing_changed(tmp_path, name):
-    """The same tensors untouched are no obstacle; excluded, they are named as left out; --save-full keeps them whole."""
+    """The same tensors untouched are no obstacle; excluded, they are named as left out; --save-full keeps them."""
     base, tuned = refusable(name)
     models.write_checkpoint(tmp_path / "base", base)
     models.write_checkpoint(tmp_path / "untouched", {**tuned, name: base[name]})

@@ -10,6 +10,7 @@ from loratools.verbs.rescale import rescale
 from loratools.verbs.stack import stack
 from tests import models
 from tests.interop.extraction import assert_same_output, stored_products
+from tests.interop.judge import load_cleanly, wrapped_modules
 from tests.interop.merging import layers_of, products, unmerged, write_by_peft
 
 FAMILIES = ("llama", "gpt2", "bert")
@@ -36,7 +37,8 @@ def worlds(tmp_path_factory):
                 write_by_peft(base, root / "a", seed=1, r=4, lora_alpha=6, target_modules=targets, **turned),
                 write_by_peft(base, root / "b", seed=2, r=5, lora_alpha=3, use_rslora=True, target_modules=targets[:2],
                               rank_pattern={targets[0]: 2}, alpha_pattern={targets[1]: 7}, **turned),
-                write_by_peft(base, root / "c", seed=3, r=3, lora_alpha=3, target_modules=targets[1:], factors="bf16", **turned),
+                write_by_peft(base, root / "c", seed=3, r=3, lora_alpha=3, target_modules=targets[1:],
+                              factors="bf16", **turned),
             ]  # fmt: skip
         return made[family]
 
@@ -70,9 +72,9 @@ def test_stack_is_the_weighted_sum(worlds, tmp_path, unchanged, family, weights)
     unchanged(base, *adapters)
     report = stack(adapters, tmp_path / "sum", weights=weights)
     assert_same_deltas(tmp_path / "sum", expected_sum(adapters, weights or [1.0] * 3))
-    model = models.load_cleanly(models.load(base), tmp_path / "sum")
+    model = load_cleanly(models.load(base), tmp_path / "sum")
     inputs = layers_of(unmerged(base, *adapters, weights=weights))
-    assert models.wrapped_modules(model) == set(inputs) == {module["name"] for module in report.modules}
+    assert wrapped_modules(model) == set(inputs) == {module["name"] for module in report.modules}
     for path, layer in layers_of(model).items():
         separate = products(inputs[path])
         assert (products(layer) - separate).norm() <= 1e-6 * separate.norm()
@@ -119,7 +121,7 @@ def test_stack_is_right_where_cat_is_not(worlds, tmp_path):
     assert_same_deltas(tmp_path / "sum", expected_sum([first, second], [1.0, 1.0]))
     stack([second, second], tmp_path / "twice")
     assert_same_deltas(tmp_path / "twice", expected_sum([second], [2.0]))
-    model = models.load_cleanly(models.load(base), tmp_path / "twice")
+    model = load_cleanly(models.load(base), tmp_path / "twice")
     assert_same_output(model, unmerged(base, second, weights=[2.0]))
 
 
@@ -158,7 +160,7 @@ def test_rescale_by(worlds, tmp_path, family, index, by):
     assert before.keys() == after.keys()
     assert all(before[key].dtype == after[key].dtype and torch.equal(before[key], after[key]) for key in before)
     assert_same_deltas(tmp_path / "scaled", expected_sum([adapters[index]], [by]))
-    model = models.load_cleanly(models.load(base), tmp_path / "scaled")
+    model = load_cleanly(models.load(base), tmp_path / "scaled")
     assert_same_output(model, unmerged(base, adapters[index], weights=[by]))
 
 
@@ -172,7 +174,7 @@ def test_bake_and_restate_leave_the_update_as_it_is(worlds, tmp_path, family, in
     for update in load_adapter(tmp_path / "said").values():
         assert update.alpha == how.get("restate_alpha", update.rank)
         assert "bake" not in how or update.scaling == 1
-    model = models.load_cleanly(models.load(base), tmp_path / "said")
+    model = load_cleanly(models.load(base), tmp_path / "said")
     assert_same_output(model, unmerged(base, adapters[index]))
 
 
@@ -194,13 +196,13 @@ def test_rescale_some_modules(worlds, tmp_path):
     expected = {path: delta * (-3.0 if path.endswith("q_proj") else 1.0)
                 for path, delta in expected_sum([adapters[0]], [1.0]).items()}  # fmt: skip
     assert_same_deltas(tmp_path / "scaled", expected)
-    models.load_cleanly(models.load(base), tmp_path / "scaled")
+    load_cleanly(models.load(base), tmp_path / "scaled")
 
 
 def test_minilm_rescaled_and_taken_apart(minilm, minilm_adapter, tmp_path):
     """A trained adapter with saved modules: --bake keeps the model's outputs; --by is refused on what is whole."""
     rescale(minilm_adapter, tmp_path / "baked", bake=True)
-    model = models.load_cleanly(models.load(minilm), tmp_path / "baked")
+    model = load_cleanly(models.load(minilm), tmp_path / "baked")
     assert_same_output(model, unmerged(minilm, minilm_adapter))
     with pytest.raises(UnsupportedError, match="replaces whole"):
         rescale(minilm_adapter, tmp_path / "by", by=2.0)

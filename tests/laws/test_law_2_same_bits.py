@@ -23,7 +23,7 @@ WEIGHTS = [0.7, -1.5, 2.0]
 
 
 def outputs(made, kind, root, **options):
-    """Hashes of what merge, unmerge and stack write; replaced and untied parameters can be neither taken out nor added."""
+    """Hashes of what merge, unmerge and stack write; what is replaced or untied can be neither taken out nor added."""
     merge(made.base, made.adapters, root / "merged", weights=WEIGHTS, **options)
     found = [models.tensor_hashes(root / "merged")]
     if kind != "whole":

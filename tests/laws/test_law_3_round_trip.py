@@ -6,7 +6,7 @@ import torch
 from loratools.verbs.extract import extract
 from loratools.verbs.merge import merge
 from tests import models
-from tests.laws.worlds import DTYPES, GPT2, LLAMA, TIED, gpt2_tensors, llama_tensors, write_base
+from tests.laws.worlds import DTYPES, GPT2, LLAMA, TIED, gpt2_tensors, llama_tensors, noise, write_base
 
 
 def pair(root, family, dtype, size, *, sharded=False):
@@ -14,8 +14,7 @@ def pair(root, family, dtype, size, *, sharded=False):
     config = {"llama": LLAMA, "tied": TIED, "gpt2": GPT2}[family]
     tensors = gpt2_tensors(dtype) if family == "gpt2" else llama_tensors(dtype, tied=family == "tied")
     tuned = {
-        name: (tensor + (size * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index))).to(tensor.dtype))
-        if tensor.is_floating_point() else tensor
+        name: tensor + noise(tensor.shape, index, size).to(tensor.dtype) if tensor.is_floating_point() else tensor
         for index, (name, tensor) in enumerate(tensors.items())
     }  # fmt: skip
     return write_base(root / "base", tensors, config, sharded=sharded), write_base(root / "tuned", tuned, config)

@@ -1,4 +1,4 @@
-"""Law 4: Δ(stack(a, b; w)) = Σ w_i ΔW_i; the same for the algebra of adapters in Python; truncation is near the best."""
+"""Law 4: Δ(stack(a, b; w)) = Σ w_i ΔW_i; the algebra of adapters in Python says the same; truncation is near best."""
 
 import tempfile
 from pathlib import Path
@@ -69,7 +69,11 @@ def test_stack_is_the_sum_whatever_goes_in(members):
         root = Path(place)
         for index, (_, adapter) in enumerate(members):
             save(adapter, root / str(index))
-        stack([root / str(index) for index in range(len(members))], root / "sum", weights=[weight for weight, _ in members])
+        stack(
+            [root / str(index) for index in range(len(members))],
+            root / "sum",
+            weights=[weight for weight, _ in members],
+        )
         found = stored_products(root / "sum")
         assert set(found) == set(total)
         for name, exact in total.items():

@@ -85,11 +85,7 @@ def test_what_is_written_is_read(held, siblings):
     order PEFT sorts the patterns into."""
     adapter = Adapter(held)
     assume(not CODEC.cannot_hold(adapter))
-    try:
-        decoded, config = round_trip(adapter, [*held, *siblings])
-    except UnsupportedError as error:
-        assert any(path in str(error) for path in held)
-        return
+    decoded, config = round_trip(adapter, [*held, *siblings])
     assert set(decoded.updates) == set(held)
     in_file = [path for path, update in held.items() if update.terms or update.replaced]
     assert [path for path in decoded.updates if path in in_file] == in_file
@@ -112,14 +108,15 @@ def test_peft_would_wrap_what_is_meant(held, siblings):
     assume(not CODEC.cannot_hold(adapter))
     known = {*held, *siblings}
     known |= {path.rsplit(".", depth)[0] for path in known for depth in range(1, 4)}
-    try:
-        _, config = round_trip(adapter, sorted(known))
-    except UnsupportedError:
-        return
+    _, config = round_trip(adapter, sorted(known))
     names = {"target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "r", "lora_alpha"}
     written = LoraConfig(**{key: value for key, value in config.items() if key in names})
     low = {path for path, update in held.items() if isinstance(update, LowRank)}
-    hits = {path for path in known if (hit := check_target_module_exists(written, path)) and not isinstance(hit, _ExcludedModule)}
+    hits = {
+        path
+        for path in known
+        if (hit := check_target_module_exists(written, path)) and not isinstance(hit, _ExcludedModule)
+    }
     assert hits == low
     for path in low:
         assert written.rank_pattern.get(get_pattern_key(list(written.rank_pattern), path), written.r) == held[path].rank
@@ -133,11 +130,8 @@ def test_decoding_twice_is_decoding_once(held):
     """encode(decode(encode(x))) writes the same tensors and the same configuration again."""
     adapter = Adapter(held)
     assume(not CODEC.cannot_hold(adapter))
-    try:
-        decoded, config = round_trip(adapter, list(held))
-        again, second = round_trip(Adapter(decoded.updates, config=config), list(held))
-    except UnsupportedError:
-        return
+    decoded, config = round_trip(adapter, list(held))
+    again, second = round_trip(Adapter(decoded.updates, config=config), list(held))
     assert second == config
     assert again.updates.keys() == decoded.updates.keys()
 

@@ -58,13 +58,15 @@ def test_inputs_do_not_change_and_nothing_else_appears(made, tmp_path, unchanged
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_failure_leaves_nothing(made, tmp_path, unchanged, verb, value):
-    """A number that is none, found half-way through: an error that says where, no output, no sibling, inputs as ever."""
+    """A number that is none, found half-way through: an error that says where, no output, no sibling."""
     name = "model.layers.1.mlp.down_proj.weight"
     (tmp_path / "merged" / "loratools.json").unlink()  # else it knows better than to subtract these adapters
     damage(made.base / "model.safetensors", name, value)
     damage(tmp_path / "merged" / "model.safetensors", name, -1.0 if verb == "extract" else value)
     for adapter in made.adapters:
-        damage(adapter / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight", value)
+        damage(
+            adapter / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight", value
+        )
     unchanged(made.base, *made.adapters, tmp_path / "merged")
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(LoratoolsError) as error:
@@ -94,7 +96,9 @@ def test_overwriting(made, tmp_path):
     out = tmp_path / "out"
     merge(made.base, made.adapters[:1], out)
     old = models.file_hashes(out)
-    bad = models.write_adapter(tmp_path / "bad", models.factors_of(made.adapters[0]), models.config_of(made.adapters[0]))
+    bad = models.write_adapter(
+        tmp_path / "bad", models.factors_of(made.adapters[0]), models.config_of(made.adapters[0])
+    )
     damage(bad / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight")
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(NonFiniteError):

@@ -33,7 +33,7 @@ class World:
     touched: set[str]
 
 
-def _noise(shape, seed, size=0.3):
+def noise(shape, seed, size=0.3):
     return size * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -46,7 +46,9 @@ def llama_tensors(dtype, *, tied=False, seed=0):
         shapes |= {f"{layer}self_attn.k_proj.weight": (width // 2, width), f"{layer}input_layernorm.weight": (width,)}
         shapes |= {f"{layer}mlp.up_proj.weight": (inner, width), f"{layer}mlp.down_proj.weight": (width, inner)}
     shapes |= {"model.norm.weight": (width,)} | ({} if tied else {"lm_head.weight": (vocabulary, width)})
-    tensors = {name: _noise(shape, seed * 100 + i).to(models.DTYPES[dtype]) for i, (name, shape) in enumerate(shapes.items())}
+    tensors = {
+        name: noise(shape, seed * 100 + i).to(models.DTYPES[dtype]) for i, (name, shape) in enumerate(shapes.items())
+    }
     return tensors | {"model.position_ids": torch.arange(7), "model.steps": torch.tensor(3)}
 
 
@@ -59,7 +61,9 @@ def gpt2_tensors(dtype, seed=0):
                                       "mlp.c_fc": (width, inner)}.items():  # fmt: skip
             shapes |= {f"{layer}{name}.weight": (rows, columns), f"{layer}{name}.bias": (columns,)}
     shapes |= {"lm_head.weight": (vocabulary, width)}
-    return {name: _noise(shape, seed * 100 + i).to(models.DTYPES[dtype]) for i, (name, shape) in enumerate(shapes.items())}
+    return {
+        name: noise(shape, seed * 100 + i).to(models.DTYPES[dtype]) for i, (name, shape) in enumerate(shapes.items())
+    }
 
 
 def write_base(directory, tensors, config, *, sharded=False):
@@ -73,7 +77,10 @@ def write_base(directory, tensors, config, *, sharded=False):
     for file, piece in zip(files, pieces, strict=True):
         save_file({name: tensors[name] for name in piece}, directory / file, metadata={"format": "pt"})
     if sharded:
-        index = {"metadata": {}, "weight_map": {name: file for file, piece in zip(files, pieces, strict=True) for name in piece}}
+        index = {
+            "metadata": {},
+            "weight_map": {name: file for file, piece in zip(files, pieces, strict=True) for name in piece},
+        }
         (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     (directory / "config.json").write_text(json.dumps(config))
     (directory / "tokenizer.json").write_text("{}")
@@ -84,8 +91,8 @@ def low_rank(path, shape, rank, seed, dtype="fp32", *, embedding=False, size=0.0
     """Keys and factors of one module; shape is (out, in)."""
     stem = "lora_embedding_" if embedding else "lora_"
     end = "" if embedding else ".weight"
-    factors = {f"{P}{path}.{stem}A{end}": _noise((rank, shape[1]), seed, size**0.5),
-               f"{P}{path}.{stem}B{end}": _noise((shape[0], rank), seed + 1, size**0.5)}  # fmt: skip
+    factors = {f"{P}{path}.{stem}A{end}": noise((rank, shape[1]), seed, size**0.5),
+               f"{P}{path}.{stem}B{end}": noise((shape[0], rank), seed + 1, size**0.5)}  # fmt: skip
     return {key: tensor.to(models.DTYPES[dtype]) for key, tensor in factors.items()}
 
 
@@ -115,15 +122,18 @@ def _embedding(root, index):
     tensors = low_rank("model.embed_tokens", (width, vocabulary), 2, index * 10, embedding=True)
     tensors |= low_rank("lm_head", (vocabulary, width), 2, index * 10 + 2)
     config = {"r": 2, "lora_alpha": 7 - index, "target_modules": ["embed_tokens", "lm_head"]}
-    return models.write_adapter(root / f"embedding{index}", tensors, config), {"model.embed_tokens.weight", "lm_head.weight"}
+    return models.write_adapter(root / f"embedding{index}", tensors, config), {
+        "model.embed_tokens.weight",
+        "lm_head.weight",
+    }
 
 
 def _whole(root, index):
     width = SIZES["width"]
     tensors = low_rank("model.layers.0.self_attn.q_proj", (width, width), 2, index * 10)
-    tensors |= {f"{P}model.layers.0.self_attn.q_proj.base_layer.bias": _noise((width,), index * 10 + 4)}
-    tensors |= {f"{P}model.norm.weight": _noise((width,), index * 10 + 5)}
-    tensors |= {f"{P}model.layers.1.self_attn.q_proj.bias": _noise((width,), index * 10 + 6)}
+    tensors |= {f"{P}model.layers.0.self_attn.q_proj.base_layer.bias": noise((width,), index * 10 + 4)}
+    tensors |= {f"{P}model.norm.weight": noise((width,), index * 10 + 5)}
+    tensors |= {f"{P}model.layers.1.self_attn.q_proj.bias": noise((width,), index * 10 + 6)}
     config = {"r": 2, "lora_alpha": 2, "target_modules": ["layers.0.self_attn.q_proj"], "bias": "all",
               "modules_to_save": ["model.norm"]}  # fmt: skip
     touched = {"model.layers.0.self_attn.q_proj.weight", "model.layers.0.self_attn.q_proj.bias", "model.norm.weight",
@@ -161,7 +171,11 @@ def world(root, kind, dtype, *, sharded=False, adapters=1):
     """A base in `dtype` and so many adapters of a kind."""
     maker, config = KINDS[kind]
     config = {**config, "dtype": str(models.DTYPES[dtype]).removeprefix("torch.")}
-    tensors = gpt2_tensors(dtype) if config["model_type"] == "gpt2" else llama_tensors(dtype, tied=config is TIED or bool(config["tie_word_embeddings"]))
+    tensors = (
+        gpt2_tensors(dtype)
+        if config["model_type"] == "gpt2"
+        else llama_tensors(dtype, tied=config is TIED or bool(config["tie_word_embeddings"]))
+    )
     made = [maker(root, index) for index in range(adapters)]
     return World(
         write_base(root / "base", tensors, config, sharded=sharded),

@@ -66,6 +66,7 @@ def test_resharding(tmp_path, limit):
     merge(base, [], tmp_path / "out", max_shard_size=limit)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     sizes = {file.name: [tensor.nbytes for tensor in load_file(file).values()] for file in files}
+    assert all(sizes.values())
     assert all(sum(each) <= limit or len(each) == 1 for each in sizes.values())
     found = tensors_of(tmp_path / "out")
     assert all(equal_bits(found[name], tensor) for name, tensor in llama().items())
@@ -100,6 +101,26 @@ def test_one_file_out_of_many(tmp_path):
     merge(base, [a], tmp_path / "out", max_shard_size=10**9)
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors")] == ["model.safetensors"]
     assert len(open_checkpoint(tmp_path / "out")) == len(llama())
+
+
+def test_the_files_of_a_diffusers_component_keep_their_stem(tmp_path):
+    """Its loader looks for that name, and for no other."""
+    stem = "diffusion_pytorch_model"
+    base = write_checkpoint(tmp_path / "base")
+    (base / "model.safetensors").rename(base / f"{stem}.safetensors")
+    merge(base, [], tmp_path / "out", max_shard_size=1500)
+    names = {path.name for path in (tmp_path / "out").iterdir() if "safetensors" in path.name}
+    assert all(name.startswith(stem) for name in names)
+    assert f"{stem}.safetensors.index.json" in names
+    assert len(open_checkpoint(tmp_path / "out")) == len(llama())
+
+
+def test_a_format_that_is_not_written_is_refused(tmp_path):
+    """Rather than a directory called `x.gguf`."""
+    base = write_checkpoint(tmp_path / "base")
+    with pytest.raises(UsageError, match=r"GGUF.*x\.gguf"):
+        merge(base, [], tmp_path / "x.gguf", dtype="fp16")
+    assert not (tmp_path / "x.gguf").exists()
 
 
 @pytest.mark.parametrize("size", [0, -1])
