@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -122,12 +122,20 @@ def combined(adapters: list[Adapter], weights: list[float]) -> Adapter:
     return dataclasses.replace(
         first,
         updates=MappingProxyType(updates),
+        config=merged_config(adapters),
         name=" + ".join(adapter.name for adapter in adapters),
         files=(),
         provenance=merged_provenance(adapters),
         location=None,
         notes=tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes)),
     )
+
+
+def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
+    """The first adapter's configuration, which names the modules that any of them brings whole."""
+    saved = [adapter.config.get("modules_to_save") or [] for adapter in adapters]
+    names = dict.fromkeys(name for each in saved if isinstance(each, (list, tuple)) for name in each)
+    return {**adapters[0].config, "modules_to_save": list(names)} if names else adapters[0].config
 
 
 def merged_provenance(adapters: list[Adapter]) -> Mapping[str, Any]:

@@ -176,9 +176,11 @@ def input_embedding(names: Collection[str]) -> str | None:
 
 
 def head(names: Collection[str]) -> str | None:
-    """The tensor name of a stored output head, if there is one."""
+    """The tensor name of a stored output head, if there is one; what lies in a numbered layer is none."""
     for wanted in HEADS:
         for name in names:
+            if any(piece.isdigit() for piece in name.split(".")):
+                continue
             if name == f"{wanted}.weight" or name.endswith(f".{wanted}.weight"):
                 return name
     return None

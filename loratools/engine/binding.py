@@ -105,7 +105,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
         name = renaming.apply(path)
         if name in known:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
-        elif update.terms or not _declared(path, adapter):
+        elif update.terms or update.added_rows or not _declared(path, adapter):
             missing.append(path)
         else:
             targets[path] = Target(path, None)

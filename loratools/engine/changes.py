@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint
@@ -16,6 +16,9 @@ from loratools.errors import MismatchError, UnsupportedError
 from loratools.tensors import COMPUTABLE, TensorRef, TensorSpec
 
 
+_ONE_OF_THEM: Final = "Merge one of them, and stack the others without it (--exclude)."
+
+
 @dataclasses.dataclass(slots=True)
 class TensorChange:
     """What happens to one stored tensor, as the parameters of a merge unit.
@@ -25,7 +28,6 @@ class TensorChange:
         wholes: `{source, module, parameter, weight}` of every replacement.
         rows: `{source, module, parameter, count}` of rows that are appended, or None.
         transposed: the weight is stored (in, out).
-        rank: total rank of the products.
         factor_elements: elements of all their factors.
     """
 
@@ -33,7 +35,6 @@ class TensorChange:
     wholes: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     rows: dict[str, Any] | None = None
     transposed: bool = False
-    rank: int = 0
     factor_elements: int = 0
 
     def parameters(self) -> dict[str, Any]:
@@ -99,9 +100,12 @@ def collect(
         bindings = bind(adapter, base)
         notes += [*adapter.notes, *bindings.notes]
         notes += () if adapter else [f"{adapter.name} is empty: it changes nothing."]
-        notes += () if merged else fingerprint.compare(adapter, bindings, base)
+        if not merged:
+            _require_fitting(adapter, bindings)
+            notes += fingerprint.compare(adapter, bindings, base)
         if any(target.added for target in bindings.targets.values()):
             renaming = bindings.renaming.inverse()
+            notes += () if weight == 1 else [f"{adapter.name}: modules that the base does not have are added whole."]
         for path, target in bindings.targets.items():
             _gather(source_id(index), path, adapter[path], target, weight, tensors, added)
         both = _changes_both(adapter, bindings, base)
@@ -126,6 +130,8 @@ def _gather(  # noqa: PLR0913, PLR0917
     for parameter, ref in update.replaced.items():
         name = target.tensor(parameter)
         if target.added:
+            if name in added:
+                raise UnsupportedError("Two adapters bring this module along.", fix=_ONE_OF_THEM, module=path)
             added[name] = AddedTensor(source, path, parameter, ref.spec.renamed(name))
             continue
         change = tensors.setdefault(name, TensorChange())
@@ -137,10 +143,31 @@ def _gather(  # noqa: PLR0913, PLR0917
         change.rows = {"source": source, "module": path, "parameter": parameter, "count": ref.shape[0]}
     if update.terms:
         change = tensors.setdefault(target.tensor("weight"), TensorChange())
+        if change.terms and change.transposed != target.transposed:
+            raise MismatchError(
+                "The adapters disagree about which way round this weight is stored.",
+                fix="One of them has the wrong fan_in_fan_out in its adapter_config.json.",
+                module=path,
+            )
         change.terms.append({"source": source, "module": path, "weight": weight})
         change.transposed = target.transposed
-        change.rank += update.rank
         change.factor_elements += sum(term.lora_A.spec.numel + term.lora_B.spec.numel for term in update.terms)
+
+
+def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
+    """Refuse a whole parameter of another shape than the one that it replaces, and rows of another width."""
+    for path, target in bindings.targets.items():
+        known = target.module.parameters if target.module is not None else {}
+        given = [(name, ref.shape, known[name].shape) for name, ref in adapter[path].replaced.items() if name in known]
+        given += [(name, ref.shape[1:], known[name].shape[1:]) for name, ref in adapter[path].added_rows.items()]
+        for name, shape, wanted in given:
+            if shape != wanted:
+                raise MismatchError(
+                    f"The adapter gives the {name} as {shape}, the base has {wanted}.",
+                    fix="Is this the base that the adapter was made for? A vocabulary may have been resized.",
+                    module=path,
+                    adapter=adapter.name,
+                )
 
 
 def _changes_both(adapter: Adapter, bindings: Bindings, base: Checkpoint) -> bool | None:
@@ -203,7 +230,7 @@ def _mirror(source: str, tied: tuple[str, str], tensors: dict[str, TensorChange]
         if terms and other.terms and one.transposed != other.transposed:
             raise UnsupportedError("Updates of tied matrices that are not written for both cannot be added to others.")
         if terms:
-            other.transposed, other.rank = one.transposed, other.rank + one.rank
+            other.transposed = one.transposed
             other.factor_elements += one.factor_elements
         other.terms += terms
         other.wholes += wholes

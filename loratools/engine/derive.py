@@ -9,7 +9,7 @@ from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from loratools.adapters import Adapter, Selection
-from loratools.adapters.adapter import merged_provenance
+from loratools.adapters.adapter import merged_config, merged_provenance
 from loratools.engine import planning
 from loratools.engine.changes import source_id
 from loratools.engine.execute import Execution, execute
@@ -162,7 +162,11 @@ def run_of(request: Request, run: Run, report: type[Report]) -> Report:
 def _template(request: Request) -> Adapter:
     first = request.adapters[0]
     return dataclasses.replace(
-        first, updates={}, format=_format(request), provenance=merged_provenance(list(request.adapters))
+        first,
+        updates={},
+        format=_format(request),
+        config=merged_config(request.adapters),
+        provenance=merged_provenance(list(request.adapters)),
     )
 
 

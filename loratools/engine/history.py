@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint, planning
-from loratools.errors import MalformedError, MismatchError, UnsupportedError
+from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from loratools.storage.files import sha256_of
+
+
+class Part(NamedTuple):
+    """One adapter of a merge: hash of its weights file, its weight, its base name, the hashes of all its files."""
+
+    digest: str
+    weight: float
+    name: str
+    files: frozenset[str]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -19,13 +29,13 @@ class Recorded:
     """The merge behind a checkpoint, if it was made by `loratools merge`.
 
     Attributes:
-        adapters: (SHA-256 of the weights file, weight, base name) of every adapter that is in it, in order.
+        adapters: every adapter that is in it, in order.
         modules: the base's tensors that the merge changed.
         fingerprints: of the base's weights, by tensor name.
         known: whether there is a report at all.
     """
 
-    adapters: tuple[tuple[str, float, str], ...] = ()
+    adapters: tuple[Part, ...] = ()
     modules: tuple[str, ...] = ()
     fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
     known: bool = False
@@ -54,7 +64,12 @@ class Recorded:
         weights = report.get("parameters", {}).get("weights", [])
         inputs = [each for each in report.get("inputs", []) if each.get("role") == "adapter"]
         adapters = tuple(
-            (_weights_hash(each.get("sha256", {})), float(weight), str(each.get("name", "")))
+            Part(
+                _weights_hash(each.get("sha256", {})),
+                float(weight),
+                str(each.get("name", "")),
+                frozenset(map(str, each.get("sha256", {}).values())),
+            )
             for each, weight in zip(inputs, weights, strict=False)
         )
         modules = tuple(str(each["base"]) for each in report.get("modules", []) if "base" in each)
@@ -64,28 +79,30 @@ class Recorded:
         """The weights with which adapters went in: as given, else as recorded, else 1 each.
 
         Raises:
-            MismatchError: an adapter was not merged into this checkpoint, or with another weight.
+            MismatchError: an adapter was not merged into this checkpoint, or otherwise.
+            UndecidedError: it was merged more often than it is named, with different weights.
         """
         given = planning.weights_for(len(adapters), weights) if adapters else []
         if not self.known:
             return given
+        left, named = list(self.adapters), Counter(map(_digest, adapters))
         found = []
-        for index, adapter in enumerate(adapters):
+        for adapter, weight in zip(adapters, given, strict=True):
             digest = _digest(adapter)
-            match = next((entry for entry in self.adapters if digest is not None and entry[0] == digest), None)
-            if match is None:
+            same = [part for part in left if digest is not None and part.digest == digest]
+            if not same:
                 raise self._unknown(adapter, in_memory=digest is None)
-            if weights is not None and given[index] != match[1]:
-                raise MismatchError(
-                    f"The adapter was merged with weight {match[1]}, not {given[index]}.",
-                    fix="Leave -w out: the report knows the weights.",
-                    adapter=adapter.name,
-                )
-            found.append(match[1])
+            if weights is None and named[digest] < sum(part.digest == digest for part in self.adapters):
+                _require_one_weight(adapter, same)
+            match = next((part for part in same if weights is None or part.weight == weight), None)
+            _require_as_merged(adapter, match, same[0].weight, weight)
+            assert match is not None
+            left.remove(match)
+            found.append(match.weight)
         return found
 
     def _unknown(self, adapter: Adapter, *, in_memory: bool) -> MismatchError:
-        merged = ", ".join(name for _, _, name in self.adapters)
+        merged = ", ".join(part.name for part in self.adapters)
         what, fix = "was not merged into this checkpoint", f"According to its report, these were: {merged}."
         if in_memory:
             what, fix = "cannot be recognised: it was made in memory", "Give --base: then no adapter need be named."
@@ -118,13 +135,43 @@ class Recorded:
         """
         if not self.known or not adapters:
             return
-        digests = [_digest(adapter) for adapter in adapters]
-        staying = [name for digest, _, name in self.adapters if digest not in digests]
+        named = Counter(map(_digest, adapters))
+        staying = []
+        for part in self.adapters:
+            if named[part.digest]:
+                named[part.digest] -= 1
+            else:
+                staying.append(part.name)
         if staying:
             raise UnsupportedError(
                 f"{', '.join(staying)} would have to stay in, and the base alone does not hold it.",
                 fix="Leave --base out to subtract only the named adapters, or merge the others into the base again.",
             )
+
+
+def _require_one_weight(adapter: Adapter, parts: Sequence[Part]) -> None:
+    weights = sorted({part.weight for part in parts})
+    if len(weights) > 1:
+        raise UndecidedError(
+            f"The adapter was merged several times, with the weights {', '.join(map(str, weights))}.",
+            fix="Say with -w which one to take out, or name the adapter as often as it was merged.",
+            adapter=adapter.name,
+        )
+
+
+def _require_as_merged(adapter: Adapter, part: Part | None, merged: float, given: float) -> None:
+    if part is None:
+        raise MismatchError(
+            f"The adapter was merged with weight {merged}, not {given}.",
+            fix="Leave -w out: the report knows the weights.",
+            adapter=adapter.name,
+        )
+    if part.files != {sha256_of(path) for path in adapter.files}:
+        raise MismatchError(
+            "The adapter's factors were merged into this checkpoint, but the files beside them were others then.",
+            fix="Its alpha may have changed: put the adapter_config.json of that time back, or give --base alone.",
+            adapter=adapter.name,
+        )
 
 
 def _weights_hash(files: Mapping[str, Any]) -> str:

@@ -37,9 +37,17 @@ def files_like(
 ) -> list[tuple[str, list[Planned]]]:
     """The base's own files and order; what the base does not have goes to the end of the last one."""
     files = [(shard.name, [tensors[name] for name in shard.tensors if name in tensors]) for shard in base.shards]
-    if files:
-        files[-1][1].extend(extra)
+    listed = {name for shard in base.shards for name in shard.tensors}
+    rest = [tensor for name, tensor in tensors.items() if name not in listed]
+    if not files:  # a checkpoint that was made in memory
+        files.append((f"{MODEL_STEMS[0]}.safetensors", []))
+    files[-1][1].extend((*rest, *extra))
     return files
+
+
+def has_config_file(base: Checkpoint) -> bool:
+    """Whether the configuration lies in a file, which can be copied byte for byte."""
+    return any(path.name == "config.json" for path in base.files)
 
 
 def stem_of(base: Checkpoint) -> str:

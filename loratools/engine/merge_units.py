@@ -28,14 +28,13 @@ class MergePlanner:
         """Output files with their tensors."""
         tensors = {tensor: self._planned(tensor, ref) for tensor, ref in self.base.items()}
         extra = [
-            layout.Planned(added.spec.renamed(tensor), None, added.spec.nbytes)
+            layout.Planned(self._recast(added.spec, tensor), None, added.spec.nbytes)
             for tensor, added in self.changes.added.items()
         ]
         if self.changes.untied and self.changes.untied[1] not in self.base:
             embedding, head, _ = self.changes.untied
             ref = self.base[embedding]
-            spec = TensorSpec(self._name(head), layout.recast(ref.dtype, self.dtype), ref.shape)
-            extra.append(layout.Planned(spec, embedding, ref.nbytes))
+            extra.append(layout.Planned(self._recast(ref.spec, self._name(head)), embedding, ref.nbytes))
         if max_bytes is not None and (single or max_bytes < 1):
             fix = "Give -o a directory." if single else "Give a size of at least one byte."
             raise UsageError("The output cannot be cut into shards of this size.", fix=fix, output=name, size=max_bytes)
@@ -45,6 +44,9 @@ class MergePlanner:
             raise UsageError("A sharded checkpoint needs a directory to be written to.", output=name)
         files = layout.files_like(self.base, tensors, extra)
         return [(name, files[0][1])] if single else files
+
+    def _recast(self, spec: TensorSpec, name: str) -> TensorSpec:
+        return TensorSpec(name, layout.recast(spec.dtype, self.dtype), spec.shape)
 
     def _name(self, tensor: str) -> str:
         return self.changes.renaming.apply(tensor)
@@ -118,22 +120,23 @@ class MergePlanner:
             tensor.spec.name,
             inputs=(Input(added.source, added.module),),
             file=file,
-            parameters={"parameter": added.parameter},
+            parameters={"parameter": added.parameter, "dtype": tensor.spec.dtype},
             read_bytes=tensor.nbytes_read,
             write_bytes=tensor.spec.nbytes,
+            peak_bytes=0 if added.spec.dtype == tensor.spec.dtype else memory.tile_bytes(added.spec),
         )
 
     def copies(self, *, edited: bool) -> tuple[tuple[str, str], ...]:
         """Companions, and the configuration where nothing in it became false."""
         names = [path.name for path in self.base.companions]
-        if self.base.config and not edited:
+        if layout.has_config_file(self.base) and not edited:
             names.append("config.json")
         return tuple(("base", name) for name in names)
 
     def texts(self, headers: Sequence[Any], edits: Mapping[str, Any]) -> dict[str, str]:
         """The index, and the edited configuration."""
         texts = layout.index_text(headers, self.base)
-        if edits:
+        if edits or (self.base.config and not layout.has_config_file(self.base)):
             texts["config.json"] = layout.config_text(self.base.config, edits)
         return texts
 

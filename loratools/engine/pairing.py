@@ -181,7 +181,7 @@ def _class_path(module: str, prefix: str) -> str:
     """The model class's path of a module; heads are not below the base model."""
     if not prefix or any(module == head or module.startswith(f"{head}.") for head in (*families.HEADS, *_HEADS)):
         return module
-    return prefix + module
+    return prefix + module if module else prefix.removesuffix(".")
 
 
 _HEADS = ("classifier", "score", "qa_outputs", "cls")

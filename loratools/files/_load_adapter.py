@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -58,7 +59,7 @@ def _loaded(path: Path, format: str | None) -> Adapter:
         name=path.resolve().name,
         config=MappingProxyType(dict(contents.config or {})),
         base_model=decoded.base_model,
-        files=_files(directory, path, weights.shards[0].name if weights.shards else ""),
+        files=_files(directory, path, [shard.name for shard in weights.shards]),
         provenance=MappingProxyType(_provenance(report)),
         notes=(*weights.warnings, *decoded.notes),
         location=str(path),
@@ -89,7 +90,7 @@ def _side(directory: Path) -> dict[str, Any]:
     return {ADDED_ROWS_FILE: open_safetensors(side).tensors} if side.is_file() else {}
 
 
-def _files(directory: Path, path: Path, weights_name: str) -> tuple[Path, ...]:
-    weights = directory / weights_name if path.is_dir() else path
+def _files(directory: Path, path: Path, shards: Sequence[str]) -> tuple[Path, ...]:
+    weights = [directory / name for name in shards] if path.is_dir() else [path]
     beside = [directory / CONFIG_FILE, directory / ADDED_ROWS_FILE]
-    return (weights, *(file for file in beside if file.is_file()))
+    return (*weights, *(file for file in beside if file.is_file()))

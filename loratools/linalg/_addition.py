@@ -18,7 +18,7 @@ Term = tuple[Tensor, Tensor, float]
 _TILE = 2**18  # entries of a row tile: 2 MiB of float64, so that the passes over it stay in cache
 _TILE_ON_DEVICE = 2**24
 _KEPT = threading.local()
-_KEPT_ENTRIES = 2**19  # 4 MiB of float64: what a thread keeps of its tile buffers
+_KEPT_ENTRIES = 5 * 2**17  # 5 MiB of float64, the three buffers of a tile: what a thread keeps of them
 _ONE_PIECE_RANK = 256  # up to here one 26-bit piece keeps ΔW within 2e-7 of its norm
 
 

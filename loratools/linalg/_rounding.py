@@ -57,7 +57,7 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
     """`x` in `dtype`, rounded once, to nearest, ties to even (IEEE 754), overflow to infinity.
 
     Args:
-        x: float64, any shape.
+        x: float64, or narrower where it is exact in float32; any shape.
         dtype: float64, float32, float16 or bfloat16.
 
     Returns:
@@ -67,7 +67,7 @@ def round_to(x: Tensor, dtype: torch.dtype) -> Tensor:
         UnsupportedError: another dtype.
     """
     if dtype == torch.float64:
-        return x
+        return x.to(dtype)
     out = torch.empty(x.shape, dtype=dtype, device=x.device)
     round_into(x.contiguous(), out)
     return out

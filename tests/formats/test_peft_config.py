@@ -102,6 +102,14 @@ def test_patterns_match_as_pefts_own_function():
     assert hits > 200
 
 
+def test_a_name_that_does_not_match_itself_counts_last():
+    """`a+b` is no match for the module `a+b`; PEFT then looks it up plainly, after every expression."""
+    judge = pytest.importorskip("peft.utils.other").get_pattern_key
+    for values in ({"a+b": 1}, {"a+b": 1, ".*b": 2}, {"x": 3}):
+        expected = values.get(judge(list(values), "a+b"), 0)
+        assert fields.matched(values, "a+b", 0, field="rank_pattern") == expected
+
+
 def updates(values, alphas=None, rslora=False):
     made = {}
     for index, (path, rank) in enumerate(values.items()):

@@ -12,8 +12,15 @@ from tests.laws.worlds import DTYPES, KINDS, llama_tensors, world, write_base
 WEIGHTS = {1: None, 3: [0.7, -1.5, 2.0]}
 
 
-@pytest.mark.parametrize("adapters", WEIGHTS)
-@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize(
+    ("sharded", "adapters"),
+    [
+        (False, 1),
+        (True, 3),
+        pytest.param(True, 1, marks=pytest.mark.slow),
+        pytest.param(False, 3, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_base_comes_back_bit_for_bit(tmp_path, unchanged, kind, dtype, sharded, adapters):

@@ -41,7 +41,7 @@ def test_threads_and_tiles_do_not_show(tmp_path, monkeypatch, kind, dtype):
     """One, two or three threads, tiles of a row, of some, of everything: merge, unmerge and stack write the same."""
     made = world(tmp_path, kind, dtype, sharded=True, adapters=3)
     seen = []
-    for threads, tile in ((1, None), (2, 1), (3, 700), (2, 10**9)):
+    for threads, tile in ((1, None), (3, 1), (2, 700)):
         if tile is not None:
             monkeypatch.setattr(planning, "Settings", functools.partial(Settings, tile_bytes=tile))
         root = tmp_path / f"{threads}-{tile}"

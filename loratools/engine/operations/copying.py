@@ -7,7 +7,7 @@ from loratools.engine.operations.tiles import row_bytes, row_ranges
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError
 from loratools.storage.files import sha256_of
-from loratools.tensors import torch_dtype
+from loratools.tensors import TensorRef, torch_dtype
 
 
 def hash_file(unit: Unit, context: Context) -> Outcome:
@@ -33,9 +33,15 @@ def cast(unit: Unit, context: Context) -> Outcome:
     Raises:
         NonFiniteError: a finite entry overflows.
     """
+    ref = context.tensor(unit.inputs[0])
+    write_cast(ref, unit, context)
+    return Outcome(unit.target, "cast", "cast", {"from": ref.dtype, "to": unit.parameters["dtype"]})
+
+
+def write_cast(ref: TensorRef, unit: Unit, context: Context) -> None:
+    """Write `ref` as the unit's target, in the dtype that its parameters name; raises as `cast`."""
     from loratools.linalg import non_finite_count, round_to
 
-    ref = context.tensor(unit.inputs[0])
     dtype = torch_dtype(str(unit.parameters["dtype"]))
     written = 0
     for start, stop in row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes):
@@ -53,4 +59,3 @@ def cast(unit: Unit, context: Context) -> Outcome:
         context.sink.write(unit.file, unit.target, result, written)
         written += result.numel() * result.element_size()
         context.advance(tile.numel() * tile.element_size(), unit.target)
-    return Outcome(unit.target, "cast", "cast", {"from": ref.dtype, "to": unit.parameters["dtype"]})

@@ -133,7 +133,11 @@ def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[to
     """`tuned − base` in float32, tile by tile, and ‖base‖_F; rows that only the tuned side has are not part of it."""
     import torch
 
-    difference = torch.empty(base.shape, dtype=torch.float32, device=context.settings.device)
+    if context.settings.device == "cpu":
+        held = context.buffer("difference", 4 * base.spec.numel)
+        difference = held[: 4 * base.spec.numel].view(torch.float32).view(base.shape)
+    else:
+        difference = torch.empty(base.shape, dtype=torch.float32, device=context.settings.device)
     squares = 0.0
     for first, last in row_ranges(base.shape, max(row_bytes(base), row_bytes(tuned)), context.settings.tile_bytes):
         context.check()
@@ -142,7 +146,11 @@ def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[to
         tile = context.on_device(before.load(context.buffer("tile", before.nbytes)))
         rows.copy_(tile)
         squares += float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
-        rows.copy_(context.on_device(after.load(context.buffer("tuned", after.nbytes)))).sub_(tile)
+        other = context.on_device(after.load(context.buffer("tuned", after.nbytes)))
+        if "F64" in {base.dtype, tuned.dtype}:  # float32 would hide what the two have in common
+            rows.copy_(other.double() - tile.double())
+        else:
+            rows.copy_(other).sub_(tile)
     return difference, squares**0.5
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters.algebra import finite
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.bounds import Bound
+from loratools.engine.operations.copying import write_cast
 from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges
 from loratools.engine.plan import Input, Unit
 from loratools.errors import MismatchError, NonFiniteError
@@ -99,8 +100,7 @@ def merge(unit: Unit, context: Context) -> Outcome:
         context.sink.write(unit.file, unit.target, result.cpu(), written)
         written += result.numel() * result.element_size()
         context.advance(tile.numel() * tile.element_size(), unit.target)
-    for row in _appended(unit, context):
-        result = row.to(dtype)
+    for result in _appended(unit, context, dtype):
         context.sink.write(unit.file, unit.target, result, written)
         written += result.numel() * result.element_size()
     facts = {"changed": changed, "entries": ref.spec.numel}
@@ -141,19 +141,30 @@ def _require_finite_result(result: torch.Tensor, base: TensorRef, change: Change
         )
 
 
-def _appended(unit: Unit, context: Context) -> list[torch.Tensor]:
+def _appended(unit: Unit, context: Context, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The rows that an adapter appends, tile by tile, rounded once."""
+    from loratools.linalg import non_finite_count, round_to
+
     rows: Mapping[str, Any] | None = unit.parameters.get("rows")
     if not rows:
-        return []
-    update = context.update(Input(rows["source"], rows["module"]))
-    return [finite(update.added_rows[rows["parameter"]])]
+        return
+    ref = context.update(Input(rows["source"], rows["module"])).added_rows[rows["parameter"]]
+    for first, last in row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes):
+        context.check()
+        result = round_to(finite(ref.rows(first, last)).double(), dtype)
+        if non_finite_count(result):
+            raise NonFiniteError(f"The appended rows overflow {dtype}.", fix="Choose --dtype bf16.", tensor=ref.name)
+        yield result
 
 
 def add(unit: Unit, context: Context) -> Outcome:
-    """A tensor that an adapter brings along, byte for byte."""
+    """A tensor that an adapter brings along: byte for byte, or rounded to the dtype that was asked for."""
     ref = context.update(unit.inputs[0]).replaced[str(unit.parameters["parameter"])]
-    context.sink.copy(unit.file, [unit.target], [ref])
-    context.advance(unit.read_bytes, unit.target)
+    if ref.dtype == unit.parameters["dtype"]:
+        context.sink.copy(unit.file, [unit.target], [ref])
+        context.advance(unit.read_bytes, unit.target)
+    else:
+        write_cast(ref, unit, context)
     return Outcome(unit.target, "add", "added", {"entries": ref.spec.numel})
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from loratools.errors import NonFiniteError
@@ -20,11 +19,6 @@ def row_ranges(shape: tuple[int, ...], row_bytes: int, tile_bytes: int) -> Itera
 def row_bytes(ref: TensorRef) -> int:
     """Stored bytes of one row."""
     return ref.nbytes // ref.shape[0] if ref.shape and ref.shape[0] else ref.nbytes
-
-
-def elements_per_row(shape: tuple[int, ...]) -> int:
-    """Elements of one row of a tensor of this shape."""
-    return math.prod(shape[1:])
 
 
 def require_all_finite(ref: TensorRef, tile_bytes: int) -> None:

@@ -112,7 +112,10 @@ def _grouped(
     for key, ref in tensors.items():
         parsed = keys.parse(key)
         order.setdefault(parsed.module, len(order))
-        modules.setdefault(parsed.module, {})[parsed.role, parsed.parameter] = ref
+        roles = modules.setdefault(parsed.module, {})
+        if any((role, parsed.parameter) in roles for role in keys.rivals(parsed.role)):
+            raise MalformedError("The module has this under two keys; one of them would be ignored.", tensor=key)
+        roles[parsed.role, parsed.parameter] = ref
     return modules, order
 
 

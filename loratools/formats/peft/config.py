@@ -123,9 +123,9 @@ def matched(pattern: Any, module: str, default: float, *, field: str) -> float:
     if not isinstance(pattern, Mapping):
         raise MalformedError("A pattern must be an object.", file=CONFIG_FILE, field=field)
     for key in pattern:
-        if key == module or expressions.matches(key, module, file=CONFIG_FILE, field=field):
+        if expressions.matches(key, module, file=CONFIG_FILE, field=field):
             return number(pattern, key, default)
-    return default
+    return number(pattern, module, default)  # a name that does not match itself, such as `a+b`
 
 
 def alpha_of(config: Mapping[str, Any], module: str) -> float:

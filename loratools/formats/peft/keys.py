@@ -80,6 +80,14 @@ def parse(key: str) -> Key:
     return Key(module, "parameter", parameter)
 
 
+def rivals(role: Role) -> tuple[str, ...]:
+    """The roles that say the same of a module as `role` does: it can have one of them."""
+    if role in {"base_layer", "parameter"}:
+        return ("base_layer", "parameter")
+    other = role.replace("lora_embedding_", "lora_") if "embedding" in role else role.replace("lora_", "lora_embedding_")
+    return (role, other)
+
+
 def copied(key: str) -> str | None:
     """The key that `key` accompanies, if it is one of the wrapper's own parameters.
 
