@@ -41,12 +41,26 @@ def reconcile(names: Collection[str], known: Collection[str]) -> Renaming:
     """The prefix to strip from, or put before, `names` so that most of them are in `known`.
 
     Models saved with and without a head differ by such a prefix. The identity wins ties.
+
+    Raises:
+        MismatchError: most of `names` are found under each of several prefixes.
     """
     known = set(known)
+    if known.issuperset(names):
+        return Renaming()
     prefixes = {*_prefixes(names), *_prefixes(known)}
     candidates = [Renaming(), *(Renaming(remove=prefix) for prefix in sorted(prefixes))]
     candidates += [Renaming(add=prefix) for prefix in sorted(prefixes)]
-    return max(candidates, key=lambda candidate: sum(candidate.apply(name) in known for name in names))
+    found = {candidate: {candidate.apply(name) for name in names} & known for candidate in candidates}
+    best = max(candidates, key=lambda candidate: len(found[candidate]))
+    rivals = [each for each in candidates if len(found[each]) == len(found[best]) and found[each] != found[best]]
+    if best and rivals and 2 * len(found[best]) > len(names):
+        raise MismatchError(
+            f"The names of one side are found on the other {best}, and {rivals[0]}: which is meant cannot be told.",
+            fix="Rename them so that they are found as they are.",
+            first=next(iter(names)),
+        )
+    return best
 
 
 def _prefixes(names: Iterable[str]) -> set[str]:

@@ -15,7 +15,6 @@ from loratools.engine.operations.tiles import same_bytes
 from loratools.errors import MismatchError, UnsupportedError
 from loratools.tensors import COMPUTABLE, TensorRef, TensorSpec
 
-
 _ONE_OF_THEM: Final = "Merge one of them, and stack the others without it (--exclude)."
 
 

@@ -23,8 +23,10 @@ from loratools.engine.plan import Plan, Unit, canonical
 from loratools.engine.planning import Run
 from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
 from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink
+from loratools.storage.files import sha256_of
 from loratools.storage.outputs import OutputDirectory, OutputFiles, stale_partials
-from loratools.storage.writer import WrittenFile, write_bytes_durably
+from loratools.storage.scratch import copy_durably, write_bytes_durably
+from loratools.storage.writer import WrittenFile
 
 Sources = Mapping[str, Checkpoint | Adapter]
 Report = TypeVar("Report", bound=AbstractWrittenReport)
@@ -203,7 +205,7 @@ def _copy_companions(plan: Plan, sources: Sources, directory: Path) -> None:
         checkpoint = sources[source]
         assert isinstance(checkpoint, Checkpoint)
         found = next(path for path in (*checkpoint.companions, *checkpoint.files) if path.name == name)
-        write_bytes_durably(directory / name, found.read_bytes())
+        copy_durably(found, directory / name)
 
 
 def _files(directory: Path, written: Sequence[WrittenFile]) -> tuple[dict[str, Any], ...]:
@@ -211,9 +213,7 @@ def _files(directory: Path, written: Sequence[WrittenFile]) -> tuple[dict[str, A
     known = {file.name: {"name": file.name, "bytes": file.bytes, "sha256": file.sha256} for file in written}
     for path in sorted(directory.iterdir()):
         if path.name not in known and path.is_file():
-            data = path.read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            known[path.name] = {"name": path.name, "bytes": len(data), "sha256": digest}
+            known[path.name] = {"name": path.name, "bytes": path.stat().st_size, "sha256": sha256_of(path)}
     return tuple(known[name] for name in sorted(known))
 
 

@@ -32,7 +32,7 @@ class SvdOptions:
         """With the default rank where no rule was given.
 
         Raises:
-            UsageError: several rules, or a value outside its range.
+            UsageError: several rules, a value outside its range, an unknown preset.
         """
         given = [name for name in ("rank", "energy", "error") if getattr(self, name) is not None]
         if len(given) > 1:
@@ -45,6 +45,10 @@ class SvdOptions:
                 raise UsageError("This must lie above 0 and not above 1.", **{name: value})
         if self.max_rank < 1:
             raise UsageError("A rank is at least 1.", max_rank=self.max_rank)
+        from loratools.linalg import PRESETS
+
+        if self.preset not in PRESETS:
+            raise UsageError("There is no such preset.", fix=f"Choose one of {', '.join(PRESETS)}.", preset=self.preset)
         return dataclasses.replace(self, rank=default_rank) if not given else self
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
@@ -122,10 +123,27 @@ def _copy_unit(file: str, run: Sequence[Planned], source: str) -> Unit:
     )
 
 
+def recast_notes(base: Checkpoint, wanted: str | None) -> tuple[str, ...]:
+    """What `--dtype` leaves as it is although it is floating-point: quantised weights, whose scales lie elsewhere."""
+    kept = Counter(ref.dtype for ref in base.values() if ref.dtype.startswith("F") and ref.dtype not in COMPUTABLE)
+    if wanted is None or not kept:
+        return ()
+    counts = ", ".join(f"{count} tensors in {dtype}" for dtype, count in kept.items())
+    return (f"Copied as they are, not recast: {counts}.",)
+
+
 def config_edits(
-    config: Mapping[str, Any], *, dtype: str | None, untied: bool, rows: int | None
+    config: Mapping[str, Any], *, dtype: str | None, untied: bool, rows: int | None, written: bool = True
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The keys of `config.json` that the output makes false, with what they become; and a note each."""
+    """The keys of `config.json` that the output makes false, with what they become; and a note each.
+
+    Args:
+        config: the base's.
+        dtype: that the weights get.
+        untied: whether the head becomes a tensor of its own.
+        rows: of the vocabulary, where it grows.
+        written: whether the output has a configuration; the notes say so where it has none.
+    """
     edits: dict[str, Any] = {}
     if dtype is not None:
         for key in ("dtype", "torch_dtype"):
@@ -135,7 +153,8 @@ def config_edits(
         edits["tie_word_embeddings"] = False
     if rows is not None and config.get("vocab_size") not in {None, rows}:
         edits["vocab_size"] = rows
-    return edits, tuple(f"config.json: {key} {config.get(key)!r} → {value!r}" for key, value in edits.items())
+    whose = "config.json" if written else "Not written beside a single file, but no longer true: config.json"
+    return edits, tuple(f"{whose}: {key} {config.get(key)!r} → {value!r}" for key, value in edits.items())
 
 
 def config_text(config: Mapping[str, Any], edits: Mapping[str, Any]) -> str:

@@ -130,7 +130,9 @@ class RestorePlanner:
         """The base's companions and configuration, byte for byte."""
         del edited
         names = [path.name for path in self.base.companions]
-        return tuple(("base", name) for name in (*names, *(["config.json"] if layout.has_config_file(self.base) else [])))
+        if layout.has_config_file(self.base):
+            names.append("config.json")
+        return tuple(("base", name) for name in names)
 
     def texts(self, headers: Sequence[Any], edits: Mapping[str, Any]) -> dict[str, str]:
         """The index."""

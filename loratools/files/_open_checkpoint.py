@@ -58,7 +58,7 @@ def _opened(path: Path) -> Checkpoint:
         companions=_companions(directory) if path.is_dir() else (),
         index_name=_index_name(directory, files) if path.is_dir() else None,
         report=MappingProxyType(locate.read_object(locate.report_path(path))),
-        notes=weights.warnings,
+        notes=(*weights.warnings, *_left_aside(path, files)),
         location=str(path),
     )
 
@@ -94,3 +94,18 @@ def _companions(directory: Path) -> tuple[Path, ...]:
         and entry.name not in _OURS
         and not entry.name.endswith(_NOT_COMPANIONS)
     )
+
+
+def _left_aside(path: Path, files: tuple[Path, ...]) -> tuple[str, ...]:
+    """A note on what lies in the directory and is no part of the checkpoint: folders, weights in other forms."""
+    if not path.is_dir():
+        return ()
+    used = {file.name for file in files}
+    aside = [
+        f"{entry.name}/" if entry.is_dir() else entry.name
+        for entry in sorted(path.iterdir())
+        if not entry.name.startswith(".")
+        and entry.name not in used
+        and (entry.is_dir() or (entry.name.endswith(_NOT_COMPANIONS) and not entry.name.endswith(".index.json")))
+    ]
+    return (f"Not part of the checkpoint, and not copied: {', '.join(aside)}.",) if aside else ()

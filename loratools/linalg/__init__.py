@@ -8,10 +8,11 @@ from loratools.linalg._core import truncate_low_rank
 from loratools.linalg._info import SVDInfo
 from loratools.linalg._rank import rank_for_energy, rank_for_error
 from loratools.linalg._rounding import non_finite_count, round_to, ulp
-from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
+from loratools.linalg._truncated_svd import PRESETS, balanced_factors, truncated_svd
 from loratools.linalg._workspace import workspace_bytes
 
 __all__ = [
+    "PRESETS",
     "LowRankSum",
     "SVDInfo",
     "add_low_rank",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import secrets
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import final
 
@@ -22,10 +24,25 @@ def write_bytes_durably(path: Path, data: bytes) -> None:
         StorageError: the disk is full or failed; the file is removed again.
         AccessError: writing here is not permitted.
     """
-    path = Path(path)
+    with _created(Path(path)) as descriptor:
+        syscalls.write_at(descriptor, memoryview(data), 0, path)
+
+
+def copy_durably(source: Path, path: Path) -> None:
+    """Create a file with the bytes of another, in the kernel where it can, and wait until it is on the disk.
+
+    Raises:
+        LoratoolsError: as `write_bytes_durably`; or the source cannot be read.
+    """
+    with ReadOnlyFile(source) as file, _created(Path(path)) as descriptor:
+        syscalls.copy_at(file, 0, descriptor, 0, file.size, path)
+
+
+@contextmanager
+def _created(path: Path) -> Iterator[int]:
     descriptor = syscalls.create(path)
     try:
-        syscalls.write_at(descriptor, memoryview(data), 0, path)
+        yield descriptor
         syscalls.sync_data(descriptor, path)
     except BaseException:
         syscalls.remove(path)

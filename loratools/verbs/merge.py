@@ -132,10 +132,11 @@ def _prepare(  # noqa: PLR0917
     headers = layout.output_files(files, checkpoint)
     written = sum(spec.nbytes for file in headers for spec in file.tensors)
     planning.check_output(path, run, sources.values(), written)
-    edits, edit_notes = layout.config_edits(
-        checkpoint.config, dtype=wanted, untied=changes.untied is not None, rows=planner.vocabulary()
-    )
     single = path.suffix == ".safetensors"
+    untied, rows = changes.untied is not None, planner.vocabulary()
+    edits, edit_notes = layout.config_edits(
+        checkpoint.config, dtype=wanted, untied=untied, rows=rows, written=not single
+    )
     plan = Plan(
         verb="merge",
         kind="checkpoint",
@@ -151,7 +152,7 @@ def _prepare(  # noqa: PLR0917
         texts={} if single else planner.texts(headers, edits),
         options={"weights": factors, "dtype": wanted, "max_shard_size": max_shard_size},
         rules=RULES,
-        notes=(*checkpoint.notes, *changes.notes, *edit_notes),
+        notes=(*checkpoint.notes, *changes.notes, *edit_notes, *layout.recast_notes(checkpoint, wanted)),
     )
     return _Prepared(plan, sources, checkpoint, run)
 
@@ -173,7 +174,7 @@ def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
     touched = [unit.inputs[0].name for unit in plan.units if unit.operation == "merge"]
     return MergeReport(
         inputs=execution.inputs(plan),
-        parameters={**plan.options, "version": 1},
+        parameters=plan.options,
         files=execution.files,
         base={"name": prepared.base.name, "fingerprint": _fingerprints(prepared.base, touched)},
         notes=(*plan.notes, *execution.notes),

@@ -171,8 +171,8 @@ def add(unit: Unit, context: Context) -> Outcome:
 def restore(unit: Unit, context: Context) -> Outcome:
     """Put the base's bytes back, after checking that the merged tensor is what the adapters make of it.
 
-    Inputs: the merged tensor, the base's. The check recomputes the merge; an entry may differ by one unit
-    in the last place of the larger of the two, since others round ΔW first.
+    Inputs: the merged tensor, the base's. The check recomputes the merge; an entry may differ by two units in the last
+    place of the largest of W, W' and what W' should be, since others round ΔW first, and |ΔW| ≤ |W| + |W'|.
 
     Raises:
         MismatchError: merged is not base + adapters.
@@ -188,10 +188,11 @@ def restore(unit: Unit, context: Context) -> Outcome:
     for rows in _tiles(base, context):
         context.check()
         found = (merged.rows(*rows) if rows else merged).load()
-        expected = change.tile((base.rows(*rows) if rows else base).load(), rows, dtype)
+        before = (base.rows(*rows) if rows else base).load()
+        expected = change.tile(before, rows, dtype)
         if differing_entries(found, expected):
-            step = torch.maximum(ulp(found), ulp(expected))
-            differing += int((~((found.double() - expected.double()).abs() <= step)).sum())
+            largest = torch.maximum(torch.maximum(found.abs(), expected.abs()), before.to(dtype).abs())
+            differing += int((~((found.double() - expected.double()).abs() <= 2 * ulp(largest))).sum())
         context.advance(2 * found.numel() * found.element_size(), unit.target)
     if differing:
         raise MismatchError(

@@ -84,8 +84,7 @@ def rivals(role: Role) -> tuple[str, ...]:
     """The roles that say the same of a module as `role` does: it can have one of them."""
     if role in {"base_layer", "parameter"}:
         return ("base_layer", "parameter")
-    other = role.replace("lora_embedding_", "lora_") if "embedding" in role else role.replace("lora_", "lora_embedding_")
-    return (role, other)
+    return f"lora_{role[-1]}", f"lora_embedding_{role[-1]}"
 
 
 def copied(key: str) -> str | None:
