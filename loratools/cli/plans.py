@@ -35,7 +35,7 @@ def plan(made: Plan) -> list[str]:
         ("output", f"{printable(made.output)}{' (replaced if it is there)' if made.overwrite else ''}"),
         ("files", f"{count(files, 'file')} and the report" if made.files else ""),
         ("work", counted(Counter(word for unit in made.units for word in _words(unit)))),
-        ("reads", f"at most {size(bounds.read_bytes)}"),
+        ("reads", size(bounds.read_bytes)),
         ("writes", f"at most {size(bounds.write_bytes)}"),
         ("scratch", f"at most {size(bounds.scratch_bytes)}" if bounds.scratch_bytes else ""),
         ("memory", f"at most {size(bounds.peak_bytes)}"),

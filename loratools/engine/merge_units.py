@@ -99,7 +99,7 @@ class MergePlanner:
             change = self.changes.untied[2]
         if change is None or (not change.terms and not change.wholes and change.rows is None):
             return self._cast_unit(file, tensor)
-        return merge_unit(file, tensor.spec.name, self.base[tensor.source], "base", change, tensor.spec.dtype)
+        return merge_unit(file, tensor.spec, self.base[tensor.source], change)
 
     def _cast_unit(self, file: str, tensor: layout.Planned) -> Unit:
         return Unit(
@@ -141,17 +141,17 @@ class MergePlanner:
         return texts
 
 
-def merge_unit(file: str, name: str, ref: TensorRef, source: str, change: TensorChange, dtype: str) -> Unit:
+def merge_unit(file: str, spec: TensorSpec, ref: TensorRef, change: TensorChange) -> Unit:
     """A unit that writes `round(W + Σ w ΔW)` for one tensor."""
     factors = change.factor_elements
     wholes = len(change.wholes)
     return Unit(
         "merge",
-        name,
-        inputs=(Input(source, ref.name),),
+        spec.name,
+        inputs=(Input("base", ref.name),),
         file=file,
-        parameters={**change.parameters(), "dtype": dtype},
+        parameters={**change.parameters(), "dtype": spec.dtype},
         read_bytes=ref.nbytes,
-        write_bytes=ref.spec.numel * 8,
+        write_bytes=spec.nbytes,
         peak_bytes=memory.tile_bytes(ref.spec, tiles=1 + wholes) + memory.factor_bytes(factors),
     )

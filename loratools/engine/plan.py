@@ -49,7 +49,7 @@ class Unit:
         inputs: what it reads.
         file: the output file that it writes into; empty for adapters, whose file is put together at the end.
         parameters: plain data for the operation.
-        read_bytes: upper bound of what is read.
+        read_bytes: stored bytes of what it goes through, as progress counts them.
         write_bytes: upper bound of what is written.
         peak_bytes: upper bound of the memory that it needs while it runs.
     """
@@ -75,9 +75,12 @@ class OutputFile:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Bounds:
-    """Upper bounds, in bytes: reading, the finished output, the scratch file, memory.
+    """Upper bounds, in bytes: the finished output, the scratch file, memory.
 
-    `peak_bytes` is the process's predicted peak resident memory (`loratools.engine.memory`).
+    `read_bytes` is what the units go through, each input once per unit: comparing a tensor before it is used, and
+    holding copies against their source at the end, read some of it again, mostly from the page cache. `write_bytes`
+    leaves out headers, configuration, card and report. `peak_bytes` is the process's predicted peak resident memory
+    (`loratools.engine.memory`).
     """
 
     read_bytes: int

@@ -16,6 +16,7 @@ from loratools.engine.events import Listener, ignore
 from loratools.engine.plan import Bounds, SourceInfo, Unit
 from loratools.errors import UsageError
 from loratools.files import files_behind
+from loratools.files.locate import readable
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 
 
@@ -86,15 +87,25 @@ def infos(sources: Mapping[str, Checkpoint | Adapter]) -> tuple[SourceInfo, ...]
 def info(identifier: str, role: str, source: Checkpoint | Adapter) -> SourceInfo:
     """A source as a plan describes it."""
     kind: Any = "checkpoint" if isinstance(source, Checkpoint) else "adapter"
-    sizes = [path.stat().st_size for path in source.files]
+    sizes = [size_of(path) for path in source.files]
     names = tuple(path.name for path in source.files)
     return SourceInfo(identifier, role, kind, source.name, source.location, names, sum(sizes))
+
+
+def size_of(path: Path) -> int:
+    """Bytes of an input file.
+
+    Raises:
+        AccessError, StorageError: it went away since it was opened.
+    """
+    with readable(path):
+        return path.stat().st_size
 
 
 def hash_units(sources: Mapping[str, Checkpoint | Adapter]) -> list[Unit]:
     """A unit per input file that hashes it."""
     return [
-        Unit("hash", path.name, parameters={"source": identifier}, read_bytes=path.stat().st_size, peak_bytes=0)
+        Unit("hash", path.name, parameters={"source": identifier}, read_bytes=size_of(path))
         for identifier, source in sources.items()
         for path in source.files
     ]

@@ -115,6 +115,13 @@ class RestorePlanner:
         name = tensor.spec.name
         change = self.touched.get(name) or TensorChange()
         merged, base = self.merged[self.renaming.apply(name)], self.base[name]
+        if merged.shape != base.shape:
+            raise MismatchError(
+                f"The merged tensor has the shape {merged.shape}, the base's {base.shape}.",
+                fix="Is this the base that was merged into?",
+                tensor=name,
+                base=self.base.name,
+            )
         return Unit(
             "restore",
             name,

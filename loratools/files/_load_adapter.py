@@ -37,7 +37,7 @@ def load_adapter(
     if isinstance(source, Adapter):
         return source
     with locate.readable(source):
-        return _loaded(locate.local(source), format)
+        return _loaded(locate.local(source).absolute(), format)
 
 
 def _loaded(path: Path, format: str | None) -> Adapter:

@@ -39,7 +39,7 @@ def open_checkpoint(source: locate.Source | Checkpoint) -> Checkpoint:
     if isinstance(source, Checkpoint):
         return source
     with locate.readable(source):
-        return _opened(locate.local(source))
+        return _opened(locate.local(source).absolute())
 
 
 def _opened(path: Path) -> Checkpoint:

@@ -125,12 +125,16 @@ def scaled_exactly(ref: TensorRef, scale: float) -> torch.Tensor:
     """
     import torch
 
+    from loratools.linalg import non_finite_count
+
     tensor = finite(ref)
-    exact = (tensor.double() * scale).to(tensor.dtype)
-    if torch.equal(exact.double(), tensor.double() * scale):
+    dtype, wide = tensor.dtype, tensor.double().mul_(scale)
+    del tensor  # a factor may be the largest thing in memory
+    exact = wide.to(dtype)
+    if torch.equal(exact.double(), wide):
         return exact
-    product = (tensor.double() * scale).float()
-    if not bool(torch.isfinite(product).all()):
+    product = wide.float()
+    if non_finite_count(product):
         raise NonFiniteError(f"Multiplied by {scale:g}, the factor overflows float32.", tensor=ref.name)
     return product
 

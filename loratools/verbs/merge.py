@@ -33,7 +33,7 @@ class MergeReport(AbstractWrittenReport):
 
     Attributes:
         modules: each changed tensor with the adapters that changed it and how many entries became others.
-        tensors: how many tensors were merged, replaced, added, copied, recast.
+        tensors: how many tensors were copied, merged (replacements among them), recast, added.
         totals: bytes and counts.
     """
 
@@ -131,7 +131,8 @@ def _prepare(  # noqa: PLR0917
     units = planning.hash_units(sources) + planner.units(files)
     headers = layout.output_files(files, checkpoint)
     written = sum(spec.nbytes for file in headers for spec in file.tensors)
-    planning.check_output(path, run, sources.values(), written)
+    beside = 0 if path.suffix == ".safetensors" else sum(map(planning.size_of, checkpoint.companions))
+    planning.check_output(path, run, sources.values(), written + beside)
     single = path.suffix == ".safetensors"
     untied, rows = changes.untied is not None, planner.vocabulary()
     edits, edit_notes = layout.config_edits(
@@ -146,7 +147,7 @@ def _prepare(  # noqa: PLR0917
             planning.info(key, "base" if key == "base" else "adapter", each) for key, each in sources.items()
         ),
         units=tuple(units),
-        bounds=planning.bounds(units, sources.values(), run, write=written),
+        bounds=planning.bounds(units, sources.values(), run, write=written + beside),
         files=headers,
         copies=() if single else planner.copies(edited=bool(edits)),
         texts={} if single else planner.texts(headers, edits),

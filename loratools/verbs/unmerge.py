@@ -14,7 +14,7 @@ from loratools.engine.changes import Changes, collect, source_id
 from loratools.engine.execute import Execution, execute
 from loratools.engine.history import Recorded
 from loratools.engine.merge_units import MergePlanner
-from loratools.engine.plan import Plan, Unit
+from loratools.engine.plan import Plan, SourceInfo, Unit
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.restore_units import RestorePlanner
@@ -203,17 +203,18 @@ def _prepared(  # noqa: PLR0917
     base = planner.base
     headers = layout.output_files(files, base)
     written = sum(spec.nbytes for file in headers for spec in file.tensors)
-    planning.check_output(path, run, sources.values(), written)
-    units = planning.hash_units(sources) + work
     single = path.suffix == ".safetensors"
+    beside = 0 if single else sum(map(planning.size_of, base.companions))
+    planning.check_output(path, run, sources.values(), written + beside)
+    units = planning.hash_units(sources) + work
     plan = Plan(
         verb="unmerge",
         kind="checkpoint",
         output=str(path),
         overwrite=run.overwrite,
-        sources=planning.infos(sources),
+        sources=tuple(_info(key, each, method) for key, each in sources.items()),
         units=tuple(units),
-        bounds=planning.bounds(units, sources.values(), run, write=written),
+        bounds=planning.bounds(units, sources.values(), run, write=written + beside),
         files=headers,
         copies=() if single else planner.copies(edited=False),
         texts={} if single else planner.texts(headers, {}),
@@ -222,6 +223,12 @@ def _prepared(  # noqa: PLR0917
         notes=tuple(notes),
     )
     return _Prepared(plan, sources, run)
+
+
+def _info(key: str, source: Checkpoint | Adapter, method: str) -> SourceInfo:
+    """A source as the plan describes it; what ΔW is subtracted from is the merged checkpoint, though units call it base."""
+    role = "merged" if key == "base" and method == "subtraction" else key.rstrip("0123456789")
+    return planning.info(key, role, source)
 
 
 def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:

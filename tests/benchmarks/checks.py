@@ -9,19 +9,7 @@ from typing import Any
 
 from tests.benchmarks.measure import BenchmarkError, Contender
 
-PEAK_KEY = "peak_bytes"
 GIBIBYTE = 2**30
-
-
-def find_peak(document: Any) -> int | None:
-    """The first `peak_memory` anywhere in a plan, in bytes."""
-    if isinstance(document, dict):
-        if isinstance(document.get(PEAK_KEY), int):
-            return int(document[PEAK_KEY])
-        document = list(document.values())
-    if isinstance(document, list):
-        return next((peak for peak in map(find_peak, document) if peak is not None), None)
-    return None
 
 
 def announced_peak(contender: Contender) -> int:
@@ -29,10 +17,19 @@ def announced_peak(contender: Contender) -> int:
     command = [*contender.command, "--dry-run", "--json"]
     environment = {**os.environ, **contender.environment}
     plan = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
-    peak = find_peak(plan)
-    if peak is None:
-        raise BenchmarkError(f"The plan of {contender.name} has no `{PEAK_KEY}`.")
-    return peak
+    return peak_of(plan)
+
+
+def peak_of(plan: Any) -> int:
+    """The predicted peak of the whole process, in bytes, from a plan's JSON.
+
+    Raises:
+        BenchmarkError: it is not where plans keep it.
+    """
+    try:
+        return int(plan["bounds"]["peak_bytes"])
+    except (KeyError, TypeError) as error:
+        raise BenchmarkError("The plan says no peak.") from error
 
 
 def judge(kind: str, contender: Contender, measured: float) -> dict[str, Any]:

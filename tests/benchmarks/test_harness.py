@@ -76,9 +76,11 @@ def test_a_failing_contender_says_why():
         measure.run_once(contender)
 
 
-def test_the_peak_is_found_wherever_the_plan_keeps_it():
-    assert checks.find_peak({"units": [1, {"memory": {"peak_memory": 7}}]}) == 7
-    assert checks.find_peak({"units": []}) is None
+def test_the_peak_of_a_plan_is_that_of_the_process_not_of_a_unit():
+    plan = {"units": [{"peak_bytes": 5}], "bounds": {"peak_bytes": 7}}
+    assert checks.peak_of(plan) == 7
+    with pytest.raises(measure.BenchmarkError, match="no peak"):
+        checks.peak_of({"units": [{"peak_bytes": 5}]})
 
 
 def test_a_stored_result_becomes_a_page(tmp_path):

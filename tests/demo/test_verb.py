@@ -31,7 +31,8 @@ def test_without_output_nothing_is_left(fake_world, tmp_path):
 
 
 def test_output_keeps_the_files(fake_world, tmp_path):
-    output = tmp_path / "deep" / "story"
+    (tmp_path / "place").mkdir()
+    output = tmp_path / "place" / "story"
     report = verb.demo("adapt", output, seed=1)
     assert report.output == output
     names = {path.name for path in output.iterdir()}
@@ -57,7 +58,7 @@ def test_output_that_is_there_is_refused(fake_world, tmp_path):
 
 def test_output_below_a_file_is_refused(fake_world, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot be made"):
+    with pytest.raises(OutputError, match="is not a directory"):
         verb.demo(output=tmp_path / "file" / "story")
 
 

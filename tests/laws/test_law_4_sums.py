@@ -60,7 +60,7 @@ def weighted(members):
     return total, size
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(weights, adapters()), min_size=1, max_size=4))
 def test_stack_is_the_sum_whatever_goes_in(members):
     """Any ranks, alphas, dtypes, signs, modules: on disk, by PEFT's formula, to 1e-6 of the summands' sizes."""
@@ -80,7 +80,7 @@ def test_stack_is_the_sum_whatever_goes_in(members):
             assert (found[name] - exact).norm() <= 1e-6 * size[name] + 1e-30, name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(adapters(), adapters(), adapters(), weights, weights)
 def test_the_algebra_is_the_same_sum(a, b, d, left, right):
     """`left * a + right * b - d` in Python, read back from what `save` wrote too; norm, inner and cosine agree with
@@ -101,7 +101,7 @@ def test_the_algebra_is_the_same_sum(a, b, d, left, right):
             assert (again[name].delta_weight().double() - exact).norm() <= 1e-6 * size[name] + 1e-30
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(adapters(), adapters(), st.integers(1, 5))
 def test_truncation_is_near_the_best(a, b, rank):
     """The QR core's truncation of a sum is within 1.001 of Eckart–Young of the materialised ΔW."""

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from loratools.adapters import Adapter, Full, LowRank, Sum, Term
@@ -78,7 +78,7 @@ def assert_same_update(found, given_, path):
             assert found.alpha == given_.alpha
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150, deadline=None, derandomize=True)
 @given(st.dictionaries(paths, updates(), min_size=1, max_size=6), st.lists(paths, max_size=4))
 def test_what_is_written_is_read(held, siblings):
     """Kinds, factors, alphas, replaced parameters and added rows come back whatever the module paths, and whatever
@@ -95,8 +95,12 @@ def test_what_is_written_is_read(held, siblings):
     assert set(config["target_modules"] if low else []) == low
 
 
-@settings(max_examples=100, deadline=None)
+ONE = {"lora_A": in_memory("A", torch.ones(1, 1)), "lora_B": in_memory("B", torch.ones(1, 1)), "alpha": 1.0}
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.dictionaries(paths, updates(), min_size=1, max_size=6), st.lists(paths, max_size=6))
+@example({"a": LowRank(**ONE), "a.a.a": LowRank(**ONE)}, [])  # the module between them must not be wrapped
 def test_peft_would_wrap_what_is_meant(held, siblings):
     """By PEFT's own matching, the written configuration targets the low-rank modules and no sibling, gives each its
     rank, and saves no module whose parameters are not all there."""
@@ -124,7 +128,7 @@ def test_peft_would_wrap_what_is_meant(held, siblings):
         assert [path for path in known if path.endswith(entry)] == [entry]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.dictionaries(paths, updates(), min_size=1, max_size=4))
 def test_decoding_twice_is_decoding_once(held):
     """encode(decode(encode(x))) writes the same tensors and the same configuration again."""
