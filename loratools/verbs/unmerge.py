@@ -226,7 +226,7 @@ def _prepared(  # noqa: PLR0917
 
 
 def _info(key: str, source: Checkpoint | Adapter, method: str) -> SourceInfo:
-    """A source as the plan describes it; what ΔW is subtracted from is the merged checkpoint, though units call it base."""
+    """A source as the plan describes it; what ΔW is subtracted from is the merged checkpoint: units call it base."""
     role = "merged" if key == "base" and method == "subtraction" else key.rstrip("0123456789")
     return planning.info(key, role, source)
 
