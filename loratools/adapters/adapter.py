@@ -10,7 +10,7 @@ from typing import Any
 
 from loratools.adapters import algebra
 from loratools.adapters.updates import AbstractUpdate
-from loratools.errors import UsageError
+from loratools.errors import MismatchError, UsageError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,7 +144,7 @@ def merged_provenance(adapters: list[Adapter]) -> Mapping[str, Any]:
     for adapter in adapters:
         for module, fingerprint in adapter.provenance.get("fingerprint", {}).items():
             if known.setdefault(module, fingerprint) != fingerprint:
-                raise UsageError(
+                raise MismatchError(
                     "The adapters were made for different bases.",
                     fix="Combine adapters of one base.",
                     module=module,

@@ -67,7 +67,20 @@ def modules_of(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Ma
             told[sort] = _kind(path, parameters, config)
         kind, evidence = told[sort]
         found[path] = Module(path, kind, MappingProxyType(parameters), evidence)
-    return MappingProxyType(found)
+    return MappingProxyType(_with_siblings(found))
+
+
+def _with_siblings(found: dict[str, Module]) -> dict[str, Module]:
+    """Square matrices of a family that uses Conv1D, told by their siblings' biases where no config names the family."""
+    names = families.CONV1D["gpt2"]
+    if not any(module.kind == "conv1d" and families.last(path) in names for path, module in found.items()):
+        return found
+    return {
+        path: dataclasses.replace(module, kind="conv1d")
+        if module.kind == "linear" and module.evidence == "inferred" and families.last(path) in names
+        else module
+        for path, module in found.items()
+    }
 
 
 def _kind(

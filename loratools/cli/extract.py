@@ -25,6 +25,7 @@ from loratools.cli.progress import bytes_done
 @options.only_low_rank
 @options.selecting
 @options.new_format
+@options.base_model
 @options.seed
 @options.writing
 @options.device

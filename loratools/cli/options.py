@@ -137,7 +137,7 @@ selecting = _all(
 output = click.option(
     "-o", "--output", "output", metavar="OUT", required=True, type=local_output, help="Where to write."
 )
-overwrite = switch("--overwrite", help="Replace the output if it is there.")
+overwrite = switch("--overwrite", help="Replace the output if it is there; a directory only if loratools wrote it.")
 dry_run = switch("--dry-run", help="Show the plan; write nothing.")
 max_memory = click.option("--max-memory", metavar="SIZE", type=size, help="Refuse to need more memory than this.")
 threads = click.option(
@@ -151,6 +151,9 @@ writing = _all(output, overwrite, dry_run, max_memory, threads)
 dtype = click.option("--dtype", metavar="D", help="bf16, fp16 or fp32 for all weights; default each one's own.")
 max_shard_size = click.option(
     "--max-shard-size", metavar="SIZE", type=size, help="Largest weights file; default the base's own files."
+)
+base_model = click.option(
+    "--base-model", metavar="OWNER/NAME", help="The base's name on the Hub, for the adapter's configuration and card."
 )
 adapter_format = click.option("--format", metavar="F", help="The adapter's dialect; default the inputs' own.")
 new_format = click.option("--format", metavar="F", default="peft", show_default=True, help="The adapter's dialect.")

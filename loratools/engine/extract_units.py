@@ -10,6 +10,7 @@ from loratools.adapters import Adapter, Selection
 from loratools.adapters.selection import matches_any
 from loratools.checkpoints import Checkpoint, Module
 from loratools.engine import fingerprint, memory
+from loratools.engine.cards import is_hub_id
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
 from loratools.errors import UnsupportedError, UsageError
@@ -130,7 +131,7 @@ class ExtractPlanner:
         for parameter, pair in pairs.items():
             rule = self._rule(path, parameter, pair, module, shared=shared)
             rules[parameter] = {"rule": rule, "tuned": len(inputs), "base": None}
-            inputs.append(Input("tuned", pair.tuned_name))
+            inputs.append(Input("tuned", pair.tuned.name))
             if pair.base_name is not None and rule != "added":
                 rules[parameter]["base"] = len(inputs)
                 inputs.append(Input("base", pair.base_name))
@@ -198,10 +199,15 @@ class ExtractPlanner:
         workspace = workspace_bytes(rows, columns, rank, preset=self.svd.preset)
         return 4 * tiles + 4 * rows * columns + workspace
 
-    def template(self, format: str = "peft") -> Adapter:
+    def hub_name(self, base_model: str | None) -> str | None:
+        """The base's name on the Hub: as given, else what its configuration says, if that is one and no path."""
+        found = self.pairing.base.config.get("_name_or_path")
+        return base_model or (found if isinstance(found, str) and is_hub_id(found) else None)
+
+    def template(self, base_model: str | None = None, format: str = "peft") -> Adapter:
         """The adapter that comes out, without its updates."""
         config = {"task_type": _task(self.pairing.tuned.config)}
-        return Adapter({}, format=format, config=config, base_model=_hub_name(self.pairing.base))
+        return Adapter({}, format=format, config=config, base_model=self.hub_name(base_model))
 
     def complete(self, adapter: Adapter) -> Adapter:
         """What only the factors tell: PEFT warns of a fan_in_fan_out that does not fit the layers it wraps."""
@@ -233,8 +239,8 @@ class ExtractPlanner:
         whole = sum(bool(update.replaced) for update in updates.values())
         if whole:
             notes.append(
-                f"{whole} modules have parameters stored whole. PEFT loads them; servers such as vLLM refuse such "
-                "adapters: --only-low-rank leaves them out."
+                f"Parameters of {whole} module{'s' if whole != 1 else ''} are stored whole. PEFT loads them; servers "
+                "such as vLLM refuse such adapters: --only-low-rank leaves them out."
             )
         if any(self.pairing.is_tied_embedding(path) for path in updates):
             notes.append(
@@ -253,13 +259,3 @@ def _task(config: Mapping[str, Any]) -> str | None:
     names = config.get("architectures") or []
     causal = any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
     return "CAUSAL_LM" if causal else None
-
-
-def _hub_name(base: Checkpoint) -> str | None:
-    """The base's name on the Hub, if its configuration says one; never a local path."""
-    name = base.config.get("_name_or_path")
-    parts = name.split("/") if isinstance(name, str) else []
-    plain = len(parts) == _MATRIX and all(
-        part and part[0] not in ".-" and all(c.isalnum() or c in "-_." for c in part) for part in parts
-    )
-    return name if plain else None

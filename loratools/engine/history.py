@@ -15,6 +15,17 @@ from loratools.errors import MalformedError, MismatchError, UndecidedError, Unsu
 from loratools.storage.files import sha256_of
 
 
+def written_hashes(merged: Checkpoint) -> dict[str, str]:
+    """What the checkpoint's own merge report says its weights files hash to, by base name."""
+    if merged.report.get("schema") != "loratools/merge/1":
+        return {}
+    return {
+        str(each.get("name")): str(each.get("sha256"))
+        for each in merged.report.get("files") or []
+        if isinstance(each, dict) and str(each.get("name", "")).endswith(".safetensors")
+    }
+
+
 class Part(NamedTuple):
     """One adapter of a merge: hash of its weights file, its weight, its base name, the hashes of all its files."""
 

@@ -100,7 +100,15 @@ def _effective_tuned(base: Checkpoint, tuned: Checkpoint, notes: list[str]) -> t
     """The tuned tensors with tied matrices once, and the name of the matrix that is tied on both sides."""
     tensors = dict(tuned)
     head = tuned.tied_head
+    for side, checkpoint in (("base", base), ("tuned checkpoint", tuned)):
+        if not checkpoint.config:
+            notes.append(f"The {side} has no config.json: kinds of modules and ties were told from names and shapes.")
     if head is None:
+        if base.tied_head is not None and base.tied_head[1] in tuned:
+            notes.append(
+                f"The tuned checkpoint unties {base.tied_head[1]} from the embedding. `loratools merge` keeps them "
+                "apart; PEFT's own merge on the tied base changes both."
+            )
         return tensors, None
     embedding, output = head
     if base.tied_head is not None:
@@ -142,14 +150,18 @@ def _relation(tuned: TensorRef, base: TensorRef, checkpoint: Checkpoint) -> Rela
 
 def _require_same_architecture(base: Checkpoint, tuned: Checkpoint, pairs: Mapping[str, Pair]) -> None:
     same = sum(pair.relation in {"same", "rows"} for pair in pairs.values())
-    odd = [pair for pair in pairs.values() if pair.relation == "reshaped" and not _is_head(pair)]
+    odd = [
+        pair
+        for pair in pairs.values()
+        if (pair.relation == "reshaped" and not _is_head(pair)) or (pair.relation == "new-module" and _numbered(pair))
+    ]
     if odd or 2 * same < len(pairs):
         listed = ", ".join(
             f"{pair.tuned_name} {pair.base.shape if pair.base else None} → {pair.tuned.shape}" for pair in odd[:_LISTED]
         )
         raise MismatchError(
-            f"The checkpoints are not of one architecture: {len(odd)} shapes differ, {same} of {len(pairs)} tensors "
-            "correspond.",
+            f"The checkpoints are not of one architecture: {same} of {len(pairs)} tensors correspond, and {len(odd)} "
+            "have another shape or stand in layers that the base does not have.",
             fix="Name the base that the tuned checkpoint started from.",
             base=base.name,
             tuned=tuned.name,
@@ -157,9 +169,14 @@ def _require_same_architecture(base: Checkpoint, tuned: Checkpoint, pairs: Mappi
         )
 
 
+def _numbered(pair: Pair) -> bool:
+    """Whether the tensor stands in a numbered layer, which no adapter can add."""
+    return any(piece.isdigit() for piece in pair.tuned_name.split("."))
+
+
 def _is_head(pair: Pair) -> bool:
     """A head stands outside of the numbered layers and keeps its input width; an embedding is none, grown or shrunk."""
-    numbered = any(piece.isdigit() for piece in pair.tuned_name.split("."))
+    numbered = _numbered(pair)
     embedding = families.last(owner(pair.tuned_name)[0]) in families.EMBEDDINGS
     base = pair.base
     return not numbered and not embedding and base is not None and base.shape[1:] == pair.tuned.shape[1:]

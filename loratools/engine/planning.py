@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final, TypedDict
 
 from loratools.adapters import Adapter
@@ -14,9 +15,9 @@ from loratools.engine import memory
 from loratools.engine.context import Settings
 from loratools.engine.events import Listener, ignore
 from loratools.engine.plan import Bounds, SourceInfo, Unit
-from loratools.errors import UsageError
+from loratools.errors import OutputExistsError, UsageError
 from loratools.files import files_behind
-from loratools.files.locate import readable
+from loratools.files.locate import read_object, readable
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 
 
@@ -69,6 +70,11 @@ def device(name: str) -> str:
     return f"{family}:{index or 0}" if family == "cuda" else family
 
 
+def as_list(adapters: Sequence[str | os.PathLike[str] | Adapter] | str | os.PathLike[str] | Adapter) -> list[Any]:
+    """Several sources as a list; one alone is a list of one, not of its characters or modules."""
+    return [adapters] if isinstance(adapters, (str, os.PathLike, Adapter)) else list(adapters)
+
+
 class RunOptions(TypedDict, total=False):
     """The fields of `Run` as keyword arguments of a verb."""
 
@@ -102,10 +108,17 @@ def size_of(path: Path) -> int:
         return path.stat().st_size
 
 
-def hash_units(sources: Mapping[str, Checkpoint | Adapter]) -> list[Unit]:
-    """A unit per input file that hashes it."""
+def hash_units(
+    sources: Mapping[str, Checkpoint | Adapter], expected: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+) -> list[Unit]:
+    """A unit per input file that hashes it; `expected`, by source and file, is what it must come to."""
     return [
-        Unit("hash", path.name, parameters={"source": identifier}, read_bytes=size_of(path))
+        Unit(
+            "hash",
+            path.name,
+            parameters={"source": identifier, "expected": expected.get(identifier, {}).get(path.name)},
+            read_bytes=size_of(path),
+        )
         for identifier, source in sources.items()
         for path in source.files
     ]
@@ -136,7 +149,32 @@ def check_output(output: Path, run: Run, sources: Iterable[Checkpoint | Adapter]
         if source.location is not None:
             inputs.append(Path(source.location))
     single = output.suffix == ".safetensors"
+    if run.overwrite and not single:
+        _require_ours(output)
     (OutputFiles if single else OutputDirectory).check(output, run.overwrite, inputs, needed)
+
+
+def _require_ours(output: Path) -> None:
+    """Refuse to replace a directory that holds anything but a result of ours: `--overwrite` deletes what was there.
+
+    Raises:
+        OutputExistsError: names what is foreign.
+    """
+    if not output.is_dir() or output.is_symlink():
+        return
+    names = {entry.name for entry in output.iterdir()}
+    ours = {"loratools.json", "loratools.receipt"}
+    if "loratools.json" in names:
+        listed = read_object(output / "loratools.json").get("files") or []
+        ours |= {str(each.get("name")) for each in listed if isinstance(each, dict)}
+    foreign = sorted(names - ours)
+    if foreign:
+        raise OutputExistsError(
+            "The directory holds files that are no result of loratools; --overwrite would delete them.",
+            fix="Name another output, or move them away.",
+            path=output,
+            foreign=", ".join(foreign[:5]),
+        )
 
 
 def weights_for(count: int, weights: Sequence[float] | float | None) -> list[float]:

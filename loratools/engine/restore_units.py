@@ -18,7 +18,7 @@ from loratools.tensors import TensorSpec
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class RestorePlanner:
-    """The base's files and names; touched tensors from the base, all others from the merged checkpoint.
+    """The base's files, names and bytes, each held against the merged checkpoint first.
 
     Attributes:
         merged: what is taken apart.
@@ -79,11 +79,11 @@ class RestorePlanner:
         return [(name, files[0][1])] if single else files
 
     def units(self, files: Sequence[tuple[str, list[layout.Planned]]]) -> list[Unit]:
-        """Check-and-restore units, copies from the base, copies from the merged checkpoint."""
+        """Units that recompute a merge and restore, that compare and copy, that copy from the base."""
         units: list[Unit] = []
         for file, group in files:
             run: list[layout.Planned] = []
-            side = "merged"
+            side = "same"
             for tensor in group:
                 source = self._source(tensor.spec.name)
                 if source == side and source != "check":
@@ -97,19 +97,28 @@ class RestorePlanner:
         return units
 
     def _copies(self, file: str, run: list[layout.Planned], side: str) -> list[Unit]:
-        if side == "merged":
-            run = [dataclasses.replace(each, source=self.renaming.apply(str(each.source))) for each in run]
-        return layout.copy_units(file, run, side)
+        units = layout.copy_units(file, run, "base")
+        return [self._same(unit) for unit in units] if side == "same" else units
+
+    def _same(self, unit: Unit) -> Unit:
+        pairs = [(each, Input("merged", self.renaming.apply(each.name))) for each in unit.inputs]
+        return dataclasses.replace(
+            unit,
+            operation="same",
+            inputs=tuple(each for pair in pairs for each in pair),
+            read_bytes=2 * unit.read_bytes,
+            peak_bytes=2 * memory.TILE_BYTES,
+        )
 
     def _source(self, name: str) -> str:
-        """Where a tensor comes from: `check` (base, after recomputing the merge), `base`, or `merged`."""
+        """How the base's tensor is justified: `check` (the merge is recomputed), `same` (compared), `base` (not)."""
         merged, base = self.merged[self.renaming.apply(name)], self.base[name]
         change = self.touched.get(name)
         if change is not None and change.rows is None:
             return "check"
         if name in self.touched or merged.shape != base.shape:
             return "base"
-        return "check" if merged.dtype != base.dtype else "merged"
+        return "check" if merged.dtype != base.dtype else "same"
 
     def _check(self, file: str, tensor: layout.Planned) -> Unit:
         name = tensor.spec.name

@@ -56,6 +56,8 @@ def local(source: Source) -> Path:
         InputMissingError: nothing is there.
     """
     text = os.fspath(source)
+    if not text:
+        raise InputMissingError("The source is an empty name.", fix="Is a shell variable unset?")
     if text.startswith("hf://"):
         raise UnsupportedError(
             "hf:// sources are not read in place yet.", fix="`loratools pull` fetches a repository.", source=text

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
 from loratools.engine import planning
+from loratools.engine.cards import is_hub_id
 from loratools.engine.execute import Execution, execute
 from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
+from loratools.errors import UsageError
 from loratools.files import open_checkpoint
 from loratools.files.locate import Source, require_directory_name
 from loratools.formats import codec_named
@@ -47,12 +49,14 @@ class ExtractReport(AbstractWrittenReport):
         whole: tensors stored whole.
         left_out: tensors that differ and were not stored, with the reason.
         totals: counts, captured and residual over all low-rank modules, bytes.
+        identical: tensors that are the same on both sides, and therefore not stored.
     """
 
     modules: tuple[Mapping[str, Any], ...]
     whole: tuple[str, ...]
     left_out: Mapping[str, str]
     totals: Mapping[str, Any]
+    identical: tuple[str, ...]
 
     @property
     def verb(self) -> str:
@@ -84,11 +88,13 @@ def plan_extract(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     format: str = "peft",
+    base_model: str | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `extract` with the same arguments; reads headers and configurations only."""
     svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
-    options = _Options(svd, tuple(save_full), only_low_rank, Selection(tuple(include), tuple(exclude)), format)
+    selection = Selection(tuple(include), tuple(exclude))
+    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
     return _prepare(base, tuned, output, options, Run(**run)).plan
 
 
@@ -108,6 +114,7 @@ def extract(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     format: str = "peft",
+    base_model: str | None = None,
     **run: Unpack[RunOptions],
 ) -> ExtractReport:
     """Write the low-rank ΔW = W_tuned − W_base of every changed matrix as an adapter.
@@ -127,6 +134,8 @@ def extract(
         include: patterns of modules to look at; exclude: of modules not to.
         exclude: see `include`.
         format: the dialect to write.
+        base_model: the base's name on the Hub, `owner/name`, for the adapter's configuration and card;
+            default what the base's own configuration says, never a path.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
@@ -138,7 +147,8 @@ def extract(
     identical, or named.
     """
     svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
-    options = _Options(svd, tuple(save_full), only_low_rank, Selection(tuple(include), tuple(exclude)), format)
+    selection = Selection(tuple(include), tuple(exclude))
+    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
     prepared = _prepare(base, tuned, output, options, Run(**run))
     planner = prepared.planner
     return execute(
@@ -146,7 +156,7 @@ def extract(
         prepared.sources,
         describe=lambda execution: _report(prepared, execution),
         run=prepared.run,
-        assembly=Assembly(planner.template(), planner.complete, tuple(planner.paths())),
+        assembly=Assembly(planner.template(base_model), planner.complete, tuple(planner.paths())),
     )
 
 
@@ -157,6 +167,7 @@ class _Options:
     only_low_rank: bool
     selection: Selection
     format: str
+    base_model: str | None
 
 
 def _prepare(
@@ -165,6 +176,8 @@ def _prepare(
     before, after = open_checkpoint(base), open_checkpoint(tuned)
     svd = options.svd.checked(DEFAULT_RANK)
     codec_named(options.format)
+    if options.base_model is not None and not is_hub_id(options.base_model):
+        raise UsageError("A base model is named owner/name, as on the Hub.", base_model=options.base_model)
     path = Path(output)
     require_directory_name(path)
     sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}
@@ -187,6 +200,7 @@ def _prepare(
             "include": list(options.selection.include),
             "exclude": list(options.selection.exclude),
             "format": options.format,
+            "base_model": options.base_model,
         },
         rules=RULES,
         notes=(*before.notes, *after.notes, *planner.notes),
@@ -197,6 +211,7 @@ def _prepare(
 def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     outcomes = execution.of("extract")
     modules, whole, left_out = [], [], dict(prepared.planner.left_out)
+    identical: list[str] = []
     fates: dict[str, int] = {"identical": 0, "low-rank": 0, "whole": 0, "equal in value": 0, "left out": 0}
     for outcome in outcomes:
         if outcome.facts.get("rank"):
@@ -204,6 +219,8 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
         for parameter, fate in outcome.facts["fates"].items():
             name = f"{outcome.target}.{parameter}" if outcome.target else parameter
             fates[fate.split(":")[0]] += 1
+            if fate in {"identical", "equal in value"}:
+                identical.append(name)
             if fate.startswith("whole"):
                 whole.append(name)
             elif fate.startswith("left out"):
@@ -217,12 +234,17 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
         inputs=execution.inputs(prepared.plan),
         parameters=prepared.plan.options,
         files=execution.files,
-        base={"name": base.name, "fingerprint": prepared.planner.fingerprints(touched)},
+        base={
+            "name": base.name,
+            "hub": prepared.planner.hub_name(prepared.plan.options["base_model"]),
+            "fingerprint": prepared.planner.fingerprints(touched),
+        },
         notes=(*prepared.plan.notes, *found, *execution.notes),
         modules=tuple(modules),
         whole=tuple(whole),
         left_out=MappingProxyType(left_out),
         totals=_totals(modules, fates, execution),
+        identical=tuple(identical),
     )
 
 
@@ -248,13 +270,19 @@ def _findings(modules: Sequence[Mapping[str, Any]]) -> list[str]:
     notes = []
     clipped = [module["name"] for module in modules if module["clipped"]]
     if clipped:
-        notes.append(f"{len(clipped)} modules have a lower rank than asked for, since no more exists: {clipped[0]}, …")
+        notes.append(f"The rank is lower than asked for where no more exists: {_some(clipped)}.")
     short = [module for module in modules if not module["reached"]]
     if short:
         worst = min(short, key=lambda module: module["captured"])
+        names = [module["name"] for module in short]
         captured = f"{worst['name']} captures {worst['captured']:.4f}"
-        notes.append(f"{len(short)} modules do not reach the goal within the cap; {captured}.")
+        notes.append(f"The goal is not reached within the cap and float32: {_some(names)}; {captured}.")
     large = [module for module in modules if (module["relative"] or 0) > 1]
     if modules and len(large) > len(modules) // 2:
         notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
     return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    """One name, or the first of several with their number."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

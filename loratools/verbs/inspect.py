@@ -21,7 +21,9 @@ from loratools.files.locate import Source, kind_of
 from loratools.formats.peft import config as peft
 from loratools.tensors import TensorSpec
 
-_ADAPTER_KEY: Final = re.compile(r"\.(lora_A|lora_B|lora_down|lora_up|lora\.down|hada_w1|lokr_w1)(\.|_|$)")
+_ADAPTER_KEY: Final = re.compile(
+    r"lora[._](A|B|a|b|down|up)\b|hada_w[12]|lokr_w[12]|_lora\.(down|up)\.|:\d+:(down|up)$"
+)
 
 _Sort = tuple[str, tuple[int, ...], bool]  # dtype, shape, whether it counts as parameters
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapters import Adapter
 from loratools.engine.derive import DerivedReport, Request, plan_of, run_of
 from loratools.engine.plan import Plan
-from loratools.engine.planning import Run, RunOptions, weights_for
+from loratools.engine.planning import Run, RunOptions, as_list, weights_for
 from loratools.errors import UsageError
 from loratools.files import load_adapter
 from loratools.files.locate import Source
@@ -86,7 +86,7 @@ def _request(
 ) -> Request:
     if method != "sum":
         raise UsageError("The only method so far is sum.", method=method)
-    loaded = [load_adapter(adapter) for adapter in adapters]
+    loaded = [load_adapter(adapter) for adapter in as_list(adapters)]
     if not loaded:
         raise UsageError("At least one adapter is needed.")
     options: Mapping[str, Any] = {"method": method}

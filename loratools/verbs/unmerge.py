@@ -12,7 +12,7 @@ from loratools.checkpoints import Checkpoint
 from loratools.engine import layout, planning
 from loratools.engine.changes import Changes, collect, source_id
 from loratools.engine.execute import Execution, execute
-from loratools.engine.history import Recorded
+from loratools.engine.history import Recorded, written_hashes
 from loratools.engine.merge_units import MergePlanner
 from loratools.engine.plan import Plan, SourceInfo, Unit
 from loratools.engine.planning import Run, RunOptions
@@ -116,7 +116,7 @@ def _prepare(
     run: Run,
 ) -> _Prepared:
     checkpoint = open_checkpoint(merged)
-    loaded = [load_adapter(adapter) for adapter in adapters]
+    loaded = [load_adapter(adapter) for adapter in planning.as_list(adapters)]
     recorded = Recorded.of(checkpoint)
     if base is None:
         if not loaded:
@@ -206,7 +206,9 @@ def _prepared(  # noqa: PLR0917
     single = path.suffix == ".safetensors"
     beside = 0 if single else sum(map(planning.size_of, base.companions))
     planning.check_output(path, run, sources.values(), written + beside)
-    units = planning.hash_units(sources) + work
+    merged = sources.get("merged")
+    expected = written_hashes(merged) if isinstance(merged, Checkpoint) else {}
+    units = planning.hash_units(sources, {"merged": expected}) + work
     plan = Plan(
         verb="unmerge",
         kind="checkpoint",
@@ -238,7 +240,9 @@ def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:
         for outcome in execution.outcomes
         if outcome.operation in {"merge", "restore"}
     ]
-    restored = sum(len(unit.inputs) for unit in plan.units if unit.operation == "copy" and _from_base(unit))
+    exact = plan.options["method"] == "base"
+    replaced = [address.name for unit in plan.units if unit.operation == "copy" for address in unit.inputs if exact]
+    modules += [{"name": name, "what": "restored"} for name in replaced]
     bounds = [module["bound"] for module in modules if "bound" in module]
     if not plan.files:
         raise UsageError("Nothing came out.")
@@ -252,12 +256,9 @@ def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:
         modules=tuple(modules),
         totals={
             "tensors": sum(len(file.tensors) for file in plan.files),
-            "checked": len(modules),
-            "from_base": restored,
-            "bound": max(bounds) if bounds else 0.0 if plan.options["method"] == "base" else None,
+            "checked": sum(outcome.operation == "restore" for outcome in execution.outcomes),
+            "unchanged": sum(outcome.facts["count"] for outcome in execution.of("same")),
+            "bound": max(bounds) if bounds else 0.0 if exact else None,
         },
     )
 
-
-def _from_base(unit: Unit) -> bool:
-    return all(address.source == "base" for address in unit.inputs)

@@ -14,6 +14,7 @@ Operation = Callable[[Unit, Context], Outcome]
 OPERATIONS: Final[Mapping[str, Operation]] = {
     "hash": copying.hash_file,
     "copy": copying.copy,
+    "same": copying.same,
     "cast": copying.cast,
     "add": merging.add,
     "merge": merging.merge,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from loratools.engine.context import Context, Outcome
-from loratools.engine.operations.tiles import row_bytes, row_ranges
+from loratools.engine.operations.tiles import row_bytes, row_ranges, same_bytes
 from loratools.engine.plan import Unit
-from loratools.errors import NonFiniteError
+from loratools.errors import MismatchError, NonFiniteError
 from loratools.storage.files import sha256_of
 from loratools.tensors import TensorRef, torch_dtype
 
@@ -15,6 +15,13 @@ def hash_file(unit: Unit, context: Context) -> Outcome:
     source = context.sources[str(unit.parameters["source"])]
     path = next(path for path in source.files if path.name == unit.target)
     digest = sha256_of(path)
+    expected = unit.parameters.get("expected")
+    if expected is not None and digest != expected:
+        raise MismatchError(
+            "This file is not the one that its loratools.json speaks of: it was changed after it was written.",
+            fix="Get it again; or name the adapters and let them be subtracted, without --base.",
+            file=unit.target,
+        )
     context.advance(unit.read_bytes, unit.target)
     return Outcome(unit.target, "hash", "hashed", {"source": unit.parameters["source"], "sha256": digest})
 
@@ -25,6 +32,28 @@ def copy(unit: Unit, context: Context) -> Outcome:
     context.sink.copy(unit.file, list(unit.parameters["names"]), refs)
     context.advance(unit.read_bytes, unit.target)
     return Outcome(unit.target, "copy", "copied", {"count": len(refs)})
+
+
+def same(unit: Unit, context: Context) -> Outcome:
+    """The base's tensors byte for byte, after checking that the merged ones, which no adapter touched, are the same.
+
+    Inputs: base and merged tensor in turn.
+
+    Raises:
+        MismatchError: one differs.
+    """
+    pairs = [(context.tensor(one), context.tensor(two)) for one, two in zip(*[iter(unit.inputs)] * 2, strict=True)]
+    for base, merged in pairs:
+        context.check()
+        if not same_bytes(base, merged, context.settings.tile_bytes):
+            raise MismatchError(
+                "This tensor is not the base's, although none of the adapters touches it.",
+                fix="Name every adapter that was merged, or leave --base out to subtract only the named ones.",
+                tensor=base.name,
+            )
+    context.sink.copy(unit.file, list(unit.parameters["names"]), [base for base, _ in pairs])
+    context.advance(unit.read_bytes, unit.target)
+    return Outcome(unit.target, "same", "unchanged", {"count": len(pairs)})
 
 
 def cast(unit: Unit, context: Context) -> Outcome:

@@ -114,7 +114,7 @@ def _factors(
         for ref in (base, tuned):
             require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError("The difference overflows float32.", tensor=tuned.name, shape=tuned.shape) from error
-    facts |= _measured(info, weight_norm)
+    facts |= _measured(info, weight_norm, options.get("error"))
     if not S.numel():
         return {}
     if unit.parameters["transposed"]:
@@ -154,7 +154,7 @@ def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[to
     return difference, squares**0.5
 
 
-def _measured(info: SVDInfo, weight_norm: float) -> dict[str, Any]:
+def _measured(info: SVDInfo, weight_norm: float, error: float | None) -> dict[str, Any]:
     return {
         "rank": info.rank,
         "captured": info.captured,
@@ -166,5 +166,5 @@ def _measured(info: SVDInfo, weight_norm: float) -> dict[str, Any]:
         "method": info.method,
         "products": info.products,
         "clipped": info.clipped,
-        "reached": info.reached,
+        "reached": info.reached and (error is None or info.residual <= error * info.norm * 1.000001),
     }

@@ -136,7 +136,7 @@ def _require_finite_result(result: torch.Tensor, base: TensorRef, change: Change
             require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError(
             f"The merged weights overflow {result.dtype}.",
-            fix="Merge with a smaller weight, or with --dtype bf16.",
+            fix=f"Merge with a smaller weight{', or with --dtype bf16' if result.dtype.itemsize == 2 else ''}.",  # noqa: PLR2004
             tensor=base.name,
         )
 
