@@ -72,7 +72,7 @@ def extract(setting: Setting, size: str) -> list[Case]:
 
 
 def merge(setting: Setting, size: str) -> list[Case]:
-    """`loratools merge` (receipt and hashes included) against a merge without them, PEFT, and a mere copy."""
+    """`loratools merge` (report and hashes included) against a merge without them, PEFT, and a mere copy."""
     base, adapter = setting.input(size, "base"), setting.input(size, "adapter")
     ours, plain = setting.output("merge"), setting.output("plain")
     peft, copy = setting.output("peft"), setting.output("copy")

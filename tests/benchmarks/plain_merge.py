@@ -2,7 +2,7 @@
 
     python plain_merge.py BASE ADAPTER OUT
 
-The yardstick for `loratools merge`. It has no receipt, no hashes, no checks, and is not atomic; it holds one shard of
+The yardstick for `loratools merge`. It has no report, no hashes, no checks, and is not atomic; it holds one shard of
 the result in memory. A plain LoRA adapter in PEFT's layout is all it knows.
 """
 

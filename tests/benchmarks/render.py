@@ -30,6 +30,7 @@ Whole processes are timed, from start to exit, in alternation (A B A B …) afte
 the page cache. A cell gives the median (minimum – maximum) of the recorded runs. *Ratio* is the other side divided by
 `loratools` for each pair of neighbouring runs: 3× means that `loratools` takes a third. *Peak* is the resident memory
 of the largest process as the kernel reports it, pages of memory-mapped files included. *CPU* is user + system time.
+Nothing on this page, and nothing in the tests, has run on a GPU: the device option is plain torch, and unproven there.
 """
 
 REPEATING = """\
@@ -49,8 +50,8 @@ EXTRACTING = """\
 `extract --rank 16` against `mergekit-extract-lora --max-rank 16`, bf16. `lora`: base + a rank-16 update; `finetune`:
 singular values that fall like i^-0.7 into a noise bulk. mergekit also stores the unchanged embeddings, its default."""
 MERGING = """\
-`merge` with its receipt and hashes. *plain merge* is `tests/benchmarks/plain_merge.py`: the same arithmetic, no
-receipt, no hashes, not atomic. *peft* loads the model, then `merge_and_unload` and `save_pretrained`."""
+`merge` with its report and hashes. *plain merge* is `tests/benchmarks/plain_merge.py`: the same arithmetic, no
+report, no hashes, not atomic. *peft* loads the model, then `merge_and_unload` and `save_pretrained`."""
 ABOUT = {
     "startup": ("Starting up", "`inspect` reads a checkpoint of 90 thousand tensors, 1.1 TB in 163 shards."),
     "extract-155m": ("Extracting, 155 M parameters", EXTRACTING),
