@@ -1,9 +1,17 @@
 """Fixtures that several packages of tests share. Nothing heavy is imported before a test asks for it."""
 
+import signal
 import socket
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_reach_children():
+    """A run in the background inherits ignored signals, and hands them on: then no child could be interrupted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

@@ -137,7 +137,7 @@ selecting = _all(
 output = click.option(
     "-o", "--output", "output", metavar="OUT", required=True, type=local_output, help="Where to write."
 )
-overwrite = switch("--overwrite", help="Replace the output if it is there; a directory only if loratools wrote it.")
+overwrite = switch("--overwrite", help="Replace the output if it is there, a directory with all that it holds.")
 dry_run = switch("--dry-run", help="Show the plan; write nothing.")
 max_memory = click.option("--max-memory", metavar="SIZE", type=size, help="Refuse to need more memory than this.")
 threads = click.option(

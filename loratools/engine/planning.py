@@ -15,9 +15,9 @@ from loratools.engine import memory
 from loratools.engine.context import Settings
 from loratools.engine.events import Listener, ignore
 from loratools.engine.plan import Bounds, SourceInfo, Unit
-from loratools.errors import OutputExistsError, UsageError
+from loratools.errors import UsageError
 from loratools.files import files_behind
-from loratools.files.locate import read_object, readable
+from loratools.files.locate import readable
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 
 
@@ -149,32 +149,7 @@ def check_output(output: Path, run: Run, sources: Iterable[Checkpoint | Adapter]
         if source.location is not None:
             inputs.append(Path(source.location))
     single = output.suffix == ".safetensors"
-    if run.overwrite and not single:
-        _require_ours(output)
     (OutputFiles if single else OutputDirectory).check(output, run.overwrite, inputs, needed)
-
-
-def _require_ours(output: Path) -> None:
-    """Refuse to replace a directory that holds anything but a result of ours: `--overwrite` deletes what was there.
-
-    Raises:
-        OutputExistsError: names what is foreign.
-    """
-    if not output.is_dir() or output.is_symlink():
-        return
-    names = {entry.name for entry in output.iterdir()}
-    ours = {"loratools.json", "loratools.receipt"}
-    if "loratools.json" in names:
-        listed = read_object(output / "loratools.json").get("files") or []
-        ours |= {str(each.get("name")) for each in listed if isinstance(each, dict)}
-    foreign = sorted(names - ours)
-    if foreign:
-        raise OutputExistsError(
-            "The directory holds files that are no result of loratools; --overwrite would delete them.",
-            fix="Name another output, or move them away.",
-            path=output,
-            foreign=", ".join(foreign[:5]),
-        )
 
 
 def weights_for(count: int, weights: Sequence[float] | float | None) -> list[float]:

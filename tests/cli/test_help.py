@@ -18,7 +18,7 @@ SURFACE = {
     "merge": {"-w", "--dtype", "--max-shard-size", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
     "extract": {"--rank", "--energy", "--error", "--max-rank", "--preset", "--save-full", "--only-low-rank", "--seed",
-                "--format", "--device", *selecting, *writing},
+                "--format", "--base-model", "--device", *selecting, *writing},
     "stack": {"-w", "--method", "--format", *selecting, *writing},
     "rescale": {"--by", "--restate-alpha", "--bake", "--format", *selecting, *writing},
     "push": {"--private", "--create-pr", "--revision", "--message", "--dry-run"},

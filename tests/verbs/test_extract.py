@@ -94,7 +94,7 @@ def test_rank_rules(tmp_path, options, ranks):
         return
     assert {row["rank"] for row in report.modules} == ranks
     if "max_rank" in options:
-        assert any("do not reach" in note for note in report.notes)
+        assert any("goal is not reached" in note for note in report.notes)
 
 
 @pytest.mark.parametrize("options", [

@@ -144,7 +144,7 @@ def test_provenance_is_inherited_and_contradictions_are_refused(tmp_path):
         made.append(tmp_path / f"a{number}")
     stack(made[:2], tmp_path / "out")
     assert report_of(tmp_path / "out")["base"]["fingerprint"] == report_of(made[0])["base"]["fingerprint"]
-    with pytest.raises(UsageError, match=r"different bases.*q_proj"):
+    with pytest.raises(MismatchError, match=r"different bases.*q_proj"):
         stack(made[1:], tmp_path / "no")
 
 

@@ -7,12 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loratools.errors import InputMissingError, MismatchError, OutputExistsError, UsageError
+from loratools.errors import InputMissingError, MismatchError, UsageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.verbs.extract import extract, plan_extract
 from loratools.verbs.inspect import inspect
 from loratools.verbs.merge import merge
-from loratools.verbs.rescale import rescale
 from loratools.verbs.unmerge import unmerge
 
 GENERATOR = torch.Generator().manual_seed(5)
@@ -82,21 +81,6 @@ def test_what_was_restored_is_listed(merged):
         f"model.layers.{layer}.self_attn.q_proj.weight" for layer in range(2)
     }
     assert report.totals["unchanged"] == 4
-
-
-def test_overwrite_deletes_only_what_is_ours(merged):
-    """A directory with a foreign file is not replaced; one of our own results is."""
-    rescale(merged / "adapter", merged / "out", by=2)
-    rescale(merged / "adapter", merged / "out", by=3, overwrite=True)
-    assert load_adapter(merged / "out")["model.layers.0.self_attn.q_proj"].scaling == 3
-    (merged / "out" / "thesis.tex").write_text("x", encoding="utf-8")
-    with pytest.raises(OutputExistsError, match=r"thesis\.tex"):
-        rescale(merged / "adapter", merged / "out", by=4, overwrite=True)
-    assert (merged / "out" / "thesis.tex").exists()
-    (merged / "mine").mkdir()
-    (merged / "mine" / "notes").mkdir()
-    with pytest.raises(OutputExistsError, match="notes"):
-        merge(merged / "base", [merged / "adapter"], merged / "mine", overwrite=True)
 
 
 def test_gpt2_without_a_configuration_is_still_turned(tmp_path):
