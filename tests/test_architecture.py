@@ -193,7 +193,7 @@ def test_a_page_mentions_every_option(name):
 
 
 def test_the_package_knows_nothing_of_this_machine():
-    """No absolute path, home directory or address of a workplace in what ships."""
+    """No absolute path, home directory or address of a workdir in what ships."""
     for path in SOURCES:
         found = re.search(r"/(?:home|root|work|Users)/\w+", path.read_text(encoding="utf-8"))
         assert found is None, f"{relative(path)}: {found[0]}"

@@ -26,7 +26,7 @@ def commands(page):
 
 
 @pytest.fixture
-def workplace(tmp_path):
+def workdir(tmp_path):
     """A directory with a tiny Llama-shaped `base` and a `tuned` that differs in matrices and norms."""
     generator = torch.Generator().manual_seed(0)
     tensors = {"model.embed_tokens.weight": torch.randn(48, 24, generator=generator)}
@@ -59,27 +59,27 @@ def run(arguments, folder):
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "tutorial.md"], ids=lambda page: page.name)
-def test_documented_commands_run_in_order(page, workplace):
+def test_documented_commands_run_in_order(page, workdir):
     """Every console line of the README and the tutorial succeeds, one after the other, on a checkpoint pair."""
     lines = list(commands(page))
     assert len(lines) >= 8
     for arguments in lines:
         if arguments[1] == "push":
             continue  # needs a Hub; tests/verbs/test_push.py runs it against one
-        done = run(arguments, workplace)
+        done = run(arguments, workdir)
         assert done.returncode == 0, f"{' '.join(arguments)}\n{done.stdout}\n{done.stderr}"
         assert done.stdout.strip(), arguments
 
 
-def test_readme_python_runs(workplace):
+def test_readme_python_runs(workdir):
     """The README's Python lines run after its commands and give what their comments say."""
     for arguments in commands(ROOT / "README.md"):
         if arguments[1] in {"extract", "rescale"}:
-            assert run(arguments, workplace).returncode == 0
+            assert run(arguments, workdir).returncode == 0
     (code,) = PYTHON.findall((ROOT / "README.md").read_text(encoding="utf-8"))
     done = subprocess.run(
         [sys.executable, "-c", code],
-        cwd=workplace,
+        cwd=workdir,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

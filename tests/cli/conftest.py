@@ -64,9 +64,9 @@ def originals(tmp_path_factory):
 
 
 @pytest.fixture
-def workplace(originals, tmp_path, monkeypatch):
+def workdir(originals, tmp_path, monkeypatch):
     """The working directory: `base`, `tuned` and `adapter`."""
-    folder = tmp_path / "workplace"
+    folder = tmp_path / "workdir"
     shutil.copytree(originals, folder)
     monkeypatch.chdir(folder)
     return folder

@@ -54,7 +54,7 @@ def test_every_error_has_its_code():
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-def test_whatever_a_verb_raises(raised, code, run, workplace, monkeypatch):
+def test_whatever_a_verb_raises(raised, code, run, workdir, monkeypatch):
     """One paragraph, its exit code, no traceback; the same as one JSON document with `--json`."""
     import loratools.verbs.merge
 
@@ -74,13 +74,13 @@ def test_whatever_a_verb_raises(raised, code, run, workplace, monkeypatch):
     assert document["error"]["message"]
 
 
-def test_torchs_own_memory_error(run, workplace, monkeypatch):
+def test_torchs_own_memory_error(run, workdir, monkeypatch):
     """A GPU that is full is exit 71."""
     torch = pytest.importorskip("torch")
     assert exit_code(understood(torch.OutOfMemoryError("CUDA out of memory."))) == 71
 
 
-def test_our_bug_says_so(run, workplace, monkeypatch):
+def test_our_bug_says_so(run, workdir, monkeypatch):
     """An unexpected exception asks for a report; `--debug` brings the traceback, before the command or after."""
     import loratools.verbs.merge
 
@@ -96,14 +96,14 @@ def test_our_bug_says_so(run, workplace, monkeypatch):
 
 
 @pytest.fixture
-def broken(workplace):
-    folder = workplace / "broken"
+def broken(workdir):
+    folder = workdir / "broken"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"\xff" * 64)
     (folder / "config.json").write_text("{}")
-    (workplace / "deep").mkdir()
-    (workplace / "deep" / "model.safetensors").write_bytes((workplace / "base" / "model.safetensors").read_bytes())
-    (workplace / "deep" / "config.json").write_text("[" * 200_000)
+    (workdir / "deep").mkdir()
+    (workdir / "deep" / "model.safetensors").write_bytes((workdir / "base" / "model.safetensors").read_bytes())
+    (workdir / "deep" / "config.json").write_text("[" * 200_000)
     return folder
 
 
@@ -126,8 +126,8 @@ def broken(workplace):
 )  # fmt: skip
 def test_real_failures(arguments, code, kind, where, shell, run, broken, tree):  # noqa: PLR0917
     """A real process: code, text that names the thing, JSON; nothing is written."""
-    workplace = broken.parent
-    before = tree(workplace)
+    workdir = broken.parent
+    before = tree(workdir)
     done = shell(*arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert done.stderr.startswith("error: ")
@@ -136,24 +136,24 @@ def test_real_failures(arguments, code, kind, where, shell, run, broken, tree): 
     done = run("--json", *arguments)
     assert (done.exit_code, done.stderr) == (code, "")
     assert json.loads(done.stdout)["error"]["code"] == kind
-    assert tree(workplace) == before
+    assert tree(workdir) == before
 
 
 @pytest.mark.parametrize("arguments", [["push", "adapter", "me/x"], ["pull", "me/x", "-o", "out"]])
-def test_no_hub(arguments, shell, workplace):
+def test_no_hub(arguments, shell, workdir):
     """Nobody answers: exit 69."""
     done = shell(*arguments, env={"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_x"})
     assert done.returncode == 69, done.stderr
-    assert not (workplace / "out").exists()
+    assert not (workdir / "out").exists()
 
 
-def test_a_write_that_fails(shell, workplace, tree):
+def test_a_write_that_fails(shell, workdir, tree):
     """The system takes no more bytes in a file: exit 74, and nothing is left."""
-    before = tree(workplace)
+    before = tree(workdir)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
     done = shell("merge", "base", "adapter", "-o", "out", preexec_fn=limit)
     assert done.returncode == 74, done.stderr
-    assert tree(workplace) == before
+    assert tree(workdir) == before
 
 
 @pytest.fixture
@@ -166,13 +166,13 @@ def nobody():
     os.seteuid(user)
 
 
-def test_no_permission(run, workplace, request):
+def test_no_permission(run, workdir, request):
     """Neither reading nor writing where one may not: exit 77."""
     assert run("merge", "base", "adapter", "-o", "first").exit_code == 0  # imports everything
-    (workplace / "closed").mkdir(mode=0o500)
-    for folder in (workplace, *workplace.parents[:3]):
+    (workdir / "closed").mkdir(mode=0o500)
+    for folder in (workdir, *workdir.parents[:3]):
         folder.chmod(0o755)
-    (workplace / "base").chmod(0o000)
+    (workdir / "base").chmod(0o000)
     request.getfixturevalue("nobody")
     for arguments in (["inspect", "base"], ["merge", "tuned", "adapter", "-o", "closed/out"]):
         result = run(*arguments)

@@ -53,18 +53,18 @@ def test_what_is_no_size(text):
     ["demo", "unheard-of"],
     ["convert", "adapter", "-o", "x"],
 ])  # fmt: skip
-def test_usage_errors(arguments, run, workplace, tree):
+def test_usage_errors(arguments, run, workdir, tree):
     """Exit 2, one paragraph on standard error, nothing on standard output, nothing written."""
-    before = tree(workplace)
+    before = tree(workdir)
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stdout == ""
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
-    assert tree(workplace) == before
+    assert tree(workdir) == before
 
 
-def test_weights_may_be_negative_and_one_is_for_all(run, workplace):
+def test_weights_may_be_negative_and_one_is_for_all(run, workdir):
     """`-w -0.5` is a value; one weight serves every adapter."""
     assert run("stack", "adapter", "adapter", "-w", "-0.5", "-o", "x", "-q").exit_code == 0
     assert run("stack", "adapter", "adapter", "-w", "1", "-w", "-0.5", "-o", "y", "-q").exit_code == 0

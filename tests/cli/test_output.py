@@ -25,21 +25,21 @@ JSON_RUNS = {
 
 
 @pytest.mark.parametrize("verb", JSON_RUNS)
-def test_json_is_one_document(verb, run, workplace):
+def test_json_is_one_document(verb, run, workdir):
     """`--json`, before the command or after it: the report and nothing else, with its schema."""
     result = run(*JSON_RUNS[verb], "--json")
     assert (result.exit_code, result.stderr) == (0, "")
     assert json.loads(result.stdout)["schema"] == f"loratools/{verb}/1"
     assert result.stdout.isascii()
-    assert str(workplace) not in result.stdout
+    assert str(workdir) not in result.stdout
     overwrite = ["--overwrite"] if "-o" in JSON_RUNS[verb] else []
     assert json.loads(run("--json", *JSON_RUNS[verb], *overwrite).stdout) == json.loads(result.stdout)
 
 
-def test_json_says_what_the_files_say(run, workplace):
+def test_json_says_what_the_files_say(run, workdir):
     """The document of a verb that writes is its `loratools.json`."""
     document = json.loads(run(*JSON_RUNS["merge"], "--json").stdout)
-    assert document == json.loads((workplace / "out" / "loratools.json").read_text())
+    assert document == json.loads((workdir / "out" / "loratools.json").read_text())
 
 
 @pytest.mark.parametrize("arguments", [["--json"], ["bogus", "--json"], ["merge", "--json"], ["--json", "merge", "-o"]])
@@ -51,11 +51,11 @@ def test_json_on_usage_errors(arguments, run):
 
 
 @pytest.mark.parametrize("arguments", [[*JSON_RUNS["merge"], "-q"], ["-q", *JSON_RUNS["merge"]]])
-def test_quiet(arguments, run, workplace):
+def test_quiet(arguments, run, workdir):
     """`-q` says nothing of what was done, but errors stay, and so does an answer that was asked for."""
     result = run(*arguments)
     assert (result.exit_code, result.stdout, result.stderr) == (0, "", "")
-    assert (workplace / "out" / "model.safetensors").exists()
+    assert (workdir / "out" / "model.safetensors").exists()
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (73, "")
     assert result.stderr
@@ -63,7 +63,7 @@ def test_quiet(arguments, run, workplace):
     assert run(*arguments, "--overwrite", "--dry-run").stdout
 
 
-def test_graph_forms(run, workplace):
+def test_graph_forms(run, workdir):
     """`--json` is `--as json`; the others are text."""
     assert json.loads(run("graph", "base", "--as", "json").stdout) == json.loads(run("graph", "base", "--json").stdout)
     assert "digraph" in run("graph", "base", "--as", "dot").stdout
@@ -72,7 +72,7 @@ def test_graph_forms(run, workplace):
     assert "q_proj" not in run("graph", "base", "--depth", "1").stdout
 
 
-def test_inspect_modules(run, workplace):
+def test_inspect_modules(run, workdir):
     """`--modules` names every module."""
     assert "model.layers.1.mlp.up_proj" in run("inspect", "adapter", "--modules").stdout
 
@@ -109,7 +109,7 @@ def test_colour_on_a_terminal_only():
     assert shown == "error: No such command 'bogus'. See `loratools --help`.\r\n"
 
 
-def test_progress_on_a_terminal_only(workplace):
+def test_progress_on_a_terminal_only(workdir):
     """The bar is drawn on standard error if that is a terminal, and nowhere else."""
     code, printed, shown = on_terminal(JSON_RUNS["merge"])
     assert code == 0
@@ -141,7 +141,7 @@ def test_progress_takes_names_as_text():
 
 
 @pytest.mark.parametrize("env", [{}, {"FORCE_COLOR": "1"}, {"NO_COLOR": "1"}, {"PYTHONIOENCODING": "ascii"}])
-def test_pipes_get_plain_text(env, shell, workplace):
+def test_pipes_get_plain_text(env, shell, workdir):
     """No escape sequence in a pipe, whatever the environment says; an ASCII console is served too."""
     done = shell(*JSON_RUNS["merge"], "--dry-run", env=env)
     assert (done.returncode, done.stderr) == (0, "")
@@ -149,14 +149,14 @@ def test_pipes_get_plain_text(env, shell, workplace):
     assert "one-rounding" in done.stdout
 
 
-def test_hostile_names_are_escaped(run, workplace):
+def test_hostile_names_are_escaped(run, workdir):
     """Terminal commands in a name, from a file or from the command line, arrive as text."""
     evil = "up\x1b[2J\x1b]0;owned\x07\u202e"
     result = run("inspect", evil)
     assert result.exit_code == 66
     assert "\\x1b[2J" in result.stderr
     assert result.stderr.replace("\n", "").isprintable()
-    (workplace / "adapter").rename(workplace / evil)
+    (workdir / "adapter").rename(workdir / evil)
     result = run("merge", "base", evil, "-o", "out")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.replace("\n", "").isprintable()
@@ -172,7 +172,7 @@ def test_safe_keeps_lines_and_letters():
     assert safe("a\x1b\r\u202e\udcff") == "a\\x1b\\r\\u202e\\udcff"
 
 
-def test_a_reader_who_leaves(shell, workplace):
+def test_a_reader_who_leaves(shell, workdir):
     """`loratools … | head`: no traceback, no complaint; standard output could not be written, exit 74."""
     reading, writing = os.pipe()
     os.close(reading)
@@ -183,7 +183,7 @@ def test_a_reader_who_leaves(shell, workplace):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 @pytest.mark.parametrize("arguments", [["inspect", "base"], ["--help"], ["inspect", "base", "--json"]])
-def test_a_full_disk_behind_standard_output(arguments, shell, workplace):
+def test_a_full_disk_behind_standard_output(arguments, shell, workdir):
     """The answer could not be written: exit 74, and it says so once."""
     with Path("/dev/full").open("w") as full:
         done = shell(*arguments, stdout=full)
@@ -192,9 +192,9 @@ def test_a_full_disk_behind_standard_output(arguments, shell, workplace):
     assert done.stderr.count("error:") == (0 if "--json" in arguments else 1)
 
 
-def test_names_that_are_not_unicode(shell, workplace):
+def test_names_that_are_not_unicode(shell, workdir):
     """A path of arbitrary bytes works, and is printed escaped."""
-    (workplace / "adapter").rename(workplace / os.fsdecode(b"caf\xe9"))
+    (workdir / "adapter").rename(workdir / os.fsdecode(b"caf\xe9"))
     done = shell("merge", "base", os.fsdecode(b"caf\xe9"), "-o", "out", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "caf\\udce9" in done.stdout

@@ -21,20 +21,20 @@ PLANNED = {
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_a_plan_writes_nothing(name, run, workplace, tree):
+def test_a_plan_writes_nothing(name, run, workdir, tree):
     """Text on one screen: inputs, output, work, bounds, rules; no file appears or changes."""
-    before = tree(workplace)
+    before = tree(workdir)
     result = run(*PLANNED[name], "--dry-run")
     assert (result.exit_code, result.stderr) == (0, "")
     assert "nothing is written" in result.stdout
     for label in ("output", "work", "reads", "writes", "memory", "rule"):
         assert f"\n  {label} " in result.stdout
     assert len(result.stdout.splitlines()) < 24
-    assert tree(workplace) == before
+    assert tree(workdir) == before
 
 
 @pytest.mark.parametrize("name", PLANNED)
-def test_the_plan_as_json(name, run, workplace):
+def test_the_plan_as_json(name, run, workdir):
     """Schema loratools/plan/1; the plan survives the way through JSON, and says the same then."""
     result = run(*PLANNED[name], "--dry-run", "--json")
     document = json.loads(result.stdout)
@@ -43,12 +43,12 @@ def test_the_plan_as_json(name, run, workplace):
     assert "\n".join(plan_text(Plan.from_json(document))) + "\n" == run(*PLANNED[name], "--dry-run").stdout
 
 
-def test_a_plan_refuses_what_the_run_would(run, workplace):
+def test_a_plan_refuses_what_the_run_would(run, workdir):
     """An output that is there is exit 73 in a dry run too."""
     assert run("merge", "base", "adapter", "-o", "tuned", "--dry-run").exit_code == 73
 
 
-def test_rules_that_decide_nothing_here_are_not_shown(run, workplace):
+def test_rules_that_decide_nothing_here_are_not_shown(run, workdir):
     """An extraction of matrices and norms says nothing of added rows."""
     shown = run(*PLANNED["extract"], "--dry-run").stdout
     assert "identical:" in shown
@@ -68,7 +68,7 @@ LIGHT = [
 ]
 
 
-def test_no_torch_where_nothing_is_computed(workplace):
+def test_no_torch_where_nothing_is_computed(workdir):
     """One process runs them all; afterwards torch is not there."""
     code = f"""
 import json, sys
@@ -83,7 +83,7 @@ for arguments in json.loads({json.dumps(json.dumps(LIGHT))}):
         sys.exit(f"{{arguments}} imported torch")
 print("CODES", json.dumps(codes))
 """
-    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "PATH": "/usr/bin", "HOME": str(workplace), "HF_TOKEN": "hf_x"}
+    environment = {"HF_ENDPOINT": "http://127.0.0.1:9", "PATH": "/usr/bin", "HOME": str(workdir), "HF_TOKEN": "hf_x"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.split("CODES")[1]) == [0] * (len(LIGHT) - 2) + [69, 69]

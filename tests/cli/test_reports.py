@@ -10,7 +10,7 @@ import pytest
 from loratools.cli.layout import count, counted, page, size, some, table
 
 
-def test_extract_then_merge_then_unmerge(run, workplace):
+def test_extract_then_merge_then_unmerge(run, workdir):
     """The story of a checkpoint pair, in words: modules, ranks, captured, least captured; counts; bit for bit."""
     shown = run("extract", "base", "tuned", "-o", "out", "--rank", "2", "--exclude", "embed_tokens").stdout
     assert "5 low-rank modules" in shown
@@ -24,16 +24,16 @@ def test_extract_then_merge_then_unmerge(run, workplace):
     shown = run("unmerge", "merged", "out", "--base", "base", "-o", "again").stdout
     assert "bit for bit" in shown
     assert "7, of which 5 held an adapter" in shown
-    assert (workplace / "again/model.safetensors").read_bytes() == (workplace / "base/model.safetensors").read_bytes()
+    assert (workdir / "again/model.safetensors").read_bytes() == (workdir / "base/model.safetensors").read_bytes()
     shown = run("unmerge", "merged", "out", "-o", "subtracted").stdout
     assert re.search(r"bound +\d\.\d+e-\d+ per entry", shown)
 
 
-def test_a_recast_has_no_adapter(run, workplace):
+def test_a_recast_has_no_adapter(run, workdir):
     assert run("merge", "base", "-o", "out", "--dtype", "bf16").stdout.startswith("Wrote the checkpoint anew.")
 
 
-def test_stack_and_rescale(run, workplace):
+def test_stack_and_rescale(run, workdir):
     """Weights, ranks, alphas; what the patterns leave out is named with the reason."""
     shown = run("stack", "adapter", "adapter", "-w", "1", "-w", "-0.5", "-o", "both", "--include", "q_proj").stdout
     assert "Stacked 2 adapters: 2 modules." in shown
@@ -56,9 +56,9 @@ def hub(monkeypatch, tmp_path):
         sys.modules.pop(name, None)
 
 
-def test_push_and_pull(hub, run, workplace):
+def test_push_and_pull(hub, run, workdir):
     """Plan, publish, publish again, fetch: the text names the files, the commit, what stays behind."""
-    (workplace / "adapter" / "training_args.bin").write_bytes(b"pickle")
+    (workdir / "adapter" / "training_args.bin").write_bytes(b"pickle")
     shown = run("push", "adapter", "me/new", "--private", "--dry-run").stdout
     assert "nothing is sent" in shown
     assert "repository (private)" in shown
@@ -72,14 +72,14 @@ def test_push_and_pull(hub, run, workplace):
     assert run("push", "adapter", "me/new").stdout.startswith("Published before: ")
     shown = run("pull", "me/new", "-o", "fetched", "--dry-run").stdout
     assert "nothing is written" in shown
-    assert not (workplace / "fetched").exists()
+    assert not (workdir / "fetched").exists()
     shown = run("pull", "me/new", "-o", "fetched").stdout
     assert shown.startswith("Fetched me/new@")
     name = "adapter_model.safetensors"
-    assert (workplace / "fetched" / name).read_bytes() == (workplace / "adapter" / name).read_bytes()
+    assert (workdir / "fetched" / name).read_bytes() == (workdir / "adapter" / name).read_bytes()
 
 
-def test_demo(run, workplace, monkeypatch):
+def test_demo(run, workdir, monkeypatch):
     """The command hands on story, output and seed, and prints the table."""
     import loratools.verbs.demo as verb
 
