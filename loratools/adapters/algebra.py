@@ -68,6 +68,8 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     """
     if not all(math.isfinite(weight) for weight, _ in held):
         raise UsageError("A weight must be a finite number.", module=path)
+    if len(held) == 1 and held[0][0] == 1:
+        return held[0][1]
     if len(held) == 1 and (scaled := held[0][1].scaled(held[0][0])) is not None:
         return scaled
     _require_summable(path, [update for _, update in held])
@@ -90,7 +92,7 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
     names = {name for update in updates for name in (*update.replaced, *update.added_rows, *update.patches)}
     if names:
         raise UnsupportedError(
-            f"A weighted sum over what an adapter replaces ({', '.join(sorted(names))}) depends on the base.",
+            f"A weighted sum over what is replaced whole ({', '.join(sorted(names))}) depends on the base.",
             fix="Exclude these modules, or merge into the base one adapter at a time.",
             module=path,
         )

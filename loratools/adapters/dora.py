@@ -67,7 +67,7 @@ class Dora(AbstractUpdate):
 
     @property
     def alpha(self) -> float | None:
-        """See `AbstractUpdate.alpha`."""
+        """See `LowRank.alpha`."""
         return self.low_rank.alpha
 
     @property

@@ -77,7 +77,7 @@ def row_of(path: str, update: AbstractUpdate) -> UpdateRow:
         dtype="+".join(sorted({ref.dtype for ref in update.factors or whole})),
         parameters=sum(ref.spec.numel for ref in update.tensors),
         rank=update.rank,
-        alpha=update.alpha,
+        alpha=getattr(update, "alpha", None),
         scaling=update.scaling,
         whole=tuple(update.replaced),
         added_rows=tuple(update.added_rows),

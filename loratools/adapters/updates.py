@@ -108,11 +108,6 @@ class AbstractUpdate(abc.ABC):
         return sum(term.rank for term in self.terms) or None
 
     @property
-    def alpha(self) -> float | None:
-        """The numerator of the scaling, where there is one."""
-        return None
-
-    @property
     def scaling(self) -> float | None:
         """The factor in front of ΔW, where there is one number."""
         scales = {term.scale for term in self.terms}

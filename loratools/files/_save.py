@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from loratools.adapters import AbstractUpdate, Adapter, LowRank, Sum
 from loratools.adapters.algebra import finite

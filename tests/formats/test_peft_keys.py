@@ -51,8 +51,6 @@ REFUSED = {
     "embed.token_adapter.trainable_tokens_delta": "trainable tokens",
     "embed.trainable_tokens_delta": "trainable tokens",
     "q.lora_E": "AdaLoRA",
-    "attn.base_layer.out_proj.lora_A.weight": "nested wrappers",
-    "experts.base_layer.base_layer.lora_A.weight": "nested wrappers",
     "q.hada_w1_a": "LoHa",
     "q.hada_t1": "LoHa",
     "q.lokr_w1": "LoKr",

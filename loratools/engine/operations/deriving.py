@@ -29,7 +29,7 @@ def derive(unit: Unit, context: Context) -> Outcome:
         update = _restated(unit.target, update, None if alpha == "bake" else float(alpha), context)
     context.sink.update(unit.target, update)
     context.advance(unit.read_bytes, unit.target)
-    facts = {"rank": update.rank or 0, "alpha": update.alpha, "scaling": update.scaling}
+    facts = {"rank": update.rank or 0, "alpha": getattr(update, "alpha", None), "scaling": update.scaling}
     return Outcome(unit.target, "derive", update.kind, facts)
 
 

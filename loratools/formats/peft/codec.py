@@ -61,7 +61,9 @@ class PeftCodec(AbstractCodec):
             for module, found in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
         }
         base = config.get("base_model_name_or_path")
-        return Decoded(MappingProxyType(updates), base if isinstance(base, str) and base else None, tuple(notes))
+        return Decoded(
+            MappingProxyType(updates), base if isinstance(base, str) and base else None, tuple(dict.fromkeys(notes))
+        )
 
     def cannot_hold(self, adapter: Adapter) -> list[str]:
         """See `AbstractCodec.cannot_hold`."""

@@ -25,10 +25,9 @@ _REFUSED: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
     for pattern, kind in (
         (r"\.lora_magnitude_vector(\.|$)", "DoRA"),
         (r"\.lora_B\.bias$", "lora_bias"),
-        (r"\.lora_(embedding_)?[AB](\.weight)?$", "LoRA"),
+        (r"^base_model\..*\.lora_(embedding_)?[AB](\.weight)?$", "LoRA"),
         (r"\.token_adapter\.|\.trainable_tokens_delta$", "trainable tokens"),
         (r"\.lora_E$", "AdaLoRA"),
-        (r"\.base_layer\.(base_layer|out_proj)\.", "nested wrappers (MultiheadAttention, target_parameters)"),
         (r"\.hada_[wt]\d", "LoHa"),
         (r"\.lokr_[wt]\d", "LoKr"),
         (r"\.vera_|base_model\.vera_", "VeRA"),

@@ -27,7 +27,7 @@ def tuner_of(config: Mapping[str, Any]) -> AbstractTuner:
     kind = fields.peft_type(config)
     if kind not in TUNERS:
         raise UnsupportedError(
-            f"Adapters of type {kind} are not read yet.",
+            f"Adapters of type {config['peft_type']} are not read yet.",
             fix=f"These are: {', '.join(TUNERS)}.",
             file=fields.CONFIG_FILE,
         )

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.dora import Dora
-from loratools.errors import MismatchError, UnsupportedError
+from loratools.errors import MalformedError, MismatchError, UnsupportedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
@@ -59,14 +59,30 @@ class LoraTuner(AbstractTuner):
                 field="init_lora_weights",
             )
 
+    def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
+        """See `AbstractTuner.paths`."""
+        nested = next((path for path in modules if ".base_layer." in f"{path}."), None)
+        if nested is not None:
+            raise UnsupportedError(
+                "This adapter uses nested wrappers (MultiheadAttention, target_parameters), which is not read yet.",
+                module=nested,
+            )
+        return super().paths(modules, config)
+
     def update(self, module: Module) -> AbstractUpdate:
         """See `AbstractTuner.update`."""
+        if module.config.get("lora_alpha") is None:
+            module.notes.append(
+                f"{fields.CONFIG_FILE} has no lora_alpha; PEFT's default of {fields.DEFAULT_ALPHA} is taken."
+            )
         low_rank = _embedding(module) if {_EMBEDDING_A, _EMBEDDING_B} & module.roles.keys() else _products(module)
         _compare_rank(low_rank, module)
         magnitude = next((module.roles[role] for role in _MAGNITUDES if role in module.roles), None)
         if magnitude is None:
             if fields.flag(module.config, "use_dora"):
-                module[_MAGNITUDES[0]]
+                raise MalformedError(
+                    "A DoRA update has no magnitude.", fix="The file is incomplete.", module=module.path
+                )
             return dataclasses.replace(low_rank, **module.rest)
         return Dora(low_rank=low_rank, magnitude=magnitude.reshaped((magnitude.spec.numel,)), **module.rest)
 
