@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from loratools.adapters import AbstractUpdate, Adapter
-from loratools.checkpoints import Checkpoint, Module
+from loratools.checkpoints import Checkpoint, Module, owner
 from loratools.errors import MismatchError, UnsupportedError
 
 _LISTED = 5
@@ -131,13 +131,16 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
     modules = base.modules
     head = base.tied_head
     known = set(modules) | ({head[1].removesuffix(".weight")} if head else set())
-    renaming = reconcile(list(adapter), known)
+    parameters = any(not update.target for update in adapter.values())
+    renaming = reconcile(list(adapter), known | set(base) if parameters else known)
     notes = [f"Module paths of {adapter.name} are read {renaming}: the base names them so."] if renaming else []
     targets: dict[str, Target] = {}
     missing: list[str] = []
     for path, update in adapter.items():
         name = renaming.apply(path)
-        if name in known:
+        if not update.target and name in base:
+            targets[path] = _parameter_target(path, update, name, base)
+        elif name in known:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
         elif update.changes_weight or update.added_rows or update.patches or not _declared(path, adapter):
             missing.append(path)
@@ -179,6 +182,18 @@ def _target(path: str, update: AbstractUpdate, name: str, module: Module, adapte
     target = Target(name, module)
     transposed = _transposed(path, update, module, adapter, notes)
     return dataclasses.replace(target, sites=(Site(target.tensor(update.target), transposed),))
+
+
+def _parameter_target(path: str, update: AbstractUpdate, name: str, base: Checkpoint) -> Target:
+    """The target of an update whose path is that of a parameter."""
+    stored = base[name].shape
+    if update.shape is None or stored != update.shape:
+        raise MismatchError(
+            f"The update has shape {update.shape}, the base's parameter {stored}.",
+            fix="Is this the base that the adapter was made for?",
+            module=path,
+        )
+    return Target(name, base.modules[owner(name)[0]], (Site(name),))
 
 
 def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adapter, notes: list[str]) -> bool:

@@ -33,11 +33,8 @@ def test_plain_lora_is_accepted():
 
 
 @pytest.mark.parametrize(("field", "value", "name"), [
-    ("use_qalora", True, "QALoRA"),
-    ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
     ("layer_replication", [[0, 4], [2, 5]], "layer replication"),
     ("target_parameters", ["mlp.experts.gate_up_proj"], "target_parameters"),
-    ("trainable_token_indices", [1, 2], "trainable tokens"),
     ("kasa_config", {}, ""),
     ("arrow_config", {"top_k": 1}, "Arrow"),
     ("alora_invocation_tokens", [1], "activated"),
@@ -198,7 +195,7 @@ def test_keys_that_name_code_are_not_repeated_and_unknown_ones_are_kept():
         "corda_config": {"cache_file": "x.pt"},
         "a_field_of_2031": [1, {"x": None}], "revision": "main",
     }  # fmt: skip
-    kept = fields.inherited(config)
+    kept = fields.inherited(config, "LORA")
     assert kept == {"peft_type": "LORA", "a_field_of_2031": [1, {"x": None}], "revision": "main"}
 
 

@@ -28,6 +28,9 @@ _NOT_REPEATED: Final = (
 """Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
 
 
+_OF_EVERY_KIND: Final = ("base_model_name_or_path", "revision", "task_type")
+
+
 def peft_type(config: Mapping[str, Any]) -> str:
     """The kind of adapter, in capitals.
 
@@ -199,6 +202,12 @@ def inherited_exclusion(config: Mapping[str, Any], targets: Sequence[str]) -> li
     return [name for name in named if isinstance(exclusion([name], targets), list)] or None
 
 
-def inherited(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a re-written configuration keeps of the one that was read, unknown keys included."""
+def inherited(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What a re-written configuration keeps of the one that was read, unknown keys included.
+
+    An adapter that becomes one of another `kind` keeps only what says which model it is for: PEFT warns of fields that
+    a kind does not have.
+    """
+    if str(config.get("peft_type", kind)).upper() != kind:
+        return {key: config[key] for key in _OF_EVERY_KIND if key in config}
     return {key: value for key, value in config.items() if key not in _NOT_REPEATED}

@@ -10,10 +10,13 @@ from loratools.errors import UnsupportedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.formats.peft.tuners.lora import LoraTuner
+from loratools.formats.peft.tuners.tokens import TrainableTokensTuner
 
 __all__ = ["TUNERS", "AbstractTuner", "Module", "tuner_of"]
 
-TUNERS: Final[Mapping[str, AbstractTuner]] = MappingProxyType({tuner.peft_type: tuner for tuner in (LoraTuner(),)})
+TUNERS: Final[Mapping[str, AbstractTuner]] = MappingProxyType(
+    {tuner.peft_type: tuner for tuner in (LoraTuner(), TrainableTokensTuner())}
+)
 """`peft_type` → its tuner; all others are refused by name."""
 
 
