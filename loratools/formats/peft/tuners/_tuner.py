@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from loratools.adapters import AbstractUpdate
@@ -53,12 +54,18 @@ class AbstractTuner(abc.ABC):
         roles: what follows a module's path in the keys of this tuner.
         shared: keys of tensors that belong to the model as a whole; `Module.roles` has them for every module.
         holds_biases: whether PEFT loads biases beside it (`bias` in the configuration).
+        own_biases: what `bias` is where those of the changed layers are trained.
+        tells_orientation: whether the configuration has `fan_in_fan_out`.
+        defaults: fields without which PEFT does not read the configuration.
     """
 
     peft_type: str
     roles: tuple[str, ...]
     shared: tuple[str, ...] = ()
     holds_biases: bool = True
+    own_biases: str = "lora_only"
+    tells_orientation: bool = True
+    defaults: Mapping[str, Any] = MappingProxyType({})
 
     def refuse(self, config: Mapping[str, Any]) -> None:  # noqa: B027  (most tuners have no such field)
         """Raise for a configuration under which the tensors mean something that is not handled.
