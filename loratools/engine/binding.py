@@ -200,18 +200,18 @@ def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adap
     """Whether the stored weight is (in, out): told by shapes, then by the base's facts, then by the flag."""
     shape = update.shape
     weight = update.replaced.get(update.target, module.parameters.get(update.target))
-    if shape is None or weight is None or module.kind in {"experts", "quantised"}:
+    if (shape is None and not update.takes_shape) or weight is None or module.kind in {"experts", "quantised"}:
         raise UnsupportedError(f"A {update.kind} update of {module.kind} weights is not merged yet.", module=path)
     stored = matrix_shape(weight.shape)
     if update.layer == "embedding":
-        straight, turned = False, stored == shape[::-1]
+        straight, turned = False, update.fits(stored[::-1])
     else:
-        straight, turned = stored == shape, stored == shape[::-1] and len(weight.shape) == len(shape)
+        straight, turned = update.fits(stored), update.fits(stored[::-1]) and len(weight.shape) == 2  # noqa: PLR2004
     if straight and turned:
         return _square(path, module, adapter, notes)
     if not straight and not turned:
         raise MismatchError(
-            f"The update has shape {shape}, the base's weight {tuple(weight.shape)}.",
+            f"The {update.kind} update has shape {shape or 'unknown'}, the base's weight {tuple(weight.shape)}.",
             fix="Is this the base that the adapter was made for?",
             module=path,
             adapter=adapter.name,

@@ -221,7 +221,8 @@ def _config(
     whole: list[str],
     siblings: Collection[str],
 ) -> dict[str, Any]:
-    config = fields.inherited(adapter.config, tuner.peft_type) | dict(tuner.fields(changed, siblings))
+    kept = fields.inherited(adapter.config, tuner.peft_type)
+    config = {**tuner.defaults, **kept, **tuner.fields(changed, siblings)}
     if not siblings and changed and (excluded := fields.inherited_exclusion(adapter.config, list(changed))):
         config["exclude_modules"] = excluded
     config |= {
@@ -232,16 +233,16 @@ def _config(
     if whole or tuner.holds_biases or "modules_to_save" in config:
         config["modules_to_save"] = whole or None
     if tuner.holds_biases:
-        config["bias"] = _biases(adapter, changed, whole)
+        config["bias"] = _biases(adapter, changed, whole, tuner.own_biases)
     config.setdefault("task_type", None)
-    for field, value in tuner.defaults.items():
-        config.setdefault(field, value)
+    if tuner.tells_orientation:
+        config.setdefault("fan_in_fan_out", False)
     return config
 
 
-def _biases(adapter: Adapter, changed: Mapping[str, AbstractUpdate], whole: Collection[str]) -> str:
+def _biases(adapter: Adapter, changed: Mapping[str, AbstractUpdate], whole: Collection[str], own: str) -> str:
     """Which biases are given whole: of no layer, of the layers that are changed, or of others too."""
     others = [path for path, update in adapter.items() if path not in changed and path not in whole]
     if any("bias" in adapter[path].replaced for path in others):
         return "all"
-    return "lora_only" if any("bias" in update.replaced for update in changed.values()) else "none"
+    return own if any("bias" in update.replaced for update in changed.values()) else "none"

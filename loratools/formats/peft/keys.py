@@ -85,7 +85,9 @@ def _refuse_named(key: str) -> None:
     for pattern, kind in _REFUSED:
         if pattern.search(key):
             raise UnsupportedError(
-                f"This adapter uses {kind}, which is not read yet.", fix="Nothing was written.", tensor=key
+                f"This adapter uses {kind}, which is not what its configuration says, or is not read yet.",
+                fix="Nothing was written.",
+                tensor=key,
             )
 
 

@@ -55,8 +55,10 @@ class AbstractTuner(abc.ABC):
         peft_type: as the configuration says it.
         roles: what follows a module's path in the keys of this tuner.
         shared: keys of tensors that belong to the model as a whole; `Module.roles` has them for every module.
-        defaults: fields that are written as they were read, or else so: what older readers miss if it is not there.
+        defaults: fields that are written as they were read, or else so: PEFT misses them otherwise.
         holds_biases: whether PEFT loads biases beside it (`bias` in the configuration).
+        own_biases: what `bias` is where those of the changed layers are trained.
+        tells_orientation: whether the configuration has `fan_in_fan_out`.
     """
 
     peft_type: str
@@ -64,6 +66,8 @@ class AbstractTuner(abc.ABC):
     shared: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = MappingProxyType({})
     holds_biases: bool = True
+    own_biases: str = "lora_only"
+    tells_orientation: bool = True
 
     def refuse(self, config: Mapping[str, Any]) -> None:  # noqa: B027  (most tuners have no such field)
         """Raise for a configuration under which the tensors mean something that is not handled.

@@ -30,7 +30,7 @@ class LoraTuner(AbstractTuner):
     """`ΔW = scaling · B A`, and what PEFT's LoRA layers add to it."""
 
     peft_type = "LORA"
-    defaults = MappingProxyType({"fan_in_fan_out": False, "lora_dropout": 0.0})
+    defaults = MappingProxyType({"lora_dropout": 0.0})
     roles = (
         lora_forms.A,
         lora_forms.B,

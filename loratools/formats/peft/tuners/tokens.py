@@ -24,6 +24,7 @@ class TrainableTokensTuner(AbstractTuner):
     peft_type = "TRAINABLE_TOKENS"
     roles = (ROLE,)
     holds_biases = False
+    tells_orientation = False
 
     def update(self, module: Module) -> AbstractUpdate:
         """See `AbstractTuner.update`."""
