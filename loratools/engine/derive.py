@@ -179,7 +179,7 @@ def _report(report: type[Report], plan: Plan, request: Request, template: Adapte
         parameters=plan.options,
         files=execution.files,
         base=template.provenance,
-        notes=(*plan.notes, *execution.notes),
+        notes=plan.notes,
         modules=tuple({"name": outcome.target, "kind": outcome.what, **outcome.facts} for outcome in outcomes),
         left_out=MappingProxyType(left),
         totals={

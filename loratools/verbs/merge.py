@@ -178,7 +178,7 @@ def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
         parameters=plan.options,
         files=execution.files,
         base={"name": prepared.base.name, "fingerprint": _fingerprints(prepared.base, touched)},
-        notes=(*plan.notes, *execution.notes),
+        notes=plan.notes,
         modules=tuple(modules),
         tensors=counts,
         totals={
