@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -151,6 +151,12 @@ class TensorRef:
         skipped = TensorSpec(self.name, self.dtype, (start, *self.shape[1:])).nbytes
         return TensorRef(TensorSpec(self.name, self.dtype, shape), self.source, self.offset + skipped)
 
+    def reshaped(self, shape: tuple[int, ...]) -> TensorRef:
+        """The same bytes in another shape, still unread."""
+        if math.prod(shape) != self.spec.numel:
+            raise InternalError(f"{self.shape} has another number of entries than {shape}.", tensor=self.name)
+        return TensorRef(TensorSpec(self.name, self.dtype, shape), self.source, self.offset)
+
     def chunks(self, chunk_bytes: int) -> Iterator[tuple[int, int]]:
         """`(start, stop)` byte ranges that cover the tensor in order."""
         for start in range(0, self.nbytes, chunk_bytes):
@@ -240,3 +246,36 @@ def in_memory(name: str, tensor: torch.Tensor) -> TensorRef:
     """A reference to `tensor` (made contiguous on the CPU) under `name`."""
     held = tensor.detach().cpu().contiguous()
     return TensorRef(TensorSpec(name, dtype_name(held.dtype), tuple(held.shape)), MemoryBytes(held), 0)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class ComputedBytes(AbstractBytes):
+    """The bytes of a tensor that is computed from others when it is read, and not kept.
+
+    Attributes:
+        compute: makes the tensor; contiguous, on the CPU, of the dtype and shape that its reference promises.
+        inputs: the tensors it is made of.
+    """
+
+    compute: Callable[[], torch.Tensor]
+    inputs: tuple[TensorRef, ...]
+
+    def read_into(self, buffer: memoryview, offset: int) -> None:
+        """See `AbstractBytes.read_into`."""
+        buffer[:] = bytes_of(self.compute().contiguous())[offset : offset + len(buffer)]
+
+    @property
+    def label(self) -> str:
+        """See `AbstractBytes.label`."""
+        return self.inputs[0].source.label
+
+
+def computed(
+    name: str, shape: tuple[int, ...], inputs: tuple[TensorRef, ...], compute: Callable[[], torch.Tensor]
+) -> TensorRef:
+    """A reference to a float64 tensor that `compute` makes of `inputs` whenever it is read.
+
+    Lets a factor that a format stores in another form (scaled, pruned, spread over groups) stand wherever a stored one
+    can, unread and exact.
+    """
+    return TensorRef(TensorSpec(name, "F64", shape), ComputedBytes(compute, inputs), 0)

@@ -1,7 +1,18 @@
 """Adapters as values: what each module's update is, and exact algebra on them."""
 
 from loratools.adapters.adapter import Adapter
+from loratools.adapters.low_rank import LowRank
 from loratools.adapters.selection import Selection
-from loratools.adapters.updates import AbstractUpdate, Full, LowRank, Sum, Term
+from loratools.adapters.updates import AbstractUpdate, Full, Offset, RowPatch, Sum, Term
 
-__all__ = ["AbstractUpdate", "Adapter", "Full", "LowRank", "Selection", "Sum", "Term"]
+__all__ = [
+    "AbstractUpdate",
+    "Adapter",
+    "Full",
+    "LowRank",
+    "Offset",
+    "RowPatch",
+    "Selection",
+    "Sum",
+    "Term",
+]

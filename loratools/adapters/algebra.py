@@ -6,9 +6,10 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from loratools.adapters.updates import AbstractUpdate, LowRank, Sum, Term
+from loratools.adapters.low_rank import LowRank
+from loratools.adapters.updates import AbstractUpdate, Sum, Term
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
-from loratools.tensors import TensorRef, in_memory
+from loratools.tensors import TensorRef, computed, in_memory
 
 if TYPE_CHECKING:
     import torch
@@ -67,33 +68,63 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     """
     if not all(math.isfinite(weight) for weight, _ in held):
         raise UsageError("A weight must be a finite number.", module=path)
-    whole = [(weight, update) for weight, update in held if update.replaced or update.added_rows]
     if len(held) == 1 and held[0][0] == 1:
         return held[0][1]
-    if whole:
-        names = sorted({name for _, update in whole for name in (*update.replaced, *update.added_rows)})
-        raise UnsupportedError(
-            f"A weighted sum over parameters that an adapter replaces whole ({', '.join(names)}) depends on the base.",
-            fix="Exclude these modules, or merge into the base one adapter at a time.",
-            module=path,
-        )
-    shapes = {(update.shape, update.layer) for _, update in held}
-    if len(shapes) != 1:
-        raise MismatchError(
-            f"The adapters disagree about this module: {', '.join(f'{layer} {shape}' for shape, layer in shapes)}.",
-            fix="They were made for different bases.",
-            module=path,
-        )
+    if len(held) == 1 and (scaled := held[0][1].scaled(held[0][0])) is not None:
+        return scaled
+    _require_summable(path, [update for _, update in held])
     terms = [
         Term(term.lora_A, term.lora_B, weight * term.scale)
         for weight, update in held
         for term in update.terms
         if weight != 0
     ]
+    first = held[0][1]
     if not terms:  # a module whose only weight is 0 stays, as an update of size zero
-        first = held[0][1].terms[0]
-        terms = [Term(first.lora_A, first.lora_B, 0.0)]
-    return Sum(parts=tuple(terms), of=held[0][1].layer)
+        terms = [Term(first.terms[0].lora_A, first.terms[0].lora_B, 0.0)]
+    kernel = first.kernel if isinstance(first, (LowRank, Sum)) else ()
+    bias = _summed_bias(path, held)
+    return Sum(parts=tuple(terms), of=first.layer, parameter=first.target, kernel=kernel, bias=bias)
+
+
+def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
+    """Refuse a weighted sum that depends on the base, or of kinds that are no sums of products."""
+    names = {name for update in updates for name in (*update.replaced, *update.added_rows, *update.patches)}
+    if names:
+        raise UnsupportedError(
+            f"A weighted sum over what is replaced whole ({', '.join(sorted(names))}) depends on the base.",
+            fix="Exclude these modules, or merge into the base one adapter at a time.",
+            module=path,
+        )
+    others = sorted({update.kind for update in updates if not update.terms})
+    if others:
+        why = "depends on the base" if any(update.depends_on_base for update in updates) else "is not formed yet"
+        raise UnsupportedError(
+            f"A weighted sum with a {', '.join(others)} update {why}.",
+            fix="Merge into the base one adapter at a time.",
+            module=path,
+        )
+    shapes = {(update.shape, update.layer, update.target) for update in updates}
+    if len(shapes) != 1:
+        listed = ", ".join(f"{layer} {target} {shape}" for shape, layer, target in sorted(shapes, key=str))
+        raise MismatchError(
+            f"The adapters disagree about this module: {listed}.",
+            fix="They were made for different bases.",
+            module=path,
+        )
+
+
+def _summed_bias(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> TensorRef | None:
+    """`Σ weight · scale · bias` of those that have one, computed when it is read."""
+    offsets = [(weight, offset) for weight, update in held for offset in update.offsets.values()]
+    if not offsets:
+        return None
+
+    def compute() -> torch.Tensor:
+        return sum(finite(offset.vector).double() * (weight * offset.scale) for weight, offset in offsets)  # type: ignore[return-value]
+
+    vectors = tuple(offset.vector for _, offset in offsets)
+    return computed(f"{path}.bias", vectors[0].shape, vectors, compute)
 
 
 def concatenated(update: AbstractUpdate) -> tuple[torch.Tensor, torch.Tensor]:
@@ -113,6 +144,9 @@ def inner(path: str, one: AbstractUpdate, other: AbstractUpdate) -> float:
     """
     if "weight" in one.replaced or "weight" in other.replaced:
         raise UnsupportedError("The size of a parameter replaced whole depends on the base.", module=path)
+    for update in (one, other):
+        if update.changes_weight and not update.terms:
+            raise UnsupportedError(f"The size of a {update.kind} update is not computed yet.", module=path)
     if not one.terms or not other.terms:
         return 0.0
     if one.shape != other.shape:
@@ -128,6 +162,8 @@ def truncated(
     """The best update of lower rank, or None where ΔW is zero."""
     from loratools.linalg import balanced_factors, truncate_low_rank
 
+    if update.changes_weight and not update.terms:
+        raise UnsupportedError(f"A {update.kind} update is not truncated yet.", module=path)
     if not update.terms:
         return update
     down, up = concatenated(update)
@@ -140,6 +176,10 @@ def truncated(
         lora_B=in_memory(f"{path}.lora_B", lora_B.float()),
         alpha=float(S.numel()),
         of=update.layer,
+        parameter=update.target,
+        kernel=update.kernel if isinstance(update, (LowRank, Sum)) else (),
+        bias=_summed_bias(path, [(1.0, update)]),
         replaced=update.replaced,
         added_rows=update.added_rows,
+        patches=update.patches,
     )

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratools.adapters.adapter import Adapter
-from loratools.adapters.updates import AbstractUpdate, LowRank
+from loratools.adapters.updates import AbstractUpdate
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,19 +67,18 @@ class AdapterFacts:
 
 def row_of(path: str, update: AbstractUpdate) -> UpdateRow:
     """What one update is."""
-    low_rank = bool(update.terms)
-    whole = tuple(update.replaced.values()) or tuple(update.added_rows.values())
-    factors = [ref for term in update.terms for ref in (term.lora_A, term.lora_B)]
-    scales = {term.scale for term in update.terms}
+    patched = tuple(patch.rows for patch in update.patches.values())
+    whole = tuple(update.replaced.values()) or tuple(update.added_rows.values()) or patched
+    changed = update.changes_weight
     return UpdateRow(
         name=path,
         kind=update.kind,
-        shape=update.shape if low_rank else whole[0].shape if len(whole) == 1 else _weight_shape(update),
-        dtype="+".join(sorted({ref.dtype for ref in factors or whole})),
+        shape=update.shape if changed else whole[0].shape if len(whole) == 1 else _weight_shape(update),
+        dtype="+".join(sorted({ref.dtype for ref in update.factors or whole})),
         parameters=sum(ref.spec.numel for ref in update.tensors),
-        rank=update.rank if low_rank else None,
-        alpha=update.alpha if isinstance(update, LowRank) else None,
-        scaling=scales.pop() if len(scales) == 1 else None,
+        rank=update.rank,
+        alpha=getattr(update, "alpha", None),
+        scaling=update.scaling,
         whole=tuple(update.replaced),
         added_rows=tuple(update.added_rows),
     )
@@ -93,6 +92,7 @@ def _weight_shape(update: AbstractUpdate) -> tuple[int, ...] | None:
 def summary(adapter: Adapter, rows: Iterable[UpdateRow]) -> AdapterFacts:
     """What the rows have in common, and what the adapter says of its base."""
     rows = list(rows)
+    updates = {row.name: adapter[row.name] for row in rows}
     prints = adapter.provenance.get("fingerprint", {})
     return AdapterFacts(
         base_model=adapter.base_model,
@@ -100,8 +100,8 @@ def summary(adapter: Adapter, rows: Iterable[UpdateRow]) -> AdapterFacts:
         ranks=_tallies(row.rank for row in rows),
         alphas=_tallies(row.alpha for row in rows),
         scalings=_tallies(row.scaling for row in rows),
-        targets=_endings(row.name for row in rows if row.rank is not None),
-        whole=_endings(row.name for row in rows if row.whole or row.added_rows),
+        targets=_endings(path for path, update in updates.items() if update.changes_weight),
+        whole=_endings(path for path, update in updates.items() if update.replaced or update.added_rows),
     )
 
 

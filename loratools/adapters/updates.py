@@ -1,25 +1,26 @@
-"""The kinds of update a module can receive. Each class is its formula.
+"""What every update of a module has in common, and the three kinds that all others are made of or sit beside.
 
 One convention, PEFT's (Hu et al. 2021, https://arxiv.org/abs/2106.09685): `h = W x + scaling · B (A x)`
 with `A: (r, in)`, `B: (out, r)`, `W: (out, in)`, hence `ΔW = scaling · B A`. An embedding and a Hugging
-Face `Conv1D` keep `W` transposed on disk; that is a fact about the base, not about the update.
+Face `Conv1D` keep `W` transposed on disk; that is a fact about the base, not about the update. A convolution's
+kernel (out, in, k, …) is seen as (out, in·k·…).
 """
 
 from __future__ import annotations
 
 import abc
 import dataclasses
-import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from loratools.errors import MismatchError, UnsupportedError
+from loratools.adapters.actions import AbstractAction, Span, everything
+from loratools.errors import InternalError, UnsupportedError
 from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
     import torch
 
-Layer = Literal["linear", "embedding"]
+Layer = Literal["linear", "embedding", "conv"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,22 +43,41 @@ class Term:
         return self.lora_A.shape[0]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Offset:
+    """`scale · vector`, added to a parameter of one axis; a bias, mostly."""
+
+    vector: TensorRef
+    scale: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RowPatch:
+    """Rows of a stored parameter given whole: `W[indices] = rows`; `rows: (len(indices), …)`."""
+
+    indices: tuple[int, ...]
+    rows: TensorRef
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractUpdate(abc.ABC):
     """One module's change.
 
+    A kind says what it does to the weight in one of two ways: by `terms`, products that are summed exactly and that
+    algebra works on, or by an `action`. A kind with neither leaves the weight alone.
+
     Attributes:
+        span: the least of the weight that the action can be asked about.
         replaced: parameters given whole, by their name in the module (`bias`, `weight`, `A_log`).
         added_rows: rows appended to a stored parameter (vocabulary that the base does not have).
+        patches: rows of a stored parameter given whole.
     """
+
+    span: ClassVar[Span] = "piece"
 
     replaced: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)
     added_rows: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)
-
-    @property
-    @abc.abstractmethod
-    def terms(self) -> tuple[Term, ...]:
-        """The products whose sum is ΔW; empty where the weight is not changed by a low-rank product."""
+    patches: Mapping[str, RowPatch] = dataclasses.field(default_factory=dict)
 
     @property
     @abc.abstractmethod
@@ -65,94 +85,105 @@ class AbstractUpdate(abc.ABC):
         """The name of the kind, as reports give it."""
 
     @property
+    def terms(self) -> tuple[Term, ...]:
+        """The products whose sum is ΔW; empty where ΔW is not such a sum."""
+        return ()
+
+    @property
     def layer(self) -> Layer:
         """What sort of layer the factors address; an embedding's keys differ in most formats."""
         return "linear"
 
     @property
-    def rank(self) -> int:
-        """The number of rank-one pieces in all terms (an upper bound on the rank of ΔW)."""
-        return sum(term.rank for term in self.terms)
+    def target(self) -> str:
+        """The parameter that is changed: `weight`, or what the module calls it (`in_proj_weight`).
+
+        Empty where the path in the adapter is that of a parameter already (experts).
+        """
+        return "weight"
+
+    @property
+    def rank(self) -> int | None:
+        """The number of rank-one pieces in all terms (an upper bound on the rank of ΔW), or the kind's own r."""
+        return sum(term.rank for term in self.terms) or None
+
+    @property
+    def scaling(self) -> float | None:
+        """The factor in front of ΔW, where there is one number."""
+        scales = {term.scale for term in self.terms}
+        return scales.pop() if len(scales) == 1 else None
 
     @property
     def shape(self) -> tuple[int, int] | None:
-        """(out, in) of ΔW, or None where there is no low-rank part."""
+        """(out, in) of ΔW, or None where the weight is left alone or more than one matrix is changed."""
         if not self.terms:
             return None
         return self.terms[0].lora_B.shape[0], self.terms[0].lora_A.shape[1]
 
     @property
+    def offsets(self) -> Mapping[str, Offset]:
+        """What is added to parameters of one axis, by their name in the module."""
+        return {}
+
+    @property
+    def factors(self) -> tuple[TensorRef, ...]:
+        """Every stored tensor that ΔW and the offsets are made of."""
+        products = [ref for term in self.terms for ref in (term.lora_A, term.lora_B)]
+        return (*products, *(offset.vector for offset in self.offsets.values()))
+
+    @property
     def tensors(self) -> tuple[TensorRef, ...]:
         """Every tensor that this update consists of."""
-        factors = [ref for term in self.terms for ref in (term.lora_A, term.lora_B)]
-        return (*factors, *self.replaced.values(), *self.added_rows.values())
+        patches = [patch.rows for patch in self.patches.values()]
+        return (*self.factors, *self.replaced.values(), *self.added_rows.values(), *patches)
 
-    def delta_weight(self) -> torch.Tensor:
-        """ΔW, materialised: float32, (out, in), `Σ scale · B A`.
+    @property
+    def changes_weight(self) -> bool:
+        """Whether `target` becomes another matrix by a formula (rather than by being given whole)."""
+        return self.shape is not None
+
+    def action(self) -> AbstractAction:
+        """The change of a kind that is no sum of products; reads the factors.
 
         Raises:
-            UnsupportedError: the weight is replaced whole, so that ΔW depends on the base.
+            InternalError: the kind has none.
         """
-        if not self.terms:
+        raise InternalError("This kind of update has no action.", kind=self.kind)
+
+    def scaled(self, weight: float) -> AbstractUpdate | None:
+        """`weight · ΔW` with the same factors, where the kind can say that; None where it cannot."""
+        return self if weight == 1 else None
+
+    def delta_weight(self, base: torch.Tensor | None = None) -> torch.Tensor:
+        """ΔW = W' − W, materialised: float32, (out, in); a convolution's as (out, in·k·…).
+
+        Args:
+            base: W, (out, in), for kinds whose change depends on it (DoRA, OFT, IA3, …).
+
+        Raises:
+            UnsupportedError: the change depends on a base that is not given, or the weight is replaced whole.
+        """
+        import torch
+
+        if self.shape is None:
             raise UnsupportedError("This update replaces parameters whole: its ΔW depends on the base.")
-        total: torch.Tensor | None = None
-        for term in self.terms:
-            product = term.scale * (term.lora_B.load().double() @ term.lora_A.load().double())
-            total = product if total is None else total + product
-        assert total is not None
-        return total.float()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LowRank(AbstractUpdate):
-    """`ΔW = scaling · B A`, `scaling = alpha / r`, or `alpha / √r` with rsLoRA (https://arxiv.org/abs/2312.03732).
-
-    Attributes:
-        lora_A: (r, in).
-        lora_B: (out, r).
-        alpha: the numerator of the scaling.
-        use_rslora: divide by √r rather than by r.
-        of: `linear` (an HF Conv1D too) or `embedding`, where in = vocabulary and out = width.
-    """
-
-    lora_A: TensorRef
-    lora_B: TensorRef
-    alpha: float
-    use_rslora: bool = False
-    of: Layer = "linear"
-
-    def __post_init__(self) -> None:
-        a, b = self.lora_A, self.lora_B
-        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1]:  # noqa: PLR2004
-            raise MismatchError(
-                f"lora_A of shape {a.shape} and lora_B of shape {b.shape} do not form a product B A.",
-                fix="The two factors must share their rank: (r, in) and (out, r).",
-                tensor=a.name,
-            )
-        if a.shape[0] == 0:
-            raise MismatchError("An update of rank 0 holds nothing.", fix="Leave the module out.", tensor=a.name)
-        if not math.isfinite(self.alpha):
-            raise MismatchError(f"alpha is {self.alpha}.", fix="It must be a finite number.", tensor=a.name)
+        if self.terms:
+            total = torch.zeros(self.shape, dtype=torch.float64)
+            for term in self.terms:
+                total += term.scale * (term.lora_B.load().double() @ term.lora_A.load().double())
+            return total.float()
+        if base is None and self.depends_on_base:
+            raise UnsupportedError(f"The change of a {self.kind} update depends on the base.", fix="Pass the weight.")
+        weight = torch.zeros(self.shape) if base is None else base
+        action, region = self.action(), everything(self.shape)
+        if action.looks:
+            action.look(weight.double(), region)
+        return action.change(weight.double(), region).float()
 
     @property
-    def scaling(self) -> float:
-        """`alpha / r`, or `alpha / √r` with rsLoRA; a float64 Python scalar as in PEFT."""
-        return self.alpha / (math.sqrt(self.lora_A.shape[0]) if self.use_rslora else self.lora_A.shape[0])
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """See `AbstractUpdate.terms`."""
-        return (Term(self.lora_A, self.lora_B, self.scaling),)
-
-    @property
-    def kind(self) -> str:
-        """See `AbstractUpdate.kind`."""
-        return "embedding" if self.of == "embedding" else "low-rank"
-
-    @property
-    def layer(self) -> Layer:
-        """See `AbstractUpdate.layer`."""
-        return self.of
+    def depends_on_base(self) -> bool:
+        """Whether W' − W is another one for another W."""
+        return False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -162,10 +193,16 @@ class Sum(AbstractUpdate):
     Attributes:
         parts: the products with their weights folded into the scale.
         of: see `LowRank.of`.
+        parameter: see `AbstractUpdate.target`.
+        kernel: see `LowRank.kernel`.
+        bias: (out,), added to the module's bias as it is.
     """
 
     parts: tuple[Term, ...]
     of: Layer = "linear"
+    parameter: str = "weight"
+    kernel: tuple[int, ...] = ()
+    bias: TensorRef | None = None
 
     @property
     def terms(self) -> tuple[Term, ...]:
@@ -175,17 +212,27 @@ class Sum(AbstractUpdate):
     @property
     def kind(self) -> str:
         """See `AbstractUpdate.kind`."""
-        return "embedding" if self.of == "embedding" else "low-rank"
+        return "low-rank" if self.of == "linear" else self.of
 
     @property
     def layer(self) -> Layer:
         """See `AbstractUpdate.layer`."""
         return self.of
 
+    @property
+    def target(self) -> str:
+        """See `AbstractUpdate.target`."""
+        return self.parameter
+
+    @property
+    def offsets(self) -> Mapping[str, Offset]:
+        """See `AbstractUpdate.offsets`."""
+        return {"bias": Offset(self.bias, 1.0)} if self.bias is not None else {}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(AbstractUpdate):
-    """Parameters replaced whole (`replaced`) or lengthened (`added_rows`): `W' = given`.
+    """Parameters replaced whole (`replaced`), lengthened (`added_rows`) or patched (`patches`): `W' = given`.
 
     Attributes:
         shared: another module uses the same parameter (tied embeddings), so that it must be set in
@@ -195,11 +242,6 @@ class Full(AbstractUpdate):
     shared: bool = False
 
     @property
-    def terms(self) -> tuple[Term, ...]:
-        """Always empty: there is no product."""
-        return ()
-
-    @property
     def kind(self) -> str:
         """See `AbstractUpdate.kind`."""
-        return "full"
+        return "full" if self.replaced or self.added_rows else "rows"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
@@ -75,12 +76,31 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Site:
+    """A stored tensor that an update's ΔW falls on.
+
+    Attributes:
+        tensor: its name in the checkpoint.
+        transposed: it is stored (in, out).
+        experts: it stacks the matrices of so many experts, each of which has its own part of the update.
+        expert: it is the matrix of this one expert of the update.
+        rows: it is these rows of the update's output alone.
+    """
+
+    tensor: str
+    transposed: bool = False
+    experts: int | None = None
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Target:
     """The module of the checkpoint that an update is for; `added`, under its own name, where the base has none."""
 
     name: str
     module: Module | None
-    transposed: bool = False
+    sites: tuple[Site, ...] = ()
 
     @property
     def added(self) -> bool:
@@ -88,8 +108,8 @@ class Target:
         return self.module is None
 
     def tensor(self, parameter: str) -> str:
-        """The tensor name of a parameter."""
-        return f"{self.name}.{parameter}" if self.name else parameter
+        """The tensor name of a parameter; of the target itself, where that is a parameter."""
+        return f"{self.name}.{parameter}" if self.name and parameter else self.name or parameter
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,7 +139,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
         name = renaming.apply(path)
         if name in known:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
-        elif update.terms or update.added_rows or not _declared(path, adapter):
+        elif update.changes_weight or update.added_rows or update.patches or not _declared(path, adapter):
             missing.append(path)
         else:
             targets[path] = Target(path, None)
@@ -151,36 +171,42 @@ def _declared(path: str, adapter: Adapter) -> bool:
 
 
 def _target(path: str, update: AbstractUpdate, name: str, module: Module, adapter: Adapter, notes: list[str]) -> Target:
-    for parameter in (*update.replaced, *update.added_rows):
+    for parameter in (*update.replaced, *update.added_rows, *update.patches, *update.offsets):
         if parameter not in module.parameters:
             raise MismatchError(f"The adapter gives a {parameter}, which the base's module does not have.", module=path)
-    if update.shape is None:
-        return Target(name, module, module.stored_transposed)
-    return Target(name, module, _transposed(path, update, module, adapter, notes))
+    if not update.changes_weight:
+        return Target(name, module)
+    target = Target(name, module)
+    transposed = _transposed(path, update, module, adapter, notes)
+    return dataclasses.replace(target, sites=(Site(target.tensor(update.target), transposed),))
 
 
 def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adapter, notes: list[str]) -> bool:
     """Whether the stored weight is (in, out): told by shapes, then by the base's facts, then by the flag."""
     shape = update.shape
-    weight = update.replaced.get("weight", module.weight)
-    assert shape is not None
-    if weight is None or module.kind in {"experts", "quantised", "conv"}:
-        raise UnsupportedError(f"A low-rank update of {module.kind} weights is not merged yet.", module=path)
-    stored = tuple(weight.shape)
+    weight = update.replaced.get(update.target, module.parameters.get(update.target))
+    if shape is None or weight is None or module.kind in {"experts", "quantised"}:
+        raise UnsupportedError(f"A {update.kind} update of {module.kind} weights is not merged yet.", module=path)
+    stored = matrix_shape(weight.shape)
     if update.layer == "embedding":
         straight, turned = False, stored == shape[::-1]
     else:
-        straight, turned = stored == shape, stored == shape[::-1]
+        straight, turned = stored == shape, stored == shape[::-1] and len(weight.shape) == len(shape)
     if straight and turned:
         return _square(path, module, adapter, notes)
     if not straight and not turned:
         raise MismatchError(
-            f"The update has shape {shape}, the base's weight {stored}.",
+            f"The update has shape {shape}, the base's weight {tuple(weight.shape)}.",
             fix="Is this the base that the adapter was made for?",
             module=path,
             adapter=adapter.name,
         )
     return turned
+
+
+def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The (out, in) view of a stored weight: a kernel (out, in, k, …) is (out, in·k·…)."""
+    return shape if len(shape) <= 2 else (shape[0], math.prod(shape[1:]))  # noqa: PLR2004
 
 
 def _square(path: str, module: Module, adapter: Adapter, notes: list[str]) -> bool:

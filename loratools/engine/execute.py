@@ -16,8 +16,8 @@ from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import memory
 from loratools.engine.cards import card
-from loratools.engine.context import Context, Outcome, Settings, Stopped
-from loratools.engine.events import Advanced, Listener, Stage, Started
+from loratools.engine.context import Context, Outcome, Stopped
+from loratools.engine.events import Advanced, Stage, Started
 from loratools.engine.operations import OPERATIONS
 from loratools.engine.plan import Plan, Unit, canonical
 from loratools.engine.planning import Run
@@ -88,14 +88,14 @@ def execute(
         LoratoolsError: whatever a unit raised; nothing is left.
     """
     memory.require(plan, run.max_memory)
-    settings, listener = run.settings(computes=computes), run.listener
+    listener = run.listener
     notes = tuple(
         f"A run that was killed left {path.name} beside the output." for path in stale_partials(Path(plan.output))
     )
     listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
     with _output(plan) as out:
         sink = _sink(plan, out.path, assembly)
-        outcomes = _run(plan, sources, sink, settings, listener)
+        outcomes = _run(plan, sources, sink, run, computes=computes)
         listener(Stage("verifying"))
         written = sink.finish()
         _copy_companions(plan, sources, out.path)
@@ -123,30 +123,41 @@ def _sink(plan: Plan, directory: Path, assembly: Assembly | None) -> AbstractSin
     return CheckpointSink(directory, plan.files, counts)
 
 
-def _run(plan: Plan, sources: Sources, sink: AbstractSink, settings: Settings, listener: Listener) -> list[Outcome]:
+def _run(plan: Plan, sources: Sources, sink: AbstractSink, run: Run, *, computes: bool) -> list[Outcome]:
+    """Run all units. Those that hash come first in a plan: they start while torch, a second's work, is imported."""
     lock = threading.Lock()
 
     def advance(nbytes: int, target: str) -> None:
         with lock:
-            listener(Advanced(nbytes, target))
+            run.listener(Advanced(nbytes, target))
 
-    context = Context(sources, sink, settings, threading.Event(), advance)
+    early = Context(sources, sink, run.settings(computes=False), threading.Event(), advance)
     tensors = sum(len(source) for source in sources.values())
-    gate = memory.Gate(memory.room(plan.units, tensors, settings.max_memory))
-
-    worker = _Worker(context, sink, gate)
-    with _one_thread_each(plan), ThreadPoolExecutor(settings.threads, "loratools") as pool:
+    gate = memory.Gate(memory.room(plan.units, tensors, run.max_memory))
+    failed: list[int] = []
+    with ThreadPoolExecutor(early.settings.threads, "loratools") as pool:
         futures: list[Future[Outcome]] = []
         try:
-            futures += (pool.submit(worker, index, unit) for index, unit in enumerate(plan.units))
-            wait(futures, return_when=FIRST_EXCEPTION)
-            if worker.failed:  # those before it have been started; the first error of all is the one to tell
-                wait(futures[: min(worker.failed)])
-            return _results(futures)
+            for index, unit in enumerate(plan.units):
+                if unit.operation != "hash":
+                    break
+                futures.append(pool.submit(_Worker(early, sink, gate, failed), index, unit))
+            worker = _Worker(dataclasses.replace(early, settings=run.settings(computes=computes)), sink, gate, failed)
+            with _one_thread_each(plan):
+                start = len(futures)
+                futures += (pool.submit(worker, start + index, unit) for index, unit in enumerate(plan.units[start:]))
+                return _results_of(futures, failed)
         except BaseException:
-            context.stop.set()
+            early.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _results_of(futures: Sequence[Future[Outcome]], failed: Sequence[int]) -> list[Outcome]:
+    wait(futures, return_when=FIRST_EXCEPTION)
+    if failed:  # those before it have been started; the first error of all is the one to tell
+        wait(futures[: min(failed)])
+    return _results(futures)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -156,7 +167,7 @@ class _Worker:
     context: Context
     sink: AbstractSink
     gate: memory.Gate
-    failed: list[int] = dataclasses.field(default_factory=list)
+    failed: list[int]
 
     def __call__(self, index: int, unit: Unit) -> Outcome:
         with self.gate.held(unit.peak_bytes + memory.BUFFERS):

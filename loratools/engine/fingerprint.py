@@ -42,7 +42,7 @@ def compare(adapter: Adapter, bindings: Bindings, base: Checkpoint) -> tuple[str
     expected: Mapping[str, Any] = adapter.provenance.get("fingerprint", {})
     differing, other_dtype, compared = [], 0, 0
     for path, target in bindings.targets.items():
-        ref = base.get(target.tensor("weight"))
+        ref = base.get(target.sites[0].tensor if target.sites else target.tensor("weight"))
         wanted = expected.get(path)
         if ref is None or not isinstance(wanted, str):
             continue

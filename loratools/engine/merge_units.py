@@ -9,8 +9,9 @@ from typing import Any
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import layout, memory
-from loratools.engine.changes import Changes, TensorChange
+from loratools.engine.changes import Changes
 from loratools.engine.plan import Input, Unit
+from loratools.engine.tensor_change import TensorChange
 from loratools.errors import UsageError
 from loratools.tensors import TensorRef, TensorSpec
 
@@ -97,7 +98,7 @@ class MergePlanner:
         if self._is_new_head(tensor):
             assert self.changes.untied is not None
             change = self.changes.untied[2]
-        if change is None or (not change.terms and not change.wholes and change.rows is None):
+        if change is None or change.nothing:
             return self._cast_unit(file, tensor)
         return merge_unit(file, tensor.spec, self.base[tensor.source], change)
 
@@ -143,8 +144,6 @@ class MergePlanner:
 
 def merge_unit(file: str, spec: TensorSpec, ref: TensorRef, change: TensorChange) -> Unit:
     """A unit that writes `round(W + Σ w ΔW)` for one tensor."""
-    factors = change.factor_elements
-    wholes = len(change.wholes)
     return Unit(
         "merge",
         spec.name,
@@ -153,5 +152,16 @@ def merge_unit(file: str, spec: TensorSpec, ref: TensorRef, change: TensorChange
         parameters={**change.parameters(), "dtype": spec.dtype},
         read_bytes=ref.nbytes,
         write_bytes=spec.nbytes,
-        peak_bytes=memory.tile_bytes(ref.spec, tiles=1 + wholes) + memory.factor_bytes(factors),
+        peak_bytes=peak_bytes(ref.spec, change),
     )
+
+
+def peak_bytes(spec: TensorSpec, change: TensorChange, tiles: int = 1) -> int:
+    """Working bytes of recomputing one tensor: its tiles, or all of it where a kind needs that, and the factors."""
+    wanted = tiles + len(change.wholes) + len(change.patches) + 2 * change.actions
+    factors = memory.factor_bytes(change.factor_elements)
+    if change.at_once:
+        return factors + 8 * spec.numel * (2 + wanted)
+    if change.experts:
+        spec = TensorSpec(spec.name, spec.dtype, spec.shape[1:])
+    return factors + memory.tile_bytes(spec, wanted)

@@ -9,9 +9,11 @@ from typing import Any
 from loratools.checkpoints import Checkpoint
 from loratools.engine import layout, memory
 from loratools.engine.binding import Renaming, reconcile
-from loratools.engine.changes import Changes, TensorChange
+from loratools.engine.changes import Changes
 from loratools.engine.history import Recorded
+from loratools.engine.merge_units import peak_bytes
 from loratools.engine.plan import Input, Unit
+from loratools.engine.tensor_change import TensorChange
 from loratools.errors import MismatchError, UndecidedError, UsageError
 from loratools.tensors import TensorSpec
 
@@ -139,7 +141,7 @@ class RestorePlanner:
             parameters=change.parameters(),
             read_bytes=merged.nbytes + base.nbytes,
             write_bytes=base.nbytes,
-            peak_bytes=memory.tile_bytes(base.spec, tiles=3) + memory.factor_bytes(change.factor_elements),
+            peak_bytes=peak_bytes(base.spec, change, tiles=3),
         )
 
     def copies(self, *, edited: bool) -> tuple[tuple[str, str], ...]:

@@ -3,7 +3,7 @@
 from loratools.files._load_adapter import load_adapter
 from loratools.files._open_checkpoint import open_checkpoint
 from loratools.files._save import (
-    concatenated_factors,
+    concatenated,
     encode_adapter,
     files_behind,
     save,
@@ -12,7 +12,7 @@ from loratools.files._save import (
 )
 
 __all__ = [
-    "concatenated_factors",
+    "concatenated",
     "encode_adapter",
     "files_behind",
     "load_adapter",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from loratools.adapters import AbstractUpdate, Adapter, LowRank, Sum
 from loratools.adapters.algebra import finite
@@ -19,7 +20,8 @@ from loratools.tensors import TensorRef, TensorSpec, bytes_of, dtype_name
 if TYPE_CHECKING:
     import torch
 
-_EXACT: Final = ("F32", "F64")
+Keeper = Callable[[str, "torch.Tensor"], TensorRef]
+"""Takes a named tensor out of memory and gives a reference to it."""
 
 
 def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overwrite: bool = False) -> None:
@@ -40,7 +42,8 @@ def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overw
     OutputDirectory.check(path, overwrite, files_behind(adapter), 2 * needed)
     with OutputDirectory(path, overwrite=overwrite) as out:
         scratch = ScratchFile(out.path)
-        whole = adapter.with_updates({name: settled(name, update, scratch) for name, update in adapter.items()})
+        keep = partial(to_scratch, scratch)
+        whole = adapter.with_updates({name: settled(name, update, keep) for name, update in adapter.items()})
         write_weights(encode_adapter(whole, format=format), out.path)
         out.publish()
 
@@ -76,22 +79,30 @@ def _write(path: Path, tensors: Mapping[str, TensorRef], metadata: Mapping[str, 
     return writer.finish()
 
 
-def settled(path: str, update: AbstractUpdate, scratch: ScratchFile) -> AbstractUpdate:
-    """`update` with at most one product: a sum is concatenated into the scratch file.
+def settled(path: str, update: AbstractUpdate, keep: Keeper) -> AbstractUpdate:
+    """`update` with at most one product: sums are concatenated (see `concatenated`)."""
+    return concatenated(path, update, keep) if isinstance(update, Sum) else update
+
+
+def concatenated(path: str, update: Sum, keep: Keeper) -> LowRank:
+    """A sum as one product; `keep` takes its factors out of memory.
 
     Law: ΔW is unchanged to 1e-6. Where all scales agree, factors keep their bytes and alpha says the scale;
     otherwise the scale goes into B and alpha = r (see `concatenated_factors` for the dtype).
     """
-    if not isinstance(update, Sum):
-        return update
     lora_A, lora_B, alpha = concatenated_factors(update)
+    bias = None if update.bias is None else keep(f"{path}.bias", finite(update.bias).float())
     return LowRank(
-        lora_A=to_scratch(scratch, f"{path}.lora_A", lora_A),
-        lora_B=to_scratch(scratch, f"{path}.lora_B", lora_B),
+        lora_A=keep(f"{path}.lora_A", lora_A),
+        lora_B=keep(f"{path}.lora_B", lora_B),
         alpha=alpha,
         of=update.layer,
+        parameter=update.parameter,
+        kernel=update.kernel,
+        bias=bias,
         replaced=update.replaced,
         added_rows=update.added_rows,
+        patches=update.patches,
     )
 
 
@@ -106,7 +117,7 @@ def concatenated_factors(update: Sum) -> tuple[torch.Tensor, torch.Tensor, float
     terms = update.terms
     rank = sum(term.rank for term in terms)
     scales = {term.scale for term in terms}
-    if len(scales) == 1:
+    if len(scales) == 1 and update.bias is None:  # a bias holds its scale already: that of the product must be 1
         shared = scales.pop()
         downs, ups = [finite(term.lora_A) for term in terms], [finite(term.lora_B) for term in terms]
         return *_of_one_dtype(downs, ups), shared * rank

@@ -94,6 +94,13 @@ class LowRankSum:
         self._fill(out, None, 0)
         return out
 
+    def piece(self, rows: slice, columns: slice) -> Tensor:
+        """Σ s·B·A for a rectangle of the stored weight, float64: the same bits as in any other piece."""
+        total = self.left[rows] @ self.right[:, columns]
+        if self.left_rest is not None and self.right_rest is not None:
+            total += self.left_rest[rows] @ self.right_rest[:, columns]
+        return total
+
     def _fill(self, out: Tensor, W: Tensor | None, start: int) -> None:
         rows, columns = out.shape
         step = min(_tile_rows(out), rows)

@@ -273,7 +273,7 @@ def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
 
 def _unused(adapter: Adapter) -> list[str]:
     """What the configuration names and no tensor is for."""
-    low_rank = [path for path, update in adapter.items() if update.terms]
+    low_rank = [path for path, update in adapter.items() if update.changes_weight]
     named = {"target_modules": low_rank, "modules_to_save": list(adapter)}
     idle = [
         (field, name)

@@ -157,7 +157,14 @@ def _with_bound(unit: Unit, *, foreign: bool) -> Unit:
 
 
 def _refuse_replacements(changes: Changes) -> None:
-    replaced = [name for name, change in changes.tensors.items() if change.wholes or change.rows]
+    computed = [name for name, change in changes.tensors.items() if change.actions]
+    if computed:
+        raise UnsupportedError(
+            f"The change of {len(computed)} tensors is no sum of products; what was there before cannot be computed.",
+            fix="Give --base.",
+            first=computed[0],
+        )
+    replaced = [name for name, change in changes.tensors.items() if change.wholes or change.rows or change.patches]
     replaced += list(changes.added)
     if replaced or changes.untied:
         raise UnsupportedError(
@@ -261,4 +268,3 @@ def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:
             "bound": max(bounds) if bounds else 0.0 if exact else None,
         },
     )
-

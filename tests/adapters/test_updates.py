@@ -68,6 +68,6 @@ def test_an_alpha_that_is_no_number_is_refused(alpha):
 def test_a_whole_parameter_has_no_delta_of_its_own():
     """ΔW of a replacement depends on the base, and is refused rather than guessed."""
     full = Full(replaced={"weight": in_memory("w", normal(1, 3, 3))})
-    assert (full.rank, full.shape, full.kind) == (0, None, "full")
+    assert (full.rank, full.shape, full.kind) == (None, None, "full")
     with pytest.raises(UnsupportedError, match="depends on the base"):
         full.delta_weight()

@@ -8,10 +8,16 @@ import pytest
 from loratools.adapters import LowRank
 from loratools.errors import LoratoolsError, MalformedError, UnsupportedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft.tuners import TUNERS, tuner_of
 from loratools.tensors import in_memory
 from tests.tiny import normal
 
 LORA = {"peft_type": "LORA"}
+
+
+def refuse(config):
+    """What a codec asks of a configuration before it looks at a tensor."""
+    tuner_of(config).refuse(config)
 
 
 def test_plain_lora_is_accepted():
@@ -23,12 +29,10 @@ def test_plain_lora_is_accepted():
         LORA | {"init_lora_weights": "eva"},
         LORA | {"use_dora": False, "layer_replication": None, "trainable_token_indices": None, "lora_bias": False},
     ):
-        fields.refuse_unsupported(config)
+        refuse(config)
 
 
 @pytest.mark.parametrize(("field", "value", "name"), [
-    ("use_dora", True, "DoRA"),
-    ("lora_bias", True, "lora_bias"),
     ("use_qalora", True, "QALoRA"),
     ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
     ("layer_replication", [[0, 4], [2, 5]], "layer replication"),
@@ -41,10 +45,10 @@ def test_plain_lora_is_accepted():
 def test_variants_are_refused_by_name(field, value, name):
     """Each changes what the factors mean."""
     if not value:
-        fields.refuse_unsupported(LORA | {field: value})
+        refuse(LORA | {field: value})
         return
     with pytest.raises(UnsupportedError, match=name) as caught:
-        fields.refuse_unsupported(LORA | {field: value})
+        refuse(LORA | {field: value})
     assert caught.value.where["field"] == field
 
 
@@ -52,7 +56,7 @@ def test_variants_are_refused_by_name(field, value, name):
 def test_initialisations_that_change_the_base_are_refused_by_name(name):
     """They are valid only on the changed base; the way to convert them is said."""
     with pytest.raises(UnsupportedError) as caught:
-        fields.refuse_unsupported(LORA | {"init_lora_weights": name})
+        refuse(LORA | {"init_lora_weights": name})
     assert name in str(caught.value)
     assert "path_initial_model_for_weight_conversion" in str(caught.value)
 
@@ -61,14 +65,14 @@ def test_initialisations_that_change_the_base_are_refused_by_name(name):
 def test_other_types_are_refused_by_name(kind):
     """H64: never half merged."""
     with pytest.raises(UnsupportedError, match=kind):
-        fields.refuse_unsupported({"peft_type": kind})
+        refuse({"peft_type": kind})
 
 
 @pytest.mark.parametrize("config", [{}, {"peft_type": None}, {"peft_type": 7}, {"peft_type": ["LORA"]}])
 def test_a_type_that_is_none_is_malformed(config):
     """No traceback."""
     with pytest.raises(MalformedError, match="peft_type"):
-        fields.refuse_unsupported(config)
+        refuse(config)
 
 
 PIECES = ("q_proj", "k_proj", "self_attn", "model", "layers", "0", "1", "10", "mlp", "proj", "q")
@@ -151,7 +155,7 @@ def test_the_configuration_gives_every_module_its_scaling_back():
     """Ranks and alphas that differ, rsLoRA mixed with plain: read as PEFT reads it, the scaling is the update's."""
     made = updates({"q": 2, "a.q": 3, "b.a.q": 4, "k": 3}, {"q": 7.0, "a.q": 0.5, "k": -2.0})
     for mixed in (made, made | updates({"v": 4}, {"v": 3.0}, rslora=True), updates({"v": 4, "q": 2}, rslora=True)):
-        config = fields.lora_fields(mixed, siblings=())
+        config = TUNERS["LORA"].fields(mixed, siblings=())
         assert config["target_modules"] == list(mixed)
         for path, update in mixed.items():
             rank, alpha = fields.rank_of(config, path), fields.alpha_of(config, path)
@@ -164,8 +168,8 @@ def test_neighbours_that_peft_would_catch_are_excluded():
     """A target that is a suffix of another module's path catches it; the list of exclusions says not to."""
     siblings = ["q", "a.q", "a.xq", "a.q.b", "b.k"]
     assert fields.collateral(["q"], siblings) == ["a.q"]
-    assert fields.lora_fields(updates({"q": 2}), siblings)["exclude_modules"] == ["a.q"]
-    assert "exclude_modules" not in fields.lora_fields(updates({"b.k": 2}), siblings)
+    assert TUNERS["LORA"].fields(updates({"q": 2}), siblings)["exclude_modules"] == ["a.q"]
+    assert "exclude_modules" not in TUNERS["LORA"].fields(updates({"b.k": 2}), siblings)
 
 
 def test_excluded_neighbours_are_left_alone_by_peft():
@@ -179,7 +183,7 @@ def test_excluded_neighbours_are_left_alone_by_peft():
             self.q, self.a = torch.nn.Linear(4, 4), torch.nn.Module()
             self.a.q, self.a.k = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
 
-    config = fields.lora_fields(updates({"q": 2}), ["q", "a", "a.q", "a.k"])
+    config = TUNERS["LORA"].fields(updates({"q": 2}), ["q", "a", "a.q", "a.k"])
     model = peft.get_peft_model(Net(), peft.LoraConfig(**config))
     wrapped = {
         name.removesuffix(".lora_A") for name, _ in model.base_model.model.named_modules() if name.endswith("lora_A")

@@ -2,13 +2,15 @@ import pytest
 
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats.peft import keys
+from loratools.formats.peft.tuners import TUNERS
 
 P = keys.PREFIX
+ROLES = TUNERS["LORA"].roles
 
 
 @pytest.mark.parametrize(("key", "expected"), [
-    ("model.layers.0.q_proj.lora_A.weight", ("model.layers.0.q_proj", "lora_A", "")),
-    ("model.layers.0.q_proj.lora_B.weight", ("model.layers.0.q_proj", "lora_B", "")),
+    ("model.layers.0.q_proj.lora_A.weight", ("model.layers.0.q_proj", "lora_A.weight", "")),
+    ("model.layers.0.q_proj.lora_B.weight", ("model.layers.0.q_proj", "lora_B.weight", "")),
     ("embed_tokens.lora_embedding_A", ("embed_tokens", "lora_embedding_A", "")),
     ("embed_tokens.lora_embedding_B", ("embed_tokens", "lora_embedding_B", "")),
     ("q_proj.base_layer.bias", ("q_proj", "base_layer", "bias")),
@@ -19,17 +21,16 @@ P = keys.PREFIX
 ])  # fmt: skip
 def test_what_a_key_says(key, expected):
     """Module, role, and the parameter's name where it is given whole."""
-    parsed = keys.parse(P + key)
+    parsed = keys.parse(P + key, ROLES)
     assert (parsed.module, parsed.role, parsed.parameter) == expected
 
 
 @pytest.mark.parametrize("module", ["a", "model.layers.10.mlp.down_proj", "h.0.attn.c_attn", "weird-name.0"])
-@pytest.mark.parametrize("layer", ["linear", "embedding"])
-def test_low_rank_keys_read_back(module, layer):
+@pytest.mark.parametrize(("kind", "role"), [(kind, role) for kind, tuner in TUNERS.items() for role in tuner.roles])
+def test_the_keys_of_every_tuner_read_back(module, kind, role):
     """decode(encode) of a key is the key."""
-    found = [keys.parse(key) for key in keys.low_rank_keys(module, layer)]
-    stem = "lora_embedding_" if layer == "embedding" else "lora_"
-    assert [(each.module, each.role) for each in found] == [(module, f"{stem}A"), (module, f"{stem}B")]
+    found = keys.parse(keys.role_key(module, role), TUNERS[kind].roles)
+    assert (found.module, found.role, found.parameter) == (module, role, "")
 
 
 @pytest.mark.parametrize("module", ["", "score", "model.norm"])
@@ -38,7 +39,7 @@ def test_parameter_keys_read_back(module, wrapped):
     """A bare parameter of the root has no module, and so no wrapper."""
     if not module and wrapped:
         return
-    parsed = keys.parse(keys.parameter_key(module, "weight", wrapped=wrapped))
+    parsed = keys.parse(keys.parameter_key(module, "weight", wrapped=wrapped), ROLES)
     assert (parsed.module, parsed.role, parsed.parameter) == (
         module,
         "base_layer" if wrapped else "parameter",
@@ -47,14 +48,9 @@ def test_parameter_keys_read_back(module, wrapped):
 
 
 REFUSED = {
-    "q.lora_magnitude_vector": "DoRA",
-    "q.lora_magnitude_vector.weight": "DoRA",
-    "q.lora_B.bias": "lora_bias",
     "embed.token_adapter.trainable_tokens_delta": "trainable tokens",
     "embed.trainable_tokens_delta": "trainable tokens",
     "q.lora_E": "AdaLoRA",
-    "attn.base_layer.out_proj.lora_A.weight": "nested wrappers",
-    "experts.base_layer.base_layer.lora_A.weight": "nested wrappers",
     "q.hada_w1_a": "LoHa",
     "q.hada_t1": "LoHa",
     "q.lokr_w1": "LoKr",
@@ -78,7 +74,7 @@ REFUSED = {
 def test_other_kinds_are_refused_by_name(key, kind):
     """Never half read: the kind and the key are in the message."""
     with pytest.raises(UnsupportedError) as caught:
-        keys.parse(P + key)
+        keys.parse(P + key, ROLES)
     assert kind in str(caught.value)
     assert key in str(caught.value)
 
@@ -87,7 +83,7 @@ def test_kinds_without_the_usual_prefix_are_refused_by_name():
     """VeRA's shared projections and prompt tuning."""
     for key, kind in (("base_model.vera_A", "VeRA"), ("prompt_embeddings", "prompt tuning")):
         with pytest.raises(UnsupportedError, match=kind):
-            keys.parse(key)
+            keys.parse(key, ROLES)
 
 
 #: keys of kinds that have no entry of their own
@@ -113,4 +109,4 @@ def test_keys_of_kinds_we_do_not_list_are_not_whole_parameters(key, tmp_path):
 def test_a_key_of_another_grammar_is_malformed(key):
     """Named, with the prefix that is expected."""
     with pytest.raises(MalformedError, match="base_model"):
-        keys.parse(key)
+        keys.parse(key, ROLES)

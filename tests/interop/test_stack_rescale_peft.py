@@ -204,6 +204,6 @@ def test_minilm_rescaled_and_taken_apart(minilm, minilm_adapter, tmp_path):
     rescale(minilm_adapter, tmp_path / "baked", bake=True)
     model = load_cleanly(models.load(minilm), tmp_path / "baked")
     assert_same_output(model, unmerged(minilm, minilm_adapter))
-    with pytest.raises(UnsupportedError, match="replaces whole"):
+    with pytest.raises(UnsupportedError, match="replaced whole"):
         rescale(minilm_adapter, tmp_path / "by", by=2.0)
     assert not (tmp_path / "by").exists()

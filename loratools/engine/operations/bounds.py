@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING, Final
 
-from loratools.adapters import Term
+from loratools.adapters import AbstractUpdate, Term
+from loratools.adapters.experts import Stacked
 from loratools.engine.context import Context
 from loratools.engine.plan import Input, Unit
 
@@ -44,7 +45,7 @@ class Bound:
             return bound
         for term in unit.parameters["terms"]:
             bound.adapters += 1
-            for product in context.update(Input(term["source"], term["module"])).terms:
+            for product in _products(context.update(Input(term["source"], term["module"]))):
                 size = abs(float(term["weight"])) * _largest_entry(product)
                 bound.size += size
                 bound.product += (product.rank + 2) * _HALF_STEP * size
@@ -64,6 +65,13 @@ class Bound:
             largest = min(most, torch.finfo(before.dtype).max)
             step += self.adapters * float(ulp(torch.tensor(largest, dtype=before.dtype))) + self.product
         self.value = max(self.value, step)
+
+
+def _products(update: AbstractUpdate) -> tuple[Term, ...]:
+    """The products of an update; of experts the one of all their factors, no entry of which is smaller than theirs."""
+    if isinstance(update, Stacked):
+        return (Term(update.lora_A, update.lora_B, update.scaling),)
+    return update.terms
 
 
 def _largest_entry(term: Term) -> float:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from loratools.adapters import AbstractUpdate, LowRank, Sum, Term
+from loratools.adapters import LowRank, Sum
 from loratools.adapters.algebra import finite, summed
 from loratools.engine.context import Context, Outcome
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
-from loratools.files import concatenated_factors, scaled_exactly
-from loratools.tensors import TensorRef
+from loratools.files import concatenated, scaled_exactly
 
 
 def derive(unit: Unit, context: Context) -> Outcome:
@@ -18,43 +17,20 @@ def derive(unit: Unit, context: Context) -> Outcome:
     weights = [float(weight) for weight in unit.parameters["weights"]]
     held = [(weight, context.update(address)) for weight, address in zip(weights, unit.inputs, strict=True)]
     for _, update in held:
-        for term in update.terms:
-            _require_finite(term)
-    update = _scaled_alpha(held) or summed(unit.target, held)
+        for ref in update.factors:
+            finite(ref)
+    update = summed(unit.target, held)
     alpha = unit.parameters["alpha"]
     if isinstance(update, Sum):
-        update = _settled(unit.target, update, context)
+        update = concatenated(unit.target, update, context.sink.keep)
+    if alpha != "keep" and update.changes_weight and not isinstance(update, LowRank):
+        raise UnsupportedError(f"The alpha of a {update.kind} update is not restated yet.", module=unit.target)
     if alpha != "keep" and isinstance(update, LowRank):
         update = _restated(unit.target, update, None if alpha == "bake" else float(alpha), context)
     context.sink.update(unit.target, update)
     context.advance(unit.read_bytes, unit.target)
-    facts = {"rank": update.rank, "alpha": getattr(update, "alpha", None), "scaling": getattr(update, "scaling", None)}
+    facts = {"rank": update.rank or 0, "alpha": getattr(update, "alpha", None), "scaling": update.scaling}
     return Outcome(unit.target, "derive", update.kind, facts)
-
-
-def _scaled_alpha(held: list[tuple[float, AbstractUpdate]]) -> LowRank | None:
-    """One low-rank update times a weight is the same factors with another alpha: no byte changes."""
-    weight, update = held[0]
-    if len(held) != 1 or not isinstance(update, LowRank) or update.replaced or update.added_rows:
-        return None
-    return dataclasses.replace(update, alpha=update.alpha * weight)
-
-
-def _require_finite(term: Term) -> None:
-    for ref in (term.lora_A, term.lora_B):
-        finite(ref)
-
-
-def _settled(target: str, update: Sum, context: Context) -> LowRank:
-    lora_A, lora_B, alpha = concatenated_factors(update)
-    return LowRank(
-        lora_A=context.sink.keep(f"{target}.lora_A", lora_A),
-        lora_B=context.sink.keep(f"{target}.lora_B", lora_B),
-        alpha=alpha,
-        of=update.layer,
-        replaced=update.replaced,
-        added_rows=update.added_rows,
-    )
 
 
 def _restated(target: str, update: LowRank, alpha: float | None, context: Context) -> LowRank:
@@ -62,9 +38,12 @@ def _restated(target: str, update: LowRank, alpha: float | None, context: Contex
     if alpha == 0:
         raise UnsupportedError("alpha 0 would make every update zero.", module=target)
     rslora = update.use_rslora and alpha is not None
-    fresh = dataclasses.replace(update, alpha=float(update.rank if alpha is None else alpha), use_rslora=rslora)
+    number = float(update.lora_A.shape[0] if alpha is None else alpha)
+    fresh = dataclasses.replace(update, alpha=number, use_rslora=rslora)
     quotient = update.scaling / fresh.scaling
-    lora_B: TensorRef = update.lora_B
+    lora_B, bias = update.lora_B, update.bias
     if quotient != 1:
         lora_B = context.sink.keep(f"{target}.lora_B", scaled_exactly(update.lora_B, quotient))
-    return dataclasses.replace(fresh, lora_B=lora_B)
+        if bias is not None:
+            bias = context.sink.keep(f"{target}.bias", scaled_exactly(bias, quotient))
+    return dataclasses.replace(fresh, lora_B=lora_B, bias=bias)

@@ -2,79 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Final
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.algebra import finite
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.bounds import Bound
+from loratools.engine.operations.change import Change, matrices
 from loratools.engine.operations.copying import write_cast
 from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges
 from loratools.engine.plan import Input, Unit
 from loratools.errors import MismatchError, NonFiniteError
-from loratools.tensors import TensorRef, torch_dtype
+from loratools.tensors import TensorRef, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
     import torch
-
-    from loratools.linalg import LowRankSum
-
-
-_ONE_PIECE_RANK: Final = 256
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Change:
-    """What is added to one stored tensor.
-
-    Attributes:
-        products: Σ scale · B A, prepared, or None.
-        wholes: (weight, replacement) pairs: `weight · (W' − W)` is added for each.
-    """
-
-    products: LowRankSum | None
-    wholes: tuple[tuple[float, TensorRef], ...]
-
-    def tile(
-        self, base: torch.Tensor, rows: tuple[int, int] | None, dtype: torch.dtype, buffer: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """One tile of the result, from the same tile of the base; in `buffer` (flat bytes) where it can be."""
-        from loratools.linalg import round_to
-
-        start = rows[0] if rows else 0
-        if self.wholes:
-            total = base.double()
-            for weight, ref in self.wholes:
-                given = (ref.rows(*rows) if rows else ref).load().to(base.device).double()
-                total = given if weight == 1 and len(self.wholes) == 1 else total + weight * (given - base.double())
-            base = total
-        if self.products is None:
-            return round_to(base, dtype)
-        out = None
-        if buffer is not None and base.device == buffer.device:
-            out = buffer[: base.numel() * dtype.itemsize].view(dtype).view(base.shape)
-        return self.products.add_to(base, start=start, out_dtype=dtype, out=out)
-
-
-def _change(unit: Unit, context: Context, dtype: str) -> Change:
-    from loratools.linalg import LowRankSum
-
-    terms = []
-    for term in unit.parameters.get("terms", ()):
-        update = context.update(Input(term["source"], term["module"]))
-        for product in update.terms:
-            lora_A, lora_B = (context.on_device(finite(ref)) for ref in (product.lora_A, product.lora_B))
-            terms.append((lora_A, lora_B, float(term["weight"]) * product.scale))
-    wholes = tuple(
-        (float(whole["weight"]), context.update(Input(whole["source"], whole["module"])).replaced[whole["parameter"]])
-        for whole in unit.parameters.get("wholes", ())
-    )
-    transposed = bool(unit.parameters.get("transposed"))
-    if not terms:
-        return Change(None, wholes)
-    pieces = _pieces(dtype, sum(lora_A.shape[0] for lora_A, _, _ in terms))
-    return Change(LowRankSum.of(terms, transposed=transposed, pieces=pieces), wholes)
 
 
 def merge(unit: Unit, context: Context) -> Outcome:
@@ -85,15 +28,10 @@ def merge(unit: Unit, context: Context) -> Outcome:
     """
     dtype = torch_dtype(str(unit.parameters["dtype"]))
     ref = context.tensor(unit.inputs[0])
-    change = _change(unit, context, str(unit.parameters["dtype"]))
     written = changed = 0
     bound = Bound.of(unit, context) if unit.parameters.get("bound") else None
-    for rows in _tiles(ref, context):
-        context.check()
-        part = ref.rows(*rows) if rows else ref
-        tile = context.on_device(part.load(context.buffer("tile", part.nbytes)))
-        result = change.tile(tile, rows, dtype, context.buffer("result", tile.numel() * dtype.itemsize))
-        _require_finite_result(result, ref, change, context)
+    for tile, result, require_finite in _recomputed(unit, ref, dtype, context):
+        require_finite()
         changed += differing_entries(result, tile)
         if bound is not None:
             bound.see(tile, result)
@@ -107,15 +45,21 @@ def merge(unit: Unit, context: Context) -> Outcome:
     return Outcome(unit.target, "merge", "merged", facts | ({"bound": bound.value} if bound else {}))
 
 
-def _tiles(ref: TensorRef, context: Context) -> Sequence[tuple[int, int] | None]:
-    if not ref.shape:
-        return [None]
-    return list(row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes))
-
-
-def _pieces(dtype: str, rank: int) -> int:
-    """One exact piece per factor is enough for 16 bits up to this rank (see `linalg.LowRankSum`)."""
-    return 1 if dtype in {"BF16", "F16"} and rank <= _ONE_PIECE_RANK else 2
+def _recomputed(
+    unit: Unit, ref: TensorRef, dtype: torch.dtype, context: Context
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Callable[[], None]]]:
+    """Every tile of the base with what it becomes, in order, and a check of the latter."""
+    for matrix, expert in matrices(ref, unit):
+        change = Change.of(unit, context, dtype, expert)
+        if change.looks:
+            for rows in change.tiles(matrix, context):
+                change.look(context.on_device(matrix.rows(*rows).load()), rows)
+        for rows in change.tiles(matrix, context):
+            context.check()
+            part = matrix.rows(*rows)
+            tile = context.on_device(part.load(context.buffer("tile", part.nbytes)))
+            result = change.tile(tile, rows, dtype, context.buffer("result", tile.numel() * dtype.itemsize))
+            yield tile, result, partial(_require_finite_result, result, matrix, change, context)
 
 
 def differing_entries(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -128,11 +72,17 @@ def differing_entries(one: torch.Tensor, other: torch.Tensor) -> int:
     return int(torch.count_nonzero(one.view(bits) ^ other.view(bits)))
 
 
+def _stretch(ref: TensorRef, start: int, nbytes: int) -> TensorRef:
+    """A run of a tensor's bytes as a flat tensor."""
+    count = nbytes * ref.spec.numel // max(ref.nbytes, 1)
+    return TensorRef(TensorSpec(ref.name, ref.dtype, (count,)), ref.source, ref.offset + start)
+
+
 def _require_finite_result(result: torch.Tensor, base: TensorRef, change: Change, context: Context) -> None:
     from loratools.linalg import non_finite_count
 
     if non_finite_count(result):
-        for ref in (base, *(whole for _, whole in change.wholes)):
+        for ref in (base, *change.inputs):
             require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError(
             f"The merged weights overflow {result.dtype}.",
@@ -183,13 +133,11 @@ def restore(unit: Unit, context: Context) -> Outcome:
 
     merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
     dtype = torch_dtype(merged.dtype)
-    change = _change(unit, context, merged.dtype)
-    differing = 0
-    for rows in _tiles(base, context):
-        context.check()
-        found = (merged.rows(*rows) if rows else merged).load()
-        before = (base.rows(*rows) if rows else base).load()
-        expected = change.tile(before, rows, dtype)
+    read = differing = 0
+    for before, expected, _ in _recomputed(unit, base, dtype, context):
+        nbytes = before.numel() * dtype.itemsize
+        found = context.on_device(_stretch(merged, read, nbytes).load().view(before.shape))
+        read += nbytes
         if differing_entries(found, expected):
             largest = torch.maximum(torch.maximum(found.abs(), expected.abs()), before.to(dtype).abs())
             differing += int((~((found.double() - expected.double()).abs() <= 2 * ulp(largest))).sum())

@@ -12,11 +12,12 @@ from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
-from loratools.adapters import AbstractUpdate, Adapter, Full, LowRank
+from loratools.adapters import AbstractUpdate, Adapter, Full, Sum
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats._codec import AbstractCodec, Contents, Decoded, Encoded
 from loratools.formats.peft import config as fields
 from loratools.formats.peft import keys
+from loratools.formats.peft.tuners import TUNERS, AbstractTuner, Module, tuner_of
 from loratools.tensors import TensorRef
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
@@ -24,7 +25,7 @@ _WRAPPABLE: Final = ({"weight"}, {"weight", "bias"})
 
 
 class PeftCodec(AbstractCodec):
-    """LoRA on Linear, HF Conv1D and Embedding; biases and whole modules beside them."""
+    """What all PEFT adapters share; what a kind of them is made of is its tuner's."""
 
     name = "peft"
     spec_url = "https://huggingface.co/docs/peft/main/en/developer_guides/checkpoint"
@@ -39,50 +40,61 @@ class PeftCodec(AbstractCodec):
 
     def decode(self, contents: Contents) -> Decoded:
         """See `AbstractCodec.decode`."""
-        if contents.config is None:
+        config = contents.config
+        if config is None:
             raise MalformedError(
                 f"A PEFT adapter has its alpha in {fields.CONFIG_FILE}, which is not there: its scaling is unknown.",
                 fix="Put the configuration beside the weights.",
             )
-        fields.refuse_unsupported(contents.config)
+        tuner = tuner_of(config)
+        tuner.refuse(config)
         notes: list[str] = []
-        modules, order = _grouped(_without_copies(contents.tensors, notes))
+        shared = {key: ref for key, ref in contents.tensors.items() if key in tuner.shared}
+        own = {key: ref for key, ref in contents.tensors.items() if key not in shared}
+        modules, order = _grouped(_without_copies(own, notes), tuner)
         added = _added_rows(contents.side_tensors)
         for module in added:
-            modules.setdefault(module, {})
-        if contents.config.get("lora_alpha") is None:
-            notes.append(f"{fields.CONFIG_FILE} has no lora_alpha; PEFT's default of {fields.DEFAULT_ALPHA} is taken.")
+            modules.setdefault(module, _Found())
+        paths = tuner.paths({path: found.roles for path, found in modules.items()}, config)
         updates = {
-            module: _update(module, roles, contents.config, added.get(module, {}), notes)
-            for module, roles in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
+            paths[module]: _update(paths[module], found, tuner, config, (added.get(module, {}), shared), notes)
+            for module, found in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
         }
-        base = contents.config.get("base_model_name_or_path")
-        return Decoded(MappingProxyType(updates), base if isinstance(base, str) and base else None, tuple(notes))
+        base = config.get("base_model_name_or_path")
+        return Decoded(
+            MappingProxyType(updates), base if isinstance(base, str) and base else None, tuple(dict.fromkeys(notes))
+        )
 
     def cannot_hold(self, adapter: Adapter) -> list[str]:
         """See `AbstractCodec.cannot_hold`."""
-        return [
+        lost = [
             f"{path}: the {parameter} of an embedding or Conv1D under a low-rank update"
             for path, update in adapter.items()
             for parameter in update.replaced
-            if update.terms and parameter not in {"bias", "weight"}
+            if update.changes_weight and parameter not in {"bias", "weight"}
         ]
+        changed = {path: update for path, update in adapter.items() if update.changes_weight}
+        if _tuner_for(changed) is None:
+            kinds = sorted({update.kind for update in changed.values()})
+            lost.append(f"updates of kind {', '.join(kinds)} in one adapter")
+        return lost
 
     def encode(self, adapter: Adapter, *, siblings: Collection[str] = ()) -> Encoded:
         """See `AbstractCodec.encode`."""
         lost = self.cannot_hold(adapter)
         if lost:
             raise UnsupportedError(f"PEFT's format cannot hold: {'; '.join(lost)}.")
-        low_rank = {path: _settled(path, update) for path, update in adapter.items() if update.terms}
+        changed = {path: update for path, update in adapter.items() if update.changes_weight}
+        tuner = _tuner_for(changed)
+        assert tuner is not None
         whole = _saved_modules(adapter, siblings)
-        tensors: dict[str, TensorRef] = {}
+        keyed = tuner.keyed(changed)
+        tensors: dict[str, TensorRef] = dict(tuner.shared_tensors(changed))
         for path, update in adapter.items():
-            if update.terms:
-                a_key, b_key = keys.low_rank_keys(path, update.layer)
-                tensors |= {a_key: low_rank[path].lora_A, b_key: low_rank[path].lora_B}
+            tensors |= keyed.get(path, {})
             for parameter, ref in update.replaced.items():
-                tensors[keys.parameter_key(path, parameter, wrapped=bool(update.terms))] = ref
-        config = _config(adapter, low_rank, whole, siblings)
+                tensors[keys.parameter_key(path, parameter, wrapped=update.changes_weight)] = ref
+        config = _config(adapter, tuner, changed, whole, siblings)
         return Encoded(
             weights_name=WEIGHTS_FILE,
             tensors=_renamed(tensors),
@@ -90,6 +102,22 @@ class PeftCodec(AbstractCodec):
             texts={fields.CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True, allow_nan=False)},
             side_tensors=_side(adapter),
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Found:
+    """A module's tensors: those of its tuner by role, and parameters given whole by name."""
+
+    roles: dict[str, TensorRef] = dataclasses.field(default_factory=dict)
+    parameters: dict[str, TensorRef] = dataclasses.field(default_factory=dict)
+
+
+def _tuner_for(updates: Mapping[str, AbstractUpdate]) -> AbstractTuner | None:
+    """The tuner that holds all of these updates."""
+    for path, update in updates.items():
+        if isinstance(update, Sum):
+            raise UnsupportedError("A sum of updates must be concatenated before it is written.", module=path)
+    return next((each for each in TUNERS.values() if all(map(each.holds, updates.values()))), None)
 
 
 def _renamed(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
@@ -104,54 +132,38 @@ def _without_copies(tensors: Mapping[str, TensorRef], notes: list[str]) -> dict[
     return {key: ref for key, ref in tensors.items() if key not in set(copies)}
 
 
-def _grouped(
-    tensors: Mapping[str, TensorRef],
-) -> tuple[dict[str, dict[tuple[str, str], TensorRef]], dict[str, int]]:
-    modules: dict[str, dict[tuple[str, str], TensorRef]] = {}
+def _grouped(tensors: Mapping[str, TensorRef], tuner: AbstractTuner) -> tuple[dict[str, _Found], dict[str, int]]:
+    modules: dict[str, _Found] = {}
     order: dict[str, int] = {}
     for key, ref in tensors.items():
-        parsed = keys.parse(key)
+        parsed = keys.parse(key, tuner.roles)
         order.setdefault(parsed.module, len(order))
-        roles = modules.setdefault(parsed.module, {})
-        if any((role, parsed.parameter) in roles for role in keys.rivals(parsed.role)):
+        found = modules.setdefault(parsed.module, _Found())
+        whole = parsed.role in {keys.BASE_LAYER, keys.PARAMETER}
+        name, place = (parsed.parameter, found.parameters) if whole else (parsed.role, found.roles)
+        if name in place or any(rival in place for rival in keys.rivals(name)):
             raise MalformedError("The module has this under two keys; one of them would be ignored.", tensor=key)
-        roles[parsed.role, parsed.parameter] = ref
+        place[name] = ref
     return modules, order
 
 
 def _update(
-    module: str,
-    roles: Mapping[tuple[str, str], TensorRef],
+    path: str,
+    found: _Found,
+    tuner: AbstractTuner,
     config: Mapping[str, Any],
-    added: Mapping[str, TensorRef],
+    beside: tuple[Mapping[str, TensorRef], Mapping[str, TensorRef]],
     notes: list[str],
 ) -> AbstractUpdate:
-    replaced = {parameter: ref for (role, parameter), ref in roles.items() if role in {"base_layer", "parameter"}}
-    embedding = ("lora_embedding_A", "") in roles or ("lora_embedding_B", "") in roles
-    stem = "lora_embedding_" if embedding else "lora_"
-    lora_A, lora_B = roles.get((f"{stem}A", "")), roles.get((f"{stem}B", ""))
-    if lora_A is None and lora_B is None:
-        wrapped = any(module.endswith(name) for name in fields.saved_modules(config))
-        return Full(replaced=MappingProxyType(replaced), added_rows=MappingProxyType(dict(added)), shared=not wrapped)
-    if lora_A is None or lora_B is None:
-        there, missing = ("lora_B", "lora_A") if lora_A is None else ("lora_A", "lora_B")
-        raise MalformedError(f"The module has {there} and no {missing}.", fix="The file is incomplete.", module=module)
-    update = LowRank(
-        lora_A=lora_A,
-        lora_B=lora_B,
-        alpha=fields.alpha_of(config, module),
-        use_rslora=fields.flag(config, "use_rslora"),
-        of="embedding" if embedding else "linear",
-        replaced=MappingProxyType(replaced),
-        added_rows=MappingProxyType(dict(added)),
-    )
-    claimed = fields.rank_of(config, module)
-    if claimed != update.lora_A.shape[0]:
-        notes.append(
-            f"{module}: the configuration says rank {claimed}, the tensors have rank {update.lora_A.shape[0]}, "
-            "which is what counts."
-        )
-    return update
+    added, shared = beside
+    rest: dict[str, Any] = {
+        "replaced": MappingProxyType(found.parameters),
+        "added_rows": MappingProxyType(dict(added)),
+    }
+    if not found.roles:
+        wrapped = any(path.endswith(name) for name in fields.saved_modules(config))
+        return Full(shared=not wrapped, **rest)
+    return tuner.update(Module(path, MappingProxyType({**shared, **found.roles}), config, rest, notes))
 
 
 def _added_rows(side: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, dict[str, TensorRef]]:
@@ -167,12 +179,6 @@ def _side(adapter: Adapter) -> dict[str, dict[str, TensorRef]]:
         f"{path}.{parameter}": ref for path, update in adapter.items() for parameter, ref in update.added_rows.items()
     }
     return {keys.ADDED_ROWS_FILE: _renamed(rows)} if rows else {}
-
-
-def _settled(path: str, update: AbstractUpdate) -> LowRank:
-    if not isinstance(update, LowRank):
-        raise UnsupportedError("A sum of updates must be concatenated before it is written.", module=path)
-    return update
 
 
 def _saved_modules(adapter: Adapter, siblings: Collection[str]) -> list[str]:
@@ -199,23 +205,31 @@ def _alone(path: str, known: Collection[str]) -> bool:
 
 
 def _config(
-    adapter: Adapter, low_rank: Mapping[str, LowRank], whole: list[str], siblings: Collection[str]
+    adapter: Adapter,
+    tuner: AbstractTuner,
+    changed: Mapping[str, AbstractUpdate],
+    whole: list[str],
+    siblings: Collection[str],
 ) -> dict[str, Any]:
-    config = fields.inherited(adapter.config) | fields.lora_fields(low_rank, siblings)
-    if not siblings and low_rank and (excluded := fields.inherited_exclusion(adapter.config, list(low_rank))):
+    config = fields.inherited(adapter.config) | dict(tuner.fields(changed, siblings))
+    if not siblings and changed and (excluded := fields.inherited_exclusion(adapter.config, list(changed))):
         config["exclude_modules"] = excluded
-    biases = any("bias" in update.replaced for update in low_rank.values())
-    plain_biases = any(
-        "bias" in update.replaced for path, update in adapter.items() if not update.terms and path not in whole
-    )
     config |= {
-        "peft_type": "LORA",
+        "peft_type": tuner.peft_type,
         "inference_mode": True,
-        "bias": "all" if plain_biases else "lora_only" if biases else "none",
         "modules_to_save": whole or None,
         "base_model_name_or_path": config.get("base_model_name_or_path") or adapter.base_model,
     }
+    if tuner.holds_biases:
+        config["bias"] = _biases(adapter, changed, whole)
     config.setdefault("task_type", None)
     config.setdefault("fan_in_fan_out", False)
-    config.setdefault("lora_dropout", 0.0)
     return config
+
+
+def _biases(adapter: Adapter, changed: Mapping[str, AbstractUpdate], whole: Collection[str]) -> str:
+    """Which biases are given whole: of no layer, of the layers that are changed, or of others too."""
+    others = [path for path, update in adapter.items() if path not in changed and path not in whole]
+    if any("bias" in adapter[path].replaced for path in others):
+        return "all"
+    return "lora_only" if any("bias" in update.replaced for update in changed.values()) else "none"

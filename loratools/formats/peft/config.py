@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from loratools.adapters import LowRank
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats.peft import expressions
 
@@ -22,19 +21,6 @@ DEFAULT_ALPHA: Final = 8
 NO_TARGETS: Final = "dummy-target-modules"
 """PEFT's own placeholder for an adapter that injects no LoRA layer (`peft.utils.constants`)."""
 
-_REFUSED_WHEN_SET: Final[Mapping[str, str]] = {
-    "use_dora": "DoRA",
-    "lora_bias": "lora_bias",
-    "use_qalora": "QALoRA",
-    "use_bdlora": "block-diagonal LoRA",
-    "layer_replication": "layer replication",
-    "target_parameters": "target_parameters (fused experts)",
-    "trainable_token_indices": "trainable tokens",
-    "kasa_config": "KaSA",
-    "arrow_config": "Arrow routing",
-    "alora_invocation_tokens": "activated LoRA",
-}
-_REFUSED_INITIALISATIONS: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
 _NOT_REPEATED: Final = (
     "auto_mapping", "megatron_config", "megatron_core", "layers_to_transform", "layers_pattern", "exclude_modules",
     "runtime_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "init_lora_weights",
@@ -42,30 +28,27 @@ _NOT_REPEATED: Final = (
 """Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
 
 
-def refuse_unsupported(config: Mapping[str, Any]) -> None:
-    """Raise for a configuration whose ΔW is not `scaling · B A` on the unmodified base.
+def peft_type(config: Mapping[str, Any]) -> str:
+    """The kind of adapter, in capitals.
 
     Raises:
-        MalformedError: it has no usable `peft_type`.
-        UnsupportedError: names the kind.
+        MalformedError: the configuration does not say.
     """
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         raise MalformedError("The configuration has no peft_type.", file=CONFIG_FILE)
-    if kind.upper() != "LORA":
-        raise UnsupportedError(f"Adapters of type {kind} are not read yet.", file=CONFIG_FILE)
-    for field, name in _REFUSED_WHEN_SET.items():
+    return kind.upper()
+
+
+def refuse_set(config: Mapping[str, Any], named: Mapping[str, str]) -> None:
+    """Raise for a field that is set and makes ΔW another one than the tensors alone would.
+
+    Raises:
+        UnsupportedError: names what `named` says of the field.
+    """
+    for field, name in named.items():
         if config.get(field):
             raise UnsupportedError(f"This adapter uses {name}, which is not read yet.", file=CONFIG_FILE, field=field)
-    initialisation = config.get("init_lora_weights")
-    if isinstance(initialisation, str) and initialisation.lower().startswith(_REFUSED_INITIALISATIONS):
-        raise UnsupportedError(
-            f"The adapter was initialised by {initialisation}, which changes the base weights: it is valid only on "
-            "that changed base.",
-            fix="Convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...) first.",
-            file=CONFIG_FILE,
-            field="init_lora_weights",
-        )
 
 
 def number(config: Mapping[str, Any], field: str, default: float) -> float:
@@ -176,30 +159,23 @@ def tidy(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def lora_fields(updates: Mapping[str, LowRank], siblings: Collection[str]) -> dict[str, Any]:
-    """The part of the configuration that follows from the low-rank updates."""
-    if not updates:
-        return {"target_modules": NO_TARGETS, "r": DEFAULT_RANK, "lora_alpha": DEFAULT_ALPHA, "use_rslora": False,
-                "rank_pattern": {}, "alpha_pattern": {}}  # fmt: skip
-    targets = list(updates)
-    rslora = all(update.use_rslora for update in updates.values())
-    ranks = {path: float(update.lora_A.shape[0]) for path, update in updates.items()}
-    alphas = {
-        path: update.alpha if update.use_rslora == rslora else update.scaling * ranks[path]
-        for path, update in updates.items()
-    }
-    rank, alpha = most_common(list(ranks.values())), most_common(list(alphas.values()))
-    fields: dict[str, Any] = {
-        "target_modules": targets,
-        "r": tidy(rank),
-        "lora_alpha": tidy(alpha),
-        "use_rslora": rslora,
-        "rank_pattern": {key: tidy(value) for key, value in patterns(ranks, rank, targets).items()},
-        "alpha_pattern": {key: tidy(value) for key, value in patterns(alphas, alpha, targets).items()},
-    }
+def target_fields(targets: Sequence[str], siblings: Collection[str]) -> dict[str, Any]:
+    """`target_modules` as full paths, and what has to be excluded because it ends like one of them."""
+    if not targets:
+        return {"target_modules": NO_TARGETS}
+    fields: dict[str, Any] = {"target_modules": list(targets)}
     if excluded := collateral(targets, siblings):
         fields["exclude_modules"] = exclusion(excluded, targets)
     return fields
+
+
+def pattern_fields(name: str, pattern: str, values: Mapping[str, float], default: float) -> dict[str, Any]:
+    """The field `name` for what most modules share, and the field `pattern` for the exceptions."""
+    if not values:
+        return {name: default, pattern: {}}
+    common = most_common(list(values.values()))
+    exceptions = patterns(values, common, list(values))
+    return {name: tidy(common), pattern: {key: tidy(value) for key, value in exceptions.items()}}
 
 
 def exclusion(modules: Sequence[str], targets: Sequence[str]) -> list[str] | str:

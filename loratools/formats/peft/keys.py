@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import Final, Literal
+from collections.abc import Collection, Mapping
+from typing import Final
 
 from loratools.errors import MalformedError, UnsupportedError
 
@@ -12,10 +13,9 @@ PREFIX: Final = "base_model.model."
 ADDED_ROWS_FILE: Final = "added_rows.safetensors"
 """Our side file beside PEFT's own: vocabulary rows that the base does not have (see docs/formats/peft.md)."""
 
-Role = Literal["lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "base_layer", "parameter"]
+BASE_LAYER: Final = "base_layer"
+PARAMETER: Final = "parameter"
 
-_LORA: Final = re.compile(r"^(?P<module>.+)\.(?P<role>lora_A|lora_B)\.weight$")
-_EMBEDDING: Final = re.compile(r"^(?P<module>.+)\.(?P<role>lora_embedding_A|lora_embedding_B)$")
 _BASE_LAYER: Final = re.compile(r"^(?P<module>.+)\.base_layer\.(?P<parameter>weight|bias)$")
 
 _COPY: Final = re.compile(r"^(?P<module>.+)\.(modules_to_save|original_module)\.(?P<parameter>weight|bias)$")
@@ -25,9 +25,9 @@ _REFUSED: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
     for pattern, kind in (
         (r"\.lora_magnitude_vector(\.|$)", "DoRA"),
         (r"\.lora_B\.bias$", "lora_bias"),
+        (r"^base_model\..*\.lora_(embedding_)?[AB](\.weight)?$", "LoRA"),
         (r"\.token_adapter\.|\.trainable_tokens_delta$", "trainable tokens"),
         (r"\.lora_E$", "AdaLoRA"),
-        (r"\.base_layer\.(base_layer|out_proj)\.", "nested wrappers (MultiheadAttention, target_parameters)"),
         (r"\.hada_[wt]\d", "LoHa"),
         (r"\.lokr_[wt]\d", "LoKr"),
         (r"\.vera_|base_model\.vera_", "VeRA"),
@@ -49,42 +49,59 @@ class Key:
     """A parsed key: which module, which role there, and for whole parameters their name."""
 
     module: str
-    role: Role
+    role: str
     parameter: str = ""
 
 
-def parse(key: str) -> Key:
+def parse(key: str, roles: Collection[str]) -> Key:
     """What a key says.
+
+    Args:
+        key: as it stands in the file.
+        roles: what may follow a module's path in this kind of adapter, such as `lora_A.weight`.
 
     Raises:
         MalformedError: it does not start as PEFT's keys do.
-        UnsupportedError: it belongs to a kind of update that is not handled; named.
+        UnsupportedError: it belongs to another kind of update than the configuration says; named.
     """
+    if not key.startswith(PREFIX):
+        _refuse_named(key)
+        raise MalformedError(
+            f"A key of a PEFT adapter starts with {PREFIX!r}.", fix="Is this another format?", tensor=key
+        )
+    rest = key[len(PREFIX) :]
+    pieces = rest.split(".")
+    for depth in (1, 2):
+        if ".".join(pieces[-depth:]) in roles and len(pieces) > depth:
+            return Key(".".join(pieces[:-depth]), ".".join(pieces[-depth:]))
+    _refuse_named(key)
+    if found := _BASE_LAYER.match(rest):
+        return Key(found["module"], BASE_LAYER, found["parameter"])
+    module, _, parameter = rest.rpartition(".")
+    return Key(module, PARAMETER, parameter)
+
+
+def _refuse_named(key: str) -> None:
     for pattern, kind in _REFUSED:
         if pattern.search(key):
             raise UnsupportedError(
                 f"This adapter uses {kind}, which is not read yet.", fix="Nothing was written.", tensor=key
             )
-    if not key.startswith(PREFIX):
-        raise MalformedError(
-            f"A key of a PEFT adapter starts with {PREFIX!r}.", fix="Is this another format?", tensor=key
-        )
-    rest = key[len(PREFIX) :]
-    if found := _LORA.match(rest):
-        return Key(found["module"], "lora_A" if found["role"] == "lora_A" else "lora_B")
-    if found := _EMBEDDING.match(rest):
-        return Key(found["module"], "lora_embedding_A" if found["role"].endswith("A") else "lora_embedding_B")
-    if found := _BASE_LAYER.match(rest):
-        return Key(found["module"], "base_layer", found["parameter"])
-    module, _, parameter = rest.rpartition(".")
-    return Key(module, "parameter", parameter)
 
 
-def rivals(role: Role) -> tuple[str, ...]:
-    """The roles that say the same of a module as `role` does: it can have one of them."""
-    if role in {"base_layer", "parameter"}:
-        return ("base_layer", "parameter")
-    return f"lora_{role[-1]}", f"lora_embedding_{role[-1]}"
+_RIVALS: Final[Mapping[str, str]] = {
+    "lora_A.weight": "lora_embedding_A",
+    "lora_B.weight": "lora_embedding_B",
+    "lora_embedding_A": "lora_A.weight",
+    "lora_embedding_B": "lora_B.weight",
+    "lora_magnitude_vector": "lora_magnitude_vector.weight",
+    "lora_magnitude_vector.weight": "lora_magnitude_vector",
+}
+
+
+def rivals(role: str) -> tuple[str, ...]:
+    """Other roles that say the same of a module as `role` does: it can have one of them."""
+    return (_RIVALS[role],) if role in _RIVALS else ()
 
 
 def copied(key: str) -> str | None:
@@ -97,11 +114,9 @@ def copied(key: str) -> str | None:
     return f"{found['module']}.{found['parameter']}" if found else None
 
 
-def low_rank_keys(module: str, layer: str) -> tuple[str, str]:
-    """The keys of `lora_A` and `lora_B`; an embedding's have no `.weight`."""
-    if layer == "embedding":
-        return f"{PREFIX}{module}.lora_embedding_A", f"{PREFIX}{module}.lora_embedding_B"
-    return f"{PREFIX}{module}.lora_A.weight", f"{PREFIX}{module}.lora_B.weight"
+def role_key(module: str, role: str) -> str:
+    """The key of one of a module's own tensors."""
+    return f"{PREFIX}{module}.{role}"
 
 
 def parameter_key(module: str, parameter: str, *, wrapped: bool) -> str:

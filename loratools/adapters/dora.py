@@ -1,0 +1,130 @@
+"""DoRA: direction and magnitude (Liu et al. 2024, https://arxiv.org/abs/2402.09353)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from loratools.adapters.actions import AbstractAction, Region
+from loratools.adapters.low_rank import LowRank
+from loratools.adapters.updates import AbstractUpdate, Layer, Offset
+from loratools.errors import InternalError, MismatchError
+from loratools.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.linalg import LowRankSum
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dora(AbstractUpdate):
+    """`W' = m / ‖W + ΔW‖ · (W + ΔW)`, the norm over each row of the (out, in) view.
+
+    The norm is taken over the base as it is, so a change of W is another W'; `w · (W' − W)` is what a weight means.
+
+    Attributes:
+        low_rank: ΔW, and the layer that it addresses.
+        magnitude: m, (out,).
+    """
+
+    low_rank: LowRank
+    magnitude: TensorRef
+
+    def __post_init__(self) -> None:
+        out = self.low_rank.lora_B.shape[0]
+        if self.magnitude.shape != (out,):
+            raise MismatchError(
+                f"The magnitude has shape {self.magnitude.shape}, the update has {out} rows.",
+                tensor=self.magnitude.name,
+            )
+
+    @property
+    def kind(self) -> str:
+        """See `AbstractUpdate.kind`."""
+        return "dora"
+
+    @property
+    def layer(self) -> Layer:
+        """See `AbstractUpdate.layer`."""
+        return self.low_rank.layer
+
+    @property
+    def target(self) -> str:
+        """See `AbstractUpdate.target`."""
+        return self.low_rank.target
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """See `AbstractUpdate.shape`."""
+        return self.low_rank.shape
+
+    @property
+    def rank(self) -> int | None:
+        """See `AbstractUpdate.rank`."""
+        return self.low_rank.rank
+
+    @property
+    def alpha(self) -> float | None:
+        """See `LowRank.alpha`."""
+        return self.low_rank.alpha
+
+    @property
+    def scaling(self) -> float | None:
+        """See `AbstractUpdate.scaling`."""
+        return self.low_rank.scaling
+
+    @property
+    def offsets(self) -> Mapping[str, Offset]:
+        """See `AbstractUpdate.offsets`."""
+        return self.low_rank.offsets
+
+    @property
+    def factors(self) -> tuple[TensorRef, ...]:
+        """See `AbstractUpdate.factors`."""
+        return (*self.low_rank.factors, self.magnitude)
+
+    @property
+    def depends_on_base(self) -> bool:
+        """See `AbstractUpdate.depends_on_base`."""
+        return True
+
+    def action(self) -> AbstractAction:
+        """See `AbstractUpdate.action`."""
+        from loratools.adapters.algebra import finite
+        from loratools.linalg import LowRankSum
+
+        terms = [(finite(term.lora_A), finite(term.lora_B), term.scale) for term in self.low_rank.terms]
+        return _Rescaling(LowRankSum.of(terms), finite(self.magnitude).double())
+
+
+class _Rescaling(AbstractAction):
+    """Rows of W + ΔW brought to their magnitude. Row norms are taken at once from whole rows, else by looking first."""
+
+    looks = True
+
+    def __init__(self, product: LowRankSum, magnitude: torch.Tensor) -> None:
+        self._product, self._magnitude = product, magnitude
+        self._squares: torch.Tensor | None = None
+
+    def look(self, base: torch.Tensor, region: Region) -> None:
+        """See `AbstractAction.look`."""
+        import torch
+
+        moved = base + self._product.piece(region.rows, region.columns).to(base.device)
+        if self._squares is None:
+            self._squares = torch.zeros_like(self._magnitude)
+        self._squares[region.rows] += moved.square().sum(1).to(self._squares.device)
+
+    def change(self, base: torch.Tensor, region: Region) -> torch.Tensor:
+        """See `AbstractAction.change`."""
+        moved = base + self._product.piece(region.rows, region.columns).to(base.device)
+        if region.columns.stop - region.columns.start == self._product.right.shape[1]:
+            squares = moved.square().sum(1)
+        elif self._squares is None:
+            raise InternalError("Norms of rows were asked for before all of them had been seen.")
+        else:
+            squares = self._squares[region.rows].to(base.device)
+        factor = self._magnitude[region.rows].to(base.device) / squares.sqrt()
+        return moved.mul_(factor[:, None]).sub_(base)

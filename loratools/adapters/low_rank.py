@@ -1,0 +1,105 @@
+"""LoRA itself: `ΔW = scaling · B A`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+from loratools.adapters.updates import AbstractUpdate, Layer, Offset, Term
+from loratools.errors import MismatchError
+from loratools.tensors import TensorRef
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(AbstractUpdate):
+    """`ΔW = scaling · B A`, `scaling = alpha / r`, or `alpha / √r` with rsLoRA (https://arxiv.org/abs/2312.03732).
+
+    Attributes:
+        lora_A: (r, in).
+        lora_B: (out, r).
+        alpha: the numerator of the scaling.
+        use_rslora: divide by √r rather than by r.
+        of: `linear` (an HF Conv1D too), `embedding`, where in = vocabulary and out = width, or `conv`.
+        parameter: the name of what is changed in the module.
+        kernel: a convolution's kernel size (k, …), where in = channels · k · …; else empty.
+        bias: (out,), `lora_bias`: `b' = b + scaling · bias`.
+    """
+
+    lora_A: TensorRef
+    lora_B: TensorRef
+    alpha: float
+    use_rslora: bool = False
+    of: Layer = "linear"
+    parameter: str = "weight"
+    kernel: tuple[int, ...] = ()
+    bias: TensorRef | None = None
+
+    def __post_init__(self) -> None:
+        require_product(self.lora_A, self.lora_B)
+        require_alpha(self.alpha, self.lora_A)
+        out = self.lora_B.shape[0]
+        if self.bias is not None and self.bias.shape != (out,):
+            raise MismatchError(f"The bias has shape {self.bias.shape}, lora_B has {out} rows.", tensor=self.bias.name)
+
+    @property
+    def scaling(self) -> float:
+        """`alpha / r`, or `alpha / √r` with rsLoRA; a float64 Python scalar as in PEFT."""
+        return self.alpha / (math.sqrt(self.lora_A.shape[0]) if self.use_rslora else self.lora_A.shape[0])
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """See `AbstractUpdate.terms`."""
+        return (Term(self.lora_A, self.lora_B, self.scaling),)
+
+    @property
+    def kind(self) -> str:
+        """See `AbstractUpdate.kind`."""
+        return "low-rank" if self.of == "linear" else self.of
+
+    @property
+    def layer(self) -> Layer:
+        """See `AbstractUpdate.layer`."""
+        return self.of
+
+    @property
+    def target(self) -> str:
+        """See `AbstractUpdate.target`."""
+        return self.parameter
+
+    @property
+    def offsets(self) -> Mapping[str, Offset]:
+        """See `AbstractUpdate.offsets`."""
+        return {"bias": Offset(self.bias, self.scaling)} if self.bias is not None else {}
+
+    def scaled(self, weight: float) -> AbstractUpdate | None:
+        """The same factors with another alpha."""
+        if self.replaced or self.added_rows or self.patches:
+            return super().scaled(weight)
+        return dataclasses.replace(self, alpha=self.alpha * weight)
+
+
+def require_product(lora_A: TensorRef, lora_B: TensorRef) -> None:
+    """Refuse factors that do not form a product.
+
+    Raises:
+        MismatchError: they are no matrices, do not share their rank, or have rank 0.
+    """
+    if len(lora_A.shape) != 2 or len(lora_B.shape) != 2 or lora_A.shape[0] != lora_B.shape[1]:  # noqa: PLR2004
+        raise MismatchError(
+            f"lora_A of shape {lora_A.shape} and lora_B of shape {lora_B.shape} do not form a product B A.",
+            fix="The two factors must share their rank: (r, in) and (out, r).",
+            tensor=lora_A.name,
+        )
+    if lora_A.shape[0] == 0:
+        raise MismatchError("An update of rank 0 holds nothing.", fix="Leave the module out.", tensor=lora_A.name)
+
+
+def require_alpha(alpha: float, ref: TensorRef) -> None:
+    """Refuse an alpha that is no finite number.
+
+    Raises:
+        MismatchError: it is NaN or infinite.
+    """
+    if not math.isfinite(alpha):
+        raise MismatchError(f"alpha is {alpha}.", fix="It must be a finite number.", tensor=ref.name)

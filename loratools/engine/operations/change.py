@@ -1,0 +1,198 @@
+"""What one stored tensor becomes: `round(W + Σ w · (W'_i − W))`, prepared once and evaluated tile by tile."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from loratools.adapters import AbstractUpdate
+from loratools.adapters.actions import AbstractAction, Region
+from loratools.adapters.algebra import finite
+from loratools.adapters.experts import Stacked
+from loratools.engine.context import Context
+from loratools.engine.operations.tiles import row_bytes, row_ranges
+from loratools.engine.plan import Input, Unit
+from loratools.errors import InternalError
+from loratools.tensors import TensorRef
+
+if TYPE_CHECKING:
+    import torch
+
+    from loratools.linalg import LowRankSum
+
+_ONE_PIECE_RANK: Final = 256
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Change:
+    """What is added to one stored matrix, in the order in which it is done.
+
+    Attributes:
+        wholes: (weight, replacement) pairs: `weight · (W' − W)` is added for each.
+        patches: (weight, index of the row, its replacement) alike.
+        products: Σ scale · B A, prepared, or None.
+        actions: (weight, action) pairs: `weight · (W' − W)`, each of the W that wholes and patches leave.
+        offsets: (factor, vector) pairs.
+        transposed: the matrix is stored (in, out); actions see it the other way round.
+        at_once: an action needs more than a row tile.
+    """
+
+    wholes: tuple[tuple[float, TensorRef], ...] = ()
+    patches: tuple[tuple[float, int, TensorRef], ...] = ()
+    products: LowRankSum | None = None
+    actions: tuple[tuple[float, AbstractAction], ...] = ()
+    offsets: tuple[tuple[float, torch.Tensor], ...] = ()
+    transposed: bool = False
+    at_once: bool = False
+
+    @classmethod
+    def of(cls, unit: Unit, context: Context, dtype: torch.dtype, expert: int | None = None) -> Change:
+        """Read and prepare the factors of everything that the unit's parameters name.
+
+        Args:
+            unit: see `engine.tensor_change.TensorChange`.
+            context: where the updates are.
+            dtype: of the result.
+            expert: the one whose matrix this is, where the tensor stacks those of several.
+        """
+        from loratools.linalg import LowRankSum
+
+        products, actions = [], []
+        for term in unit.parameters.get("terms", ()):
+            update = _update(term, context, expert)
+            if not update.terms:
+                actions.append((float(term["weight"]), update.action()))
+            for product in update.terms:
+                lora_A, lora_B = (context.on_device(finite(ref)) for ref in (product.lora_A, product.lora_B))
+                products.append((lora_A, lora_B, float(term["weight"]) * product.scale))
+        transposed = bool(unit.parameters.get("transposed"))
+        pieces = _pieces(dtype, sum(lora_A.shape[0] for lora_A, _, _ in products))
+        return cls(
+            wholes=tuple(_wholes(unit, context, expert)),
+            patches=tuple(_patches(unit, context)),
+            products=LowRankSum.of(products, transposed=transposed, pieces=pieces) if products else None,
+            actions=tuple(actions),
+            offsets=tuple(_offsets(unit, context)),
+            transposed=transposed,
+            at_once=bool(unit.parameters.get("at_once")),
+        )
+
+    @property
+    def inputs(self) -> list[TensorRef]:
+        """The tensors of adapters that are taken as they are, and were not held against NaN when they were read."""
+        return [*(ref for _, ref in self.wholes), *(ref for _, _, ref in self.patches)]
+
+    @property
+    def looks(self) -> bool:
+        """Whether the actions have to see all of the base before: row tiles do not hold whole rows of theirs."""
+        return self.transposed and not self.at_once and any(action.looks for _, action in self.actions)
+
+    def tiles(self, ref: TensorRef, context: Context) -> Sequence[tuple[int, int]]:
+        """Row ranges of the stored matrix."""
+        if self.at_once:
+            return [(0, ref.shape[0])]
+        return list(row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes))
+
+    def look(self, base: torch.Tensor, rows: tuple[int, int]) -> None:
+        """Show a tile of the base to the actions."""
+        total, region = self._matrix(self._replaced(base, rows)), self._region(base, rows)
+        for _, action in self.actions:
+            action.look(total, region)
+
+    def tile(
+        self, base: torch.Tensor, rows: tuple[int, int], dtype: torch.dtype, buffer: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """One tile of the result, from the same tile of the base; in `buffer` (flat bytes) where it can be."""
+        from loratools.linalg import round_to
+
+        if self.wholes or self.patches or self.actions or self.offsets:
+            total = self._replaced(base, rows)
+            if self.actions:
+                total = self._acted(total, rows)
+            for factor, vector in self.offsets:
+                total = total + factor * vector[slice(*rows)].to(total.device)
+        else:
+            total = base
+        if self.products is None:
+            return round_to(total, dtype)
+        flat, out = total.reshape(total.shape[0], -1), None
+        if buffer is not None and total.device == buffer.device:
+            out = buffer[: total.numel() * dtype.itemsize].view(dtype).view(flat.shape)
+        return self.products.add_to(flat, start=rows[0], out_dtype=dtype, out=out).view(base.shape)
+
+    def _replaced(self, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+        total = base.double()
+        for weight, ref in self.wholes:
+            given = ref.rows(*rows).load().to(base.device).double()
+            total = given if weight == 1 and len(self.wholes) == 1 else total + weight * (given - base.double())
+        mine = [each for each in self.patches if rows[0] <= each[1] < rows[1]]
+        if mine and total is base:
+            total = total.clone()
+        for weight, index, ref in mine:
+            given, before = finite(ref)[0].to(base.device).double(), base[index - rows[0]].double()
+            total[index - rows[0]] += weight * (given - before) if weight != 1 else given - total[index - rows[0]]
+        return total
+
+    def _acted(self, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+        seen, region = self._matrix(base), self._region(base, rows)
+        total = seen.clone()
+        for weight, action in self.actions:
+            change = action.change(seen, region)
+            total += change if weight == 1 else weight * change
+        return (total.T if self.transposed else total).reshape(base.shape)
+
+    def _matrix(self, tile: torch.Tensor) -> torch.Tensor:
+        flat = tile.reshape(tile.shape[0], -1)
+        return flat.T if self.transposed else flat
+
+    def _region(self, tile: torch.Tensor, rows: tuple[int, int]) -> Region:
+        mine, others = slice(*rows), slice(0, tile.numel() // max(tile.shape[0], 1))
+        return Region(others, mine) if self.transposed else Region(mine, others)
+
+
+def matrices(ref: TensorRef, unit: Unit) -> Iterator[tuple[TensorRef, int | None]]:
+    """The matrix that a stored tensor is, or those of its experts one by one; a scalar is a vector of one."""
+    if not unit.parameters.get("experts"):
+        yield (ref if ref.shape else ref.reshaped((1,))), None
+        return
+    for expert in range(ref.shape[0]):
+        yield ref.rows(expert, expert + 1).reshaped(ref.shape[1:]), expert
+
+
+def _update(term: Mapping[str, Any], context: Context, expert: int | None) -> AbstractUpdate:
+    update = context.update(Input(term["source"], term["module"]))
+    if expert is None:
+        expert = term.get("expert")
+    if expert is None:
+        return update
+    if not isinstance(update, Stacked):
+        raise InternalError("An expert's part was asked of an update that has none.", module=term["module"])
+    rows = term.get("rows")
+    return update.part(expert, (int(rows[0]), int(rows[1])) if rows else None)
+
+
+def _wholes(unit: Unit, context: Context, expert: int | None) -> Iterator[tuple[float, TensorRef]]:
+    for whole in unit.parameters.get("wholes", ()):
+        ref = context.update(Input(whole["source"], whole["module"])).replaced[whole["parameter"]]
+        if expert is not None:
+            ref = ref.rows(expert, expert + 1).reshaped(ref.shape[1:])
+        yield float(whole["weight"]), (ref if ref.shape else ref.reshaped((1,)))
+
+
+def _patches(unit: Unit, context: Context) -> Iterator[tuple[float, int, TensorRef]]:
+    for each in unit.parameters.get("patches", ()):
+        patch = context.update(Input(each["source"], each["module"])).patches[each["parameter"]]
+        for row, index in enumerate(patch.indices):
+            yield float(each["weight"]), index, patch.rows.rows(row, row + 1)
+
+
+def _offsets(unit: Unit, context: Context) -> Iterator[tuple[float, torch.Tensor]]:
+    for each in unit.parameters.get("offsets", ()):
+        offset = context.update(Input(each["source"], each["module"])).offsets[each["parameter"]]
+        yield float(each["weight"]) * offset.scale, context.on_device(finite(offset.vector).double())
+
+
+def _pieces(dtype: torch.dtype, rank: int) -> int:
+    """One exact piece per factor is enough for 16 bits up to this rank (see `linalg.LowRankSum`)."""
+    return 1 if dtype.itemsize == 2 and rank <= _ONE_PIECE_RANK else 2  # noqa: PLR2004
