@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, NoReturn, final
 
 from loratools.errors import AccessError, InputMissingError, LoratoolsError, MalformedError, StorageError
+from loratools.storage.json_cost import require_affordable
 from loratools.tensors import AbstractBytes
 
 MAX_JSON_BYTES: Final = 16 << 20
@@ -206,7 +207,8 @@ def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_
 
 
 def decode_json(data: bytes | bytearray, *, file: str) -> object:
-    """`parse_json` without its limits, for callers that have their own."""
+    """`parse_json` without its limits, for callers that have their own; memory is limited here."""
+    require_affordable(data, file=file)
     try:
         value: object = json.loads(
             str(data, "utf-8"),

@@ -128,10 +128,6 @@ class Tampering:
     def _act(self):
         if self.how == "truncated":
             os.truncate(self.path, self.path.stat().st_size - 100)
-        elif self.how == "replaced":
-            other = self.path.with_name(self.path.name + ".new")
-            other.write_bytes(self.path.read_bytes()[:-1] + b"\x01")
-            other.replace(self.path)
         else:
             with self.path.open("r+b") as file:
                 file.seek(0 if self.how == "grown" else -8, os.SEEK_END)

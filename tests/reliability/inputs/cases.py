@@ -67,7 +67,8 @@ class Case:
         never: modules that must not be imported, since the input names them.
         tamper: what happens meanwhile.
         powerless: run without the rights of root.
-        big: too slow or too large for the everyday tests.
+        heavy: large enough that the everyday tests run only its first command.
+        big: too large for the everyday tests.
         bounded: whether time is limited.
         check: what else must hold after each accepted run; gets the case's directory.
     """
@@ -79,6 +80,7 @@ class Case:
     never: tuple[str, ...] = ()
     tamper: Tamper | None = None
     powerless: bool = False
+    heavy: bool = False
     big: bool = False
     bounded: bool = True
     check: Callable[[Path], object] | None = None

@@ -40,6 +40,7 @@ TITLES = {
 ENTRY = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
 FOUR = b"1234"
 DEEP = 100_000
+LARGE = 10_000_000
 ZIP = b"PK\x03\x04" + bytes(26) + b"PK\x05\x06" + bytes(18)
 
 
@@ -139,9 +140,10 @@ MALFORMED = Refused(65, "malformed", r"model.safetensors")
 RUNS = as_checkpoint(MALFORMED) + as_adapter(MALFORMED)
 
 CASES = (
-    *(Case(number, variant, partial(place, name="bad", raw=raw), RUNS) for (number, variant), raw in FILES.items()),
+    *(Case(number, variant, partial(place, name="bad", raw=raw), RUNS, heavy=len(raw) > LARGE)
+      for (number, variant), raw in FILES.items()),
     Case(6, "sparse", too_long, RUNS),
     Case(18, "99 MB of empty lists", partial(wide, filling=b"[],"), RUNS, big=True),
     Case(18, "99 MB of short texts", partial(wide, filling=b'"0",'), RUNS, big=True),
     Case(18, "99 MB beyond ASCII", partial(wide, filling='"😀😀😀😀😀😀😀😀😀😀😀😀😀😀😀😀",'.encode()), RUNS, big=True),
-)
+)  # fmt: skip

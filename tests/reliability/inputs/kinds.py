@@ -7,8 +7,14 @@ from tests.reliability.inputs.world import PREFIX, Q, factors, normal, write_ada
 
 TITLES = {64: "other kinds of adapter"}
 
-WORKS: dict[str, tuple[str, ...]] = {}
-"""Kind → the commands that take it; the others refuse it by name, as all do that are not in here."""
+LABELS = ("inspect", "merge", "merge two", "stack", "rescale", "unmerge")
+YES, NO_BIAS = Accepted(), Refused(65, "mismatch", "a bias, which the base")
+WORKS: dict[str, dict[str, Accepted | Refused]] = {
+    "DoRA": {"inspect": YES, "merge": YES, "merge two": YES},
+    "DoRA on one module": {"inspect": YES, "merge": YES, "merge two": YES},
+    "lora_bias": {"inspect": YES, "merge": NO_BIAS, "merge two": NO_BIAS, "stack": YES, "rescale": YES},
+}
+"""Kind → what the commands say to it that do not refuse the kind by name, as all do that are not in here."""
 
 M = f"{PREFIX}{Q}"
 
@@ -28,6 +34,8 @@ LOHA = roles(hada_w1_a=normal(1, 16, 2), hada_w1_b=normal(2, 2, 16), hada_w2_a=n
 LOKR = roles(lokr_w1=normal(1, 4, 4), lokr_w2_a=normal(2, 4, 2), lokr_w2_b=normal(3, 2, 4))
 VERA = roles(vera_lambda_b=normal(1, 16), vera_lambda_d=normal(2, 2)) | {
     "base_model.vera_A": normal(3, 2, 16), "base_model.vera_B": normal(4, 16, 2)}  # fmt: skip
+MAGNITUDES = {key.replace("lora_B.weight", "lora_magnitude_vector"): abs(normal(1, value.shape[0]))
+              for key, value in factors().items() if ".lora_B" in key}  # fmt: skip
 PROMPT = {"prompt_embeddings": normal(1, 8, 16)}
 TYPES = {
     "LOHA": (LOHA, {"r": 2, "alpha": 4}),
@@ -68,8 +76,8 @@ TYPES = {
 """peft_type → tensors and fields, as PEFT writes them."""
 
 VARIANTS = {
-    "DoRA": (low_rank(lora_magnitude_vector=normal(1, 16)), {"use_dora": True}),
-    "DoRA that only the keys tell": (low_rank(lora_magnitude_vector=normal(1, 16)), {}),
+    "DoRA": (factors() | MAGNITUDES, {"use_dora": True}),
+    "DoRA on one module": (low_rank(lora_magnitude_vector=normal(1, 16)), {}),
     "lora_bias": (low_rank(**{"lora_B.bias": normal(1, 16)}), {"lora_bias": True}),
     "QALoRA": (factors(), {"use_qalora": True}),
     "block-diagonal LoRA": (factors(), {"use_bdlora": {"nblocks": 2}}),
@@ -97,14 +105,15 @@ def kind(directory, tensors, fields):
     write_adapter(directory / "bad-adapter", tensors, **fields)
 
 
-REFUSED = Refused(65, "unsupported", "read yet|valid only|raw state dict|not read")
+REFUSED = Refused(65, "unsupported", "read yet|valid only|raw state dict|depends on the base")
 
 
 def runs(name):
     """What each command says to a kind."""
+    known = WORKS.get(name, {})
     return tuple(
-        Run(run.arguments, Accepted() if run.command in WORKS.get(name, ()) else run.answer)
-        for run in as_adapter(REFUSED)
+        Run(run.arguments, known.get(label, run.answer))
+        for label, run in zip(LABELS, as_adapter(REFUSED), strict=True)
     )
 
 

@@ -145,9 +145,9 @@ CASES = (
     Case(68, "an archive called safetensors", partial(CALLED, write=zipped), BY_HEADER),
     Case(68, "a pickle as a tensor's data", polyglot, BY_HEADER),
     Case(68, "safetensors called .bin", disguised, BY_NAME),
-    Case(69, "10 GB in .bin", partial(BIN, write=partial(bomb, member="archive/data.pkl")), BY_NAME),
-    Case(69, "10 GB in .safetensors", partial(CALLED, write=partial(bomb, member="model")), BY_HEADER),
-    Case(69, "10 GB in .npz", partial(NPZ, write=partial(bomb, member="a.npy")), NPZ_FILES),
+    Case(69, "10 GB in .bin", partial(BIN, write=partial(bomb, member="archive/data.pkl")), BY_NAME, heavy=True),
+    Case(69, "10 GB in .safetensors", partial(CALLED, write=partial(bomb, member="model")), BY_HEADER, heavy=True),
+    Case(69, "10 GB in .npz", partial(NPZ, write=partial(bomb, member="a.npy")), NPZ_FILES, heavy=True),
     Case(69, "an array of 10^18", partial(NPZ, write=arrays), NPZ_FILES),
-    Case(69, "a million members", partial(PT, write=crowd), BY_NAME),
+    Case(69, "a million members", partial(PT, write=crowd), BY_NAME, heavy=True),
 )  # fmt: skip

@@ -15,6 +15,7 @@ from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.dora import Dora
 from loratools.errors import MalformedError, MismatchError, UnsupportedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft import limits
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
 
@@ -48,6 +49,7 @@ class LoraTuner(AbstractTuner):
 
     def refuse(self, config: Mapping[str, Any]) -> None:
         """See `AbstractTuner.refuse`."""
+        limits.require_ranks(config)
         fields.refuse_set(config, _REFUSED_WHEN_SET)
         initialisation = config.get("init_lora_weights")
         if isinstance(initialisation, str) and initialisation.lower().startswith(_REFUSED_INITIALISATIONS):
