@@ -15,6 +15,7 @@ from loratools.engine.changes import source_id
 from loratools.engine.execute import Execution, execute
 from loratools.engine.plan import Input, Plan, Unit
 from loratools.engine.planning import Run
+from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
 from loratools.files.locate import Source, require_directory_name
@@ -174,12 +175,13 @@ def _report(report: type[Report], plan: Plan, request: Request, template: Adapte
     outcomes = execution.of("derive")
     kept = {outcome.target for outcome in outcomes}
     left = {path: "excluded by the patterns" for adapter in request.adapters for path in adapter if path not in kept}
+    inputs = execution.inputs(plan)
     return report(
-        inputs=execution.inputs(plan),
+        inputs=inputs,
         parameters=plan.options,
         files=execution.files,
         base=template.provenance,
-        notes=plan.notes,
+        notes=(*plan.notes, *repeated(inputs)),
         modules=tuple({"name": outcome.target, "kind": outcome.what, **outcome.facts} for outcome in outcomes),
         left_out=MappingProxyType(left),
         totals={

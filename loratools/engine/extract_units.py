@@ -14,6 +14,7 @@ from loratools.engine.cards import is_hub_id
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
 from loratools.errors import UnsupportedError, UsageError
+from loratools.tensors import COMPUTABLE
 
 _MATRIX = 2
 
@@ -156,7 +157,7 @@ class ExtractPlanner:
             peak_bytes=max((self._peak(rules[name]["rule"], pair) for name, pair in pairs.items()), default=0),
         )
 
-    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:
+    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:  # noqa: PLR0911
         whole = "left-out" if self.only_low_rank else "whole"
         if pair.base is None or pair.relation == "reshaped":
             if pair.relation == "new-parameter" and not self.only_low_rank:
@@ -168,6 +169,9 @@ class ExtractPlanner:
                 )
             return "left-out" if self.only_low_rank else "added"
         keep = matches_any(self.save_full, path)
+        packed = pair.base.dtype not in COMPUTABLE and pair.tuned.dtype in COMPUTABLE
+        if packed and parameter == "weight" and len(pair.tuned.shape) > 1 and not keep:
+            return "refused:quantised"
         if pair.relation == "rows":
             if parameter == "weight" and not shared and not keep:
                 return "rows"

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, NoReturn, final
 
 from loratools.errors import AccessError, InputMissingError, LoratoolsError, MalformedError, StorageError
+from loratools.storage.json_cost import require_affordable
 from loratools.tensors import AbstractBytes
 
 MAX_JSON_BYTES: Final = 16 << 20
@@ -25,10 +26,8 @@ Check = Callable[[], None] | None  # called between two blocks of whatever takes
 READ_BYTES: Final = 1 << 20  # stays in the second-level cache between the read and whatever looks at it
 
 _KINDS: Final = (
-    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a character device"),
-    (stat.S_ISBLK, "a block device"),
+    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"), (stat.S_ISBLK, "a block device"),
 )  # fmt: skip
 
 
@@ -220,7 +219,8 @@ def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_
 
 
 def decode_json(data: bytes | bytearray, *, file: str) -> object:
-    """`parse_json` without its limits, for callers that have their own."""
+    """`parse_json` without its limits, for callers that have their own; memory is limited here."""
+    require_affordable(data, file=file)
     try:
         value: object = json.loads(
             str(data, "utf-8"),

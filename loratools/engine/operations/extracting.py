@@ -81,7 +81,7 @@ def _fate(rule: str, base: TensorRef | None, tuned: TensorRef, context: Context)
             fix="Exclude the module (--exclude), or keep it whole (--save-full).",
             tensor=tuned.name,
             shape=tuned.shape,
-            dtype=tuned.dtype,
+            dtype=tuned.dtype if base.dtype == tuned.dtype else f"{tuned.dtype}, in the base {base.dtype}",
         )
     if rule == "left-out":
         return "left out: only low-rank updates were asked for"

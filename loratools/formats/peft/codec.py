@@ -16,7 +16,7 @@ from loratools.adapters import AbstractUpdate, Adapter, Full, Sum
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats._codec import AbstractCodec, Contents, Decoded, Encoded
 from loratools.formats.peft import config as fields
-from loratools.formats.peft import keys
+from loratools.formats.peft import keys, limits
 from loratools.formats.peft.tuners import TUNERS, AbstractTuner, Module, tuner_of
 from loratools.tensors import TensorRef
 
@@ -47,6 +47,7 @@ class PeftCodec(AbstractCodec):
                 fix="Put the configuration beside the weights.",
             )
         tuner = tuner_of(config)
+        limits.refuse_absurd(config)
         tuner.refuse(config)
         notes: list[str] = []
         shared = {key: ref for key, ref in contents.tensors.items() if key in tuner.shared}

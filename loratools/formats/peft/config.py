@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from loratools.errors import MalformedError, UnsupportedError
+from loratools.errors import InputDataError, MalformedError, UnsupportedError
 from loratools.formats.peft import expressions
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -134,9 +134,19 @@ def patterns(values: Mapping[str, float], default: float, targets: Sequence[str]
     for spelling in (lambda path: path, lambda path: f"^{re.escape(path)}"):
         spelled = {spelling(module): value for module, value in sorted(exceptions.items())}
         ordered = dict(sorted(spelled.items()))
-        if all(matched(ordered, module, default, field="") == values[module] for module in targets):
+        if _tells_apart(ordered, values, default, targets):
             return ordered
     raise UnsupportedError("No rank or alpha pattern of PEFT tells these modules apart.", first=targets[0])
+
+
+def _tells_apart(
+    pattern: Mapping[str, float], values: Mapping[str, float], default: float, targets: Sequence[str]
+) -> bool:
+    """Whether every target gets its own value; not where a plain path is no expression, such as `a[b`."""
+    try:
+        return all(matched(pattern, module, default, field="") == values[module] for module in targets)
+    except InputDataError:
+        return False
 
 
 def collateral(targets: Sequence[str], siblings: Collection[str]) -> list[str]:

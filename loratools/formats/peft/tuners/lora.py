@@ -17,7 +17,7 @@ from loratools.adapters.dora import Dora
 from loratools.adapters.grouped import Grouped
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats.peft import config as fields
-from loratools.formats.peft import keys
+from loratools.formats.peft import keys, limits
 from loratools.formats.peft.tuners import lora_forms, lora_settings, multihead, tokens
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
@@ -43,6 +43,7 @@ class LoraTuner(AbstractTuner):
 
     def refuse(self, config: Mapping[str, Any]) -> None:
         """See `AbstractTuner.refuse`."""
+        limits.require_ranks(config)
         lora_settings.refuse(config)
 
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
