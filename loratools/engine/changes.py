@@ -9,7 +9,8 @@ from typing import Any, Final
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint
-from loratools.engine.binding import Bindings, Renaming, Site, Target, bind
+from loratools.engine.binding import Bindings, Renaming, Target, bind
+from loratools.engine.sites import Site
 from loratools.engine.tensor_change import TensorChange
 from loratools.engine.ties import changes_both, mirror, untie
 from loratools.errors import MismatchError, UnsupportedError

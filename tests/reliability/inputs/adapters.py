@@ -158,7 +158,7 @@ CASES = (
       for name, key in (SLOW | {"1 MB": "|".join(["q_proj"] * 150_000)}).items()),
     Case(59, "a layer", foreign, all_of([*ON_THE_BASE, unmerge("base", "bad-adapter")],
                                         Refused(65, "mismatch", r"layers\.7"))),
-    Case(59, "all of them", partial(holding, changes={key: None for key in factors()} | {
+    Case(59, "all of them", partial(holding, changes=dict.fromkeys(factors()) | {
         f"{PREFIX}x.lora_A.weight": normal(1, 2, 4), f"{PREFIX}x.lora_B.weight": normal(2, 4, 2)}),
          all_of([*ON_THE_BASE, unmerge("base", "bad-adapter")], Refused(65, "mismatch", "not in the base"))),
     Case(60, "twice as wide", wider, all_of([*ON_THE_BASE, unmerge("base", "bad-adapter")],
