@@ -18,6 +18,31 @@ _STACKS: Final = (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("do
 _IN_MEMORY: Final = {"block_sparse_moe": "mlp"}
 """What a file calls the block → what the model class does, where they differ (Mixtral)."""
 
+_ROUTERS: Final = (".mlp.gate", ".block_sparse_moe.gate")
+
+
+def is_router(path: str, family: object) -> bool:
+    """Whether a module weighs the experts: no Linear in the model class, so that no LoRA layer can wrap it."""
+    return family in FUSED_FAMILIES and f".{path}".endswith(_ROUTERS)
+
+
+def in_memory_path(path: str) -> str:
+    """What the model class calls a module of a block that files call otherwise."""
+    return ".".join(_IN_MEMORY.get(piece, piece) for piece in path.split("."))
+
+
+def on_disk_paths(path: str) -> list[str]:
+    """What files may call a module of such a block."""
+    pieces = path.split(".")
+    named = [
+        (*pieces[:at], stored, *pieces[at + 1 :])
+        for at, piece in enumerate(pieces)
+        for stored, memory in _IN_MEMORY.items()
+        if piece == memory
+    ]
+    return [".".join(each) for each in named]
+
+
 TRANSPOSED_FAMILIES: Final = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 """`model_type` of classes whose stacked parameters are (experts, in, out) (`is_transposed` in transformers)."""
 
@@ -59,3 +84,13 @@ def stacks_of(names: Collection[str]) -> dict[str, Stack]:
             for block in dict.fromkeys((_IN_MEMORY.get(first["block"], first["block"]), first["block"])):
                 found[f"{first['head']}{block}.experts.{parameter}"] = Stack(count, head, parts)
     return found
+
+
+FUSED_FAMILIES: Final = frozenset(
+    {
+        "mixtral", "minimax", "minimax_m2", "qwen2_moe", "qwen3_moe", "qwen3_next", "afmoe", "deepseek_v2",
+        "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4v_moe", "longcat_flash", "flex_olmo", "olmoe",
+        "exaone_moe", "cohere2_moe",
+    }
+)  # fmt: skip
+"""`model_type` of classes that stack, since transformers 5, what their files keep apart (`conversion_mapping.py`)."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterable, Mapping
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.adapters.experts import Stacked
 from loratools.checkpoints import Checkpoint, Module, owner
-from loratools.checkpoints.experts import stacks_of
+from loratools.checkpoints.experts import on_disk_paths, stacks_of
 from loratools.engine.binding_experts import apart_sites, stacked_site
 from loratools.engine.sites import Site
 from loratools.errors import MismatchError, UnsupportedError
@@ -129,7 +129,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
         elif isinstance(update, Stacked) and name in stacks:
             module = Module(name, "experts", {}, "inferred")
             targets[path] = Target(name, module, apart_sites(path, update, stacks[name], base, adapter))
-        elif name in known:
+        elif (name := next((each for each in (name, *on_disk_paths(name)) if each in known), name)) in known:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
         elif update.changes_weight or update.added_rows or update.patches or not _declared(path, adapter):
             missing.append(path)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from loratools.adapters import Adapter, Selection
+from loratools.adapters.experts import Stacked
 from loratools.adapters.selection import matches_any
 from loratools.checkpoints import Checkpoint, Module
-from loratools.engine import fingerprint, memory
+from loratools.checkpoints.experts import in_memory_path, is_router, on_disk_paths
+from loratools.engine import expert_units, fingerprint, memory
 from loratools.engine.cards import is_hub_id
+from loratools.engine.expert_units import stacked_pairs
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
 from loratools.errors import UnsupportedError, UsageError
@@ -120,11 +123,26 @@ class ExtractPlanner:
 
     def units(self) -> list[Unit]:
         """A unit per module; those that may refuse come first, so that a run that fails fails early."""
-        units = [self._unit(path) for path in self.chosen]
+        kept = [path for path in self.chosen if matches_any(self.save_full, path)]
+        stacked = stacked_pairs(self.pairing, self.chosen, kept)
+        taken = {member for each in stacked for member in each.members}
+        units = [unit for path in self.chosen for unit in self._units(path, taken)]
+        units += [expert_units.unit(each, self._svd(), self.svd.cap, self.svd.preset) for each in stacked]
         return sorted(units, key=lambda unit: not _may_refuse(unit))
 
-    def _unit(self, path: str) -> Unit:
-        pairs = self.pairing.modules[path]
+    def _units(self, path: str, taken: Collection[tuple[str, str]]) -> Iterator[Unit]:
+        """The unit of a module, if anything of it is left."""
+        pairs = {name: pair for name, pair in self.pairing.modules[path].items() if (path, name) not in taken}
+        if pairs:
+            yield self._unit(path, pairs)
+
+    def _svd(self) -> dict[str, Any]:
+        svd = dataclasses.asdict(self.svd)
+        if self.svd.rank is not None:
+            svd["max_rank"] = max(self.svd.max_rank, self.svd.rank)
+        return svd
+
+    def _unit(self, path: str, pairs: Mapping[str, Pair]) -> Unit:
         module = self.pairing.tuned_module(path)
         shared = self.pairing.is_tied_embedding(path)
         inputs: list[Input] = []
@@ -137,16 +155,13 @@ class ExtractPlanner:
                 rules[parameter]["base"] = len(inputs)
                 inputs.append(Input("base", pair.base_name))
         weight = rules.get("weight", {}).get("rule")
-        svd = dataclasses.asdict(self.svd)
-        if self.svd.rank is not None:
-            svd["max_rank"] = max(self.svd.max_rank, self.svd.rank)
         return Unit(
             "extract",
-            path,
+            in_memory_path(path) if self._is_router(path) else path,
             inputs=tuple(inputs),
             parameters={
                 "rules": rules,
-                "svd": svd,
+                "svd": self._svd(),
                 "transposed": module.stored_transposed,
                 "layer": "embedding" if module.kind == "embedding" else "linear",
                 "shared": shared,
@@ -169,6 +184,8 @@ class ExtractPlanner:
                 )
             return "left-out" if self.only_low_rank else "added"
         keep = matches_any(self.save_full, path)
+        if self._is_router(path) and not keep:
+            return whole
         packed = pair.base.dtype not in COMPUTABLE and pair.tuned.dtype in COMPUTABLE
         if packed and parameter == "weight" and len(pair.tuned.shape) > 1 and not keep:
             return "refused:quantised"
@@ -181,6 +198,9 @@ class ExtractPlanner:
         if module.kind in {"conv", "experts", "quantised"} and len(pair.tuned.shape) > 1 and not keep:
             return f"refused:{module.kind}"
         return "whole" if keep else whole
+
+    def _is_router(self, path: str) -> bool:
+        return is_router(path, self.pairing.tuned.config.get("model_type"))
 
     def _write_bytes(self, rule: str, pair: Pair) -> int:
         if rule == "low-rank":
@@ -223,10 +243,17 @@ class ExtractPlanner:
         """Fingerprints of the base's weights of these modules."""
         found = {}
         for path in paths:
-            pair = self.pairing.modules[path].get("weight")
+            pair = self._weight(path)
             if pair is not None and pair.base is not None:
                 found[path] = fingerprint.of(pair.base)
         return found
+
+    def _weight(self, path: str) -> Pair | None:
+        """The pair that stands for a path of the adapter: a module's weight, or the stacked parameter itself."""
+        module, _, parameter = path.rpartition(".")
+        modules = self.pairing.modules
+        stored = next((each for each in (path, *on_disk_paths(path)) if each in modules), path)
+        return modules.get(stored, {}).get("weight") or modules.get(module, {}).get(parameter)
 
     def advice(self, adapter: Adapter | None) -> list[str]:
         """What the user should do next, where something does not go the usual way."""
@@ -246,6 +273,11 @@ class ExtractPlanner:
                 f"Parameters of {whole} module{'s' if whole != 1 else ''} are stored whole. PEFT loads them; servers "
                 "such as vLLM refuse such adapters: --only-low-rank leaves them out."
             )
+        if any(isinstance(update, Stacked) for update in updates.values()):
+            notes.append(
+                "Experts are stored as updates of the stacked parameters that the model class has (target_parameters): "
+                "PEFT 0.19.1 and later loads them with transformers 5."
+            )
         if any(self.pairing.is_tied_embedding(path) for path in updates):
             notes.append(
                 "The tied embedding is stored once and whole: no low-rank form of PEFT merges it right. PEFT sets both "
@@ -255,7 +287,7 @@ class ExtractPlanner:
 
 
 def _may_refuse(unit: Unit) -> bool:
-    return any(rule["rule"].startswith("refused:") for rule in unit.parameters["rules"].values())
+    return any(rule["rule"].startswith("refused:") for rule in unit.parameters.get("rules", {}).values())
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

@@ -239,3 +239,68 @@ def test_experts_are_scaled_and_not_summed(tmp_path):
         require_rounded(halved[f"mlp.experts.{name}"], before.double() + 0.5 * change, before, ulps=0.501)
     with pytest.raises(UnsupportedError, match="experts"):
         lt.stack([case.adapter, case.adapter], tmp_path / "x")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_extracted_from_a_matrix_an_expert(tmp_path, family):
+    """mergekit's failure b: experts become updates of the stacked parameters, which PEFT loads on transformers 5."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.interop.judge import load_cleanly
+
+    with models.quiet():
+        model = mixture(family)
+        model.save_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.add_(0.05 * torch.randn(parameter.shape))
+        model.save_pretrained(tmp_path / "tuned")
+    report = lt.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=64)
+    stacked = [module for module in report.modules if ".experts." in module["name"]]
+    assert len(stacked) == 4
+    assert all(module["captured"] > 1 - 1e-6 for module in stacked)
+    tokens = torch.arange(12).view(1, -1)
+    with models.quiet():
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = load_cleanly(fresh, tmp_path / "adapter", expected=PATTERNS)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(tokens).logits, model.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
+    lt.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    merged, tuned = (load_file(tmp_path / each / "model.safetensors") for each in ("merged", "tuned"))
+    for key, tensor in tuned.items():
+        torch.testing.assert_close(merged[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_extracted_from_stacked_parameters(tmp_path, dtype):
+    """A truncated SVD for every expert: each is within 0.1 % of Eckart and Young's bound, at one rank for all."""
+    case = Case(tmp_path, config(), dtype=dtype, net=Net)
+    change = {name: 0.1 * torch.randn(tensor.shape) for name, tensor in case.before.items() if ".experts." in name}
+    tuned = {name: (tensor.float() + change.get(name, 0)).to(tensor.dtype) for name, tensor in case.before.items()}
+    (tmp_path / "tuned").mkdir()
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    report = lt.extract(case.base, tmp_path / "tuned", tmp_path / "extracted", rank=3)
+    assert {module["name"] for module in report.modules} == set(change)
+    adapter = lt.load_adapter(tmp_path / "extracted")
+    for name, update in adapter.items():
+        delta = tuned[name].double() - case.before[name].double()
+        for expert in range(E):
+            part = update.part(expert)
+            rest = (delta[expert] - part.delta_weight().double()).norm()
+            assert rest <= 1.001 * torch.linalg.svdvals(delta[expert])[3:].norm()
+    load_cleanly_on(case, tmp_path / "extracted")
+
+
+def load_cleanly_on(case, adapter):
+    """PEFT loads it on the base."""
+    from tests.interop.judge import load_cleanly
+
+    return load_cleanly(copy.deepcopy(case.net), adapter)
+
+
+def test_unchanged_experts_are_identical(tmp_path):
+    """Named, and not stored."""
+    case = Case(tmp_path, config(), net=Net)
+    report = lt.extract(case.base, case.base, tmp_path / "none")
+    assert set(case.before) == set(report.identical)
