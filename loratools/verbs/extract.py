@@ -14,6 +14,7 @@ from loratools.engine import planning
 from loratools.engine.cards import is_hub_id
 from loratools.engine.context import Outcome
 from loratools.engine.execute import Execution, execute
+from loratools.engine.extract_advice import advice
 from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
@@ -229,7 +230,7 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
     none = () if execution.adapter else ("Nothing that the adapter may hold has changed: it is empty.",)
-    found = [*none, *_findings(modules), *prepared.planner.advice(execution.adapter)]
+    found = [*none, *_findings(modules), *advice(prepared.planner.pairing, execution.adapter)]
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),
         parameters=prepared.plan.options,
