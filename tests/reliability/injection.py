@@ -23,7 +23,7 @@ WRITING = (
     "copy_file_range", "sync_file_range", "fdatasync", "fsync", "close", "rename", "renameat", "renameat2", "link",
     "linkat", "unlink", "unlinkat", "rmdir",
 )  # fmt: skip
-READING = ("preadv", "pread64", "getdents64")
+READING = ("preadv", "getdents64")
 FAULTS = {
     "KILL": ("signal=KILL", ""),
     "EIO": ("error=EIO", ""),
@@ -78,7 +78,8 @@ class Call:
         if self.name in READING:
             return ("EIO", "EINTR") if self.name in _RESUMES else ("EIO",)
         found = ["KILL", "EIO"]
-        found += ["ENOSPC", "ENOSPC from there on"] if self.name in _GROWS else []
+        found += ["ENOSPC"] if self.name in _GROWS else []
+        found += ["ENOSPC from there on"] if self.name in _GROWS - {"openat"} else []  # which also opens what is there
         return (*found, "EINTR") if self.name in _RESUMES else tuple(found)
 
 
