@@ -80,4 +80,5 @@ def _from_system(error: OSError) -> errors.LoratoolsError:
         return errors.AccessError(reason, fix="Change the permissions, or choose another place.", **where)
     if error.errno in _MISSING:
         return errors.InputMissingError(reason, **where)
-    return errors.StorageError(reason, fix="Make room there." if error.errno in _FULL else "", **where)
+    fix = "Make room there." if error.errno in _FULL else "Check the disk and the mount, then run again."
+    return errors.StorageError(reason, fix=fix, **where)

@@ -211,7 +211,7 @@ class OutputFiles(AbstractPartial):
             with suppress(LoratoolsError, OSError):
                 if os.path.lexists(target) and _identity(target) == identity:
                     if os.path.lexists(source):
-                        syscalls.exchange(source, target)
+                        syscalls.replace(source, target)
                     else:
                         syscalls.remove(target)
 
