@@ -36,10 +36,9 @@ def test_a_sample_of_points(bench):
     """Forty points: a verb's directory, a verb's file, both ways."""
     scenes = [named(name) for name in ("merge directory", "merge file overwritten", "extract directory overwritten")]
     points = [point for scene in scenes for point in bench.points(scene)]
-    reached = 0
-    for number, point in enumerate(sample(points, SAMPLE)):
-        reached += bench.attack(named(point.scene), point, json_wanted=bool(number % 2))[0]
-    assert reached >= SAMPLE - 2  # which thread of a pool takes a task is not ours to say
+    found = [tried(bench, named(each.scene), each, number)[0] for number, each in enumerate(sample(points, SAMPLE))]
+    assert found.count("not reached") <= 2  # which thread of a pool takes a task is not ours to say
+    assert {"old", "new"} <= set(found)
 
 
 def tried(bench, scene, point, number):

@@ -40,16 +40,20 @@ def wait_for_tracer(pipe):
 def number_threads(wanted, pipe):
     """Have thread number `wanted` wait for its tracer; returns a list that every thread will note its number in."""
     start, run, started, seen = threading.Thread.start, threading.Thread.run, [0], []
+    ready = threading.Event()
 
     def numbered_start(thread):
         started[0] += 1
         thread.reliability_number = started[0]
         start(thread)
+        if thread.reliability_number == wanted:
+            ready.wait()  # else another thread of the pool would meanwhile take its task
 
     def numbered_run(thread):
         seen.append((threading.get_native_id(), thread.reliability_number))
         if thread.reliability_number == wanted:
             wait_for_tracer(pipe)
+            ready.set()
         run(thread)
 
     threading.Thread.start, threading.Thread.run = numbered_start, numbered_run
