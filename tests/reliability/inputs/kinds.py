@@ -9,11 +9,14 @@ TITLES = {64: "other kinds of adapter"}
 
 LABELS = ("inspect", "merge", "merge two", "stack", "rescale", "unmerge")
 YES, NO_BIAS = Accepted(), Refused(65, "mismatch", "a bias, which the base")
+NOT_MERGED, MIXED = Refused(65, "mismatch", "not merged"), Refused(65, "unsupported", "cannot hold")
+DORA = {"inspect": YES, "merge": YES, "merge two": YES, "unmerge": NOT_MERGED}
 WORKS: dict[str, dict[str, Accepted | Refused]] = {
-    "DoRA": {"inspect": YES, "merge": YES, "merge two": YES},
-    "DoRA on one module": {"inspect": YES, "merge": YES, "merge two": YES},
-    "lora_bias": {"inspect": YES, "merge": NO_BIAS, "merge two": NO_BIAS, "stack": YES, "rescale": YES},
-}
+    "DoRA": DORA,
+    "DoRA on one module": DORA,
+    "lora_bias": {"inspect": YES, "merge": NO_BIAS, "merge two": NO_BIAS, "stack": MIXED, "rescale": MIXED,
+                  "unmerge": NOT_MERGED},
+}  # fmt: skip
 """Kind → what the commands say to it that do not refuse the kind by name, as all do that are not in here."""
 
 M = f"{PREFIX}{Q}"
