@@ -48,6 +48,15 @@ def require_finite(tensor: torch.Tensor, ref: TensorRef) -> None:
         )
 
 
+def times(ref: TensorRef, weight: float) -> TensorRef:
+    """`weight · tensor`, computed in float64 when it is read."""
+
+    def compute() -> torch.Tensor:
+        return finite(ref).double() * weight
+
+    return computed(ref.name, ref.shape, (ref,), compute)
+
+
 def scaled(path: str, update: AbstractUpdate, weight: float) -> AbstractUpdate:
     """`weight · ΔW`.
 

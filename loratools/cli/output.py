@@ -118,7 +118,7 @@ def safe(text: str) -> str:
         return text
     return "".join(
         character
-        if character in "\n\t" or (category := unicodedata.category(character))[0] != "C" and category not in _LINES
+        if character in "\n\t" or ((category := unicodedata.category(character))[0] != "C" and category not in _LINES)
         else character.encode("unicode_escape", "surrogatepass").decode("ascii")
         for character in text
     )

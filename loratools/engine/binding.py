@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
 from loratools.adapters import AbstractUpdate, Adapter
-from loratools.checkpoints import Checkpoint, Module
+from loratools.checkpoints import Checkpoint, Module, owner
 from loratools.errors import MismatchError, UnsupportedError
 
 _LISTED = 5
@@ -131,13 +131,16 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
     modules = base.modules
     head = base.tied_head
     known = set(modules) | ({head[1].removesuffix(".weight")} if head else set())
-    renaming = reconcile(list(adapter), known)
+    parameters = any(not update.target for update in adapter.values())
+    renaming = reconcile(list(adapter), known | set(base) if parameters else known)
     notes = [f"Module paths of {adapter.name} are read {renaming}: the base names them so."] if renaming else []
     targets: dict[str, Target] = {}
     missing: list[str] = []
     for path, update in adapter.items():
         name = renaming.apply(path)
-        if name in known:
+        if not update.target and name in base:
+            targets[path] = _parameter_target(path, update, name, base)
+        elif name in known:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
         elif update.changes_weight or update.added_rows or update.patches or not _declared(path, adapter):
             missing.append(path)
@@ -181,22 +184,34 @@ def _target(path: str, update: AbstractUpdate, name: str, module: Module, adapte
     return dataclasses.replace(target, sites=(Site(target.tensor(update.target), transposed),))
 
 
+def _parameter_target(path: str, update: AbstractUpdate, name: str, base: Checkpoint) -> Target:
+    """The target of an update whose path is that of a parameter."""
+    stored = base[name].shape
+    if update.shape is None or stored != update.shape:
+        raise MismatchError(
+            f"The update has shape {update.shape}, the base's parameter {stored}.",
+            fix="Is this the base that the adapter was made for?",
+            module=path,
+        )
+    return Target(name, base.modules[owner(name)[0]], (Site(name),))
+
+
 def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adapter, notes: list[str]) -> bool:
     """Whether the stored weight is (in, out): told by shapes, then by the base's facts, then by the flag."""
     shape = update.shape
     weight = update.replaced.get(update.target, module.parameters.get(update.target))
-    if shape is None or weight is None or module.kind in {"experts", "quantised"}:
+    if (shape is None and not update.takes_shape) or weight is None or module.kind in {"experts", "quantised"}:
         raise UnsupportedError(f"A {update.kind} update of {module.kind} weights is not merged yet.", module=path)
     stored = matrix_shape(weight.shape)
     if update.layer == "embedding":
-        straight, turned = False, stored == shape[::-1]
+        straight, turned = False, update.fits(stored[::-1])
     else:
-        straight, turned = stored == shape, stored == shape[::-1] and len(weight.shape) == len(shape)
+        straight, turned = update.fits(stored), update.fits(stored[::-1]) and len(weight.shape) == 2  # noqa: PLR2004
     if straight and turned:
         return _square(path, module, adapter, notes)
     if not straight and not turned:
         raise MismatchError(
-            f"The update has shape {shape}, the base's weight {tuple(weight.shape)}.",
+            f"The {update.kind} update has shape {shape or 'unknown'}, the base's weight {tuple(weight.shape)}.",
             fix="Is this the base that the adapter was made for?",
             module=path,
             adapter=adapter.name,

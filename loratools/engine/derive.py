@@ -181,7 +181,7 @@ def _report(report: type[Report], plan: Plan, request: Request, template: Adapte
         parameters=plan.options,
         files=execution.files,
         base=template.provenance,
-        notes=(*plan.notes, *repeated(inputs), *execution.notes),
+        notes=(*plan.notes, *repeated(inputs)),
         modules=tuple({"name": outcome.target, "kind": outcome.what, **outcome.facts} for outcome in outcomes),
         left_out=MappingProxyType(left),
         totals={

@@ -157,7 +157,7 @@ class ExtractPlanner:
             peak_bytes=max((self._peak(rules[name]["rule"], pair) for name, pair in pairs.items()), default=0),
         )
 
-    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:
+    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:  # noqa: PLR0911
         whole = "left-out" if self.only_low_rank else "whole"
         if pair.base is None or pair.relation == "reshaped":
             if pair.relation == "new-parameter" and not self.only_low_rank:

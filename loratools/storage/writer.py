@@ -15,7 +15,7 @@ from typing import Final, final
 
 from loratools.errors import InternalError, StorageError, UnsupportedError
 from loratools.storage import syscalls
-from loratools.storage.files import ReadOnlyFile, blocks
+from loratools.storage.files import Check, ReadOnlyFile, blocks
 from loratools.storage.handed import Handed
 from loratools.storage.safetensors import MAX_HEADER_BYTES, METADATA_KEY, PREFIX_BYTES, read_header
 from loratools.storage.scratch import ScratchFile, write_bytes_durably
@@ -94,6 +94,7 @@ class SafetensorsWriter:
         metadata: the `__metadata__` strings.
         align_like: see `header_bytes`.
         threads: how many threads `finish` hashes with.
+        check: called between two blocks of whatever takes long; raises to end it.
 
     Raises:
         StorageError: the disk cannot hold the file, which is known before a tensor is computed.
@@ -109,6 +110,7 @@ class SafetensorsWriter:
         *,
         align_like: int | None = None,
         threads: int = 2,
+        check: Check = None,
     ) -> None:
         header, self._offsets = header_bytes(specs, metadata, align_like)
         self.path = Path(path)
@@ -119,6 +121,7 @@ class SafetensorsWriter:
         self._lock = threading.Lock()
         self._dirty = 0
         self._stop = threading.Event()
+        self._check = check
         self._threads = max(threads, 1)
         self.size = len(header) + sum(spec.nbytes for spec in specs)
         self._descriptor = syscalls.create(self.path)
@@ -256,7 +259,7 @@ class SafetensorsWriter:
         handed = [self._claim(name, 0, ref.nbytes) for name, ref in pairs]
         count = sum(ref.nbytes for _, ref in pairs)
         offset = self._offsets[pairs[0][0]]
-        syscalls.copy_at(source, pairs[0][1].offset, self._open_descriptor(), offset, count, self.path)
+        syscalls.copy_at(source, pairs[0][1].offset, self._open_descriptor(), offset, count, self.path, self._check)
         for given, (_, ref) in zip(handed, pairs, strict=True):
             given.copied_from = ref
         self._count(count)
@@ -270,15 +273,20 @@ class SafetensorsWriter:
 
     def _digest(self, file: ReadOnlyFile, start: int, stop: int) -> str:
         digest = hashlib.sha256()
-        for view in blocks(file, start, stop):
-            if self._stop.is_set():
-                raise StorageError("Reading back was stopped.", file=file.label)
+        for view in blocks(file, start, stop, check=self._check_reading):
             digest.update(view)
         return digest.hexdigest()
 
     def _verify(self, name: str, file: ReadOnlyFile) -> None:
         """Hold a tensor's bytes on the disk against the ones handed in."""
-        self._handed.get(name, Handed()).require_same(file, self._offsets[name], self._specs[name], self._stop)
+        handed = self._handed.get(name, Handed())
+        handed.require_same(file, self._offsets[name], self._specs[name], self._check_reading)
+
+    def _check_reading(self) -> None:
+        if self._check is not None:
+            self._check()
+        if self._stop.is_set():
+            raise StorageError("Reading back was stopped.", file=self.path.name)
 
     def _count(self, nbytes: int) -> None:
         """Let the kernel write out what has come together, so that `finish` does not wait for all of it."""

@@ -239,7 +239,7 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
             "hub": prepared.planner.hub_name(prepared.plan.options["base_model"]),
             "fingerprint": prepared.planner.fingerprints(touched),
         },
-        notes=(*prepared.plan.notes, *found, *execution.notes),
+        notes=(*prepared.plan.notes, *found),
         modules=tuple(modules),
         whole=tuple(whole),
         left_out=MappingProxyType(left_out),

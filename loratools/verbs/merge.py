@@ -180,7 +180,7 @@ def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
         parameters=plan.options,
         files=execution.files,
         base={"name": prepared.base.name, "fingerprint": _fingerprints(prepared.base, touched)},
-        notes=(*plan.notes, *repeated(inputs), *execution.notes),
+        notes=(*plan.notes, *repeated(inputs)),
         modules=tuple(modules),
         tensors=counts,
         totals={

@@ -96,7 +96,7 @@ def _is_listed(expression: str) -> bool:
 
 
 def _repeats_inside(expression: str) -> bool:
-    """Whether a group that repeats holds something that repeats or branches: matching can then take exponential time."""
+    """Whether a group that repeats holds something that repeats or branches: matching can take exponential time."""
     groups = [False]  # for every open group: does it repeat or branch inside?
     closed = False
     for piece in _PIECE.findall(expression):
