@@ -9,14 +9,30 @@ TITLES = {64: "other kinds of adapter"}
 
 LABELS = ("inspect", "merge", "merge two", "stack", "rescale", "unmerge")
 YES, NO_BIAS = Accepted(), Refused(65, "mismatch", "a bias, which the base")
+NOT_MERGED, MIXED = Refused(65, "mismatch", "merged"), Refused(65, "unsupported", "cannot hold")
+NO_SUM = Refused(65, "unsupported", "merge into the base one adapter at a time|Merge into the base one")
+READ = {"inspect": YES, "merge": YES, "merge two": YES, "unmerge": NOT_MERGED}
+SCALED = READ | {"stack": NO_SUM, "rescale": YES}
+MERGED = READ | {"stack": NO_SUM, "rescale": NO_SUM}
+SUMMED = READ | {"stack": YES, "rescale": YES}
 WORKS: dict[str, dict[str, Accepted | Refused]] = {
-    "DoRA": {"inspect": YES, "merge": YES, "merge two": YES},
-    "DoRA on one module": {"inspect": YES, "merge": YES, "merge two": YES},
-    "lora_bias": {"inspect": YES, "merge": NO_BIAS, "merge two": NO_BIAS, "stack": YES, "rescale": YES},
-}
+    "LOHA": SCALED,
+    "LOKR": SCALED,
+    "ADALORA": SUMMED,
+    "VERA": SCALED,
+    "MISS": SCALED,
+    "TRAINABLE_TOKENS": MERGED | {"stack": YES},
+    "DoRA": MERGED,
+    "DoRA on one module": MERGED,
+    "lora_bias": {"inspect": YES, "merge": NO_BIAS, "merge two": NO_BIAS, "stack": MIXED, "rescale": MIXED,
+                  "unmerge": NOT_MERGED},
+    "QALoRA": SUMMED,
+    "block-diagonal LoRA": SUMMED,
+    "trainable tokens": MERGED | {"stack": YES},
+}  # fmt: skip
 """Kind → what the commands say to it that do not refuse the kind by name, as all do that are not in here."""
 
-M = f"{PREFIX}{Q}"
+M, EMBEDDING = f"{PREFIX}{Q}", "model.embed_tokens"
 
 
 def low_rank(**more):
@@ -27,6 +43,11 @@ def low_rank(**more):
 def roles(**tensors):
     """Tensors of one module."""
     return {f"{M}.{role.replace('__', '.')}": tensor for role, tensor in tensors.items()}
+
+
+def pooled():
+    """LoRA on inputs that are averaged in groups of sixteen."""
+    return {key: value[:, :1] if ".lora_A" in key else value for key, value in factors().items()}
 
 
 LOHA = roles(hada_w1_a=normal(1, 16, 2), hada_w1_b=normal(2, 2, 16), hada_w2_a=normal(3, 16, 2),
@@ -40,7 +61,8 @@ PROMPT = {"prompt_embeddings": normal(1, 8, 16)}
 TYPES = {
     "LOHA": (LOHA, {"r": 2, "alpha": 4}),
     "LOKR": (LOKR, {"r": 2, "alpha": 4, "decompose_factor": -1, "decompose_both": False}),
-    "ADALORA": (low_rank(lora_E=normal(1, 2, 1)), {"init_r": 2, "target_r": 2}),
+    "ADALORA": (roles(lora_A=normal(1, 2, 16), lora_B=normal(2, 16, 2), lora_E=normal(3, 2, 1)),
+                {"init_r": 2, "target_r": 2, "rank_pattern": None}),
     "VERA": (VERA, {"r": 2, "projection_prng_key": 0, "save_projection": True}),
     "IA3": (roles(ia3_l=normal(1, 16, 1)), {"feedforward_modules": []}),
     "OFT": (roles(oft_R__weight=normal(1, 4, 6)), {"oft_block_size": 4, "r": 0}),
@@ -62,7 +84,8 @@ TYPES = {
     "XLORA": ({"xlora_classifier.layers.0.weight": normal(1, 4, 16)}, {"adapters": {"0": "../evil"}}),
     "POLY": (roles(poly_lora_A=normal(1, 1, 1, 16, 2)), {"r": 2}),
     "LN_TUNING": ({f"{PREFIX}model.norm.weight": normal(1, 16)}, {"target_modules": ["norm"]}),
-    "TRAINABLE_TOKENS": (roles(trainable_tokens_delta=normal(1, 2, 16)), {"token_indices": [0, 1]}),
+    "TRAINABLE_TOKENS": ({f"{PREFIX}{EMBEDDING}.trainable_tokens_delta": normal(1, 2, 16)},
+                         {"token_indices": [0, 1], "target_modules": ["embed_tokens"]}),
     "PROMPT_TUNING": (PROMPT, {"num_virtual_tokens": 8}),
     "MULTITASK_PROMPT_TUNING": (PROMPT, {"num_virtual_tokens": 8}),
     "P_TUNING": (PROMPT, {"num_virtual_tokens": 8}),
@@ -72,18 +95,19 @@ TYPES = {
     "a type of 2031": (factors(), {}),
     "\x1b[2Jlora\u202e": (factors(), {}),
     "LORA ": (factors(), {}),
-}
+}  # fmt: skip
 """peft_type → tensors and fields, as PEFT writes them."""
 
 VARIANTS = {
     "DoRA": (factors() | MAGNITUDES, {"use_dora": True}),
     "DoRA on one module": (low_rank(lora_magnitude_vector=normal(1, 16)), {}),
     "lora_bias": (low_rank(**{"lora_B.bias": normal(1, 16)}), {"lora_bias": True}),
-    "QALoRA": (factors(), {"use_qalora": True}),
+    "QALoRA": (pooled(), {"use_qalora": True, "qalora_group_size": 16}),
     "block-diagonal LoRA": (factors(), {"use_bdlora": {"nblocks": 2}}),
     "layer replication": (factors(), {"layer_replication": [[0, 2], [1, 2]]}),
     "target_parameters": (factors(), {"target_parameters": ["mlp.experts.gate_up_proj"]}),
-    "trainable tokens": (factors(), {"trainable_token_indices": [1]}),
+    "trainable tokens": (factors() | {f"{PREFIX}{EMBEDDING}.token_adapter.trainable_tokens_delta": normal(1, 1, 16)},
+                         {"trainable_token_indices": [1]}),
     "KaSA": (factors(), {"kasa_config": {"beta": 1}}),
     "Arrow": (factors(), {"arrow_config": {"top_k": 1}}),
     "activated LoRA": (factors(), {"alora_invocation_tokens": [1]}),
@@ -96,7 +120,7 @@ VARIANTS = {
     "VeRA called LoRA": (factors() | VERA, {}),
     "prompts called LoRA": (factors() | {f"{PREFIX}prompt_embeddings": normal(1, 8, 16)}, {}),
     "a raw state dict": ({f"{M}.lora_A.default.weight": normal(1, 2, 16)}, {}),
-}
+}  # fmt: skip
 """What a LORA adapter can be besides LoRA → tensors and fields."""
 
 
