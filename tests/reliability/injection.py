@@ -145,7 +145,8 @@ class Warm:
         """Run several at once."""
         streams = [(self._scratch / f"stdout-{number}", self._scratch / f"stderr-{number}")
                    for number in range(len(commands))]  # fmt: skip
-        runs = [{"arguments": command, "place": str(place), "stdout": str(out), "stderr": str(err), "thread": None, **how}
+        shared = {"place": str(place), "thread": None, **how}
+        runs = [{"arguments": command, "stdout": str(out), "stderr": str(err), **shared}
                 for command, (out, err) in zip(commands, streams, strict=True)]  # fmt: skip
         codes = self._ask({"runs": runs})
         return [Ended(code, out.read_text(), err.read_text()) for code, (out, err) in zip(codes, streams, strict=True)]
@@ -183,7 +184,8 @@ class Bench:
     def trace(self, scene, place, log=None):
         """Every call that matters of a run in `place`, as strace tells it."""
         trace, log = self._root / "trace", log or self._root / "log"
-        options = ["-f", "-y", "-s", "0", "-o", str(trace), "-e", "trace=" + ",".join(f"?{n}" for n in WRITING + READING)]
+        names = ",".join(f"?{name}" for name in WRITING + READING)
+        options = ["-f", "-y", "-s", "0", "-o", str(trace), "-e", f"trace={names}"]
         ended = self.warm.run(place, scene.command(self.inputs.home), strace=options, survey=True, log=str(log))
         assert ended.code == 0, ended
         return trace.read_text(errors="replace")
@@ -248,7 +250,7 @@ class Bench:
 
 
 def _is_ours(name, text, place):
-    if name in {"write"}:
+    if name == "write":
         return text.startswith(("1<", "2<"))
     return name not in _OURS or str(place) in text or "partial" in text
 

@@ -1,4 +1,4 @@
-"""What a disk may hold after a power cut: the calls of a run replayed in thought, with everything lost that may be lost.
+"""What a disk may hold after a power cut: a run's calls replayed in thought, with everything lost that may be lost.
 
 A cut comes after any call. What was written into a file and not flushed is lost or half there; a name that was made,
 moved or removed, and whose directory was not flushed, is there as before or as after, each independently of the others.
@@ -105,7 +105,8 @@ class Disk:
     def apply(self, name, rest):
         """Do what a call does; whether it had to do with this directory."""
         if name in NAMES:
-            paths = [text if text.startswith("/") else f"{at or self.root}/{text}" for at, text in _QUOTED.findall(rest)]
+            named = _QUOTED.findall(rest)
+            paths = [text if text.startswith("/") else f"{at or self.root}/{text}" for at, text in named]
             return all(map(self._inside, paths)) and bool(paths) and self._rename(name, rest, paths)
         paths = [path for path in _DESCRIPTOR.findall(rest) if self._inside(path)]
         node = self._node(paths[-1]) if paths else None

@@ -1,4 +1,4 @@
-"""After a power cut at any moment an output holds the old bytes or the new ones: every state that the disk may be in."""
+"""After a power cut at any moment an output holds the old bytes or the new ones, whatever state the disk is in."""
 
 import pytest
 
@@ -16,7 +16,7 @@ def described(node, entries):
 
 
 def judge(scene, disk, entries, last):
-    """What lies under the output's names is whole, and of one run; with weights in one file: never without their report."""
+    """What lies under the output's names is whole, and of one run; weights in one file: never without their report."""
     there = {name: described(node, entries) for name, node in entries(disk.top).items()}
     if scene.output == DIRECTORY:
         old = described(disk.top.first.get(DIRECTORY), lambda directory: directory.first)

@@ -56,8 +56,8 @@ def test_directories_are_shuffled(order, tmp_path):
     """The `sitecustomize` does what the next test relies on."""
     for name in "abcdefgh":
         (tmp_path / name).touch()
-    code = "import os, pathlib; print(*os.listdir(), *(e.name for e in os.scandir()), *map(str, pathlib.Path().iterdir()))"
-    seen = {subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**shuffling(order, seed)), text=True,
+    code = "import os, pathlib; print(*os.listdir(), *(e.name for e in os.scandir()), *pathlib.Path().iterdir())"
+    seen = {subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**shuffling(order, seed)),
                            capture_output=True, check=True).stdout for seed in "xyz"}  # fmt: skip
     assert len(seen) == 3
 

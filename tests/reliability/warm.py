@@ -104,6 +104,10 @@ def child(request, barrier, pipe):
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(_ANY), 0, 0, 0)
         os.read(barrier, 1)
+        if user := request.get("user"):
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
         count, threads = [0], []
         if request.get("strace"):
             threads = number_threads(request["thread"], pipe)
