@@ -158,14 +158,15 @@ CASES = (
       for name, key in (SLOW | {"1 MB": "|".join(["q_proj"] * 150_000)}).items()),
     Case(59, "a layer", foreign, all_of([*ON_THE_BASE, unmerge("base", "bad-adapter")],
                                         Refused(65, "mismatch", r"layers\.7"))),
-    Case(59, "all of them", partial(holding, changes={key: None for key in factors()} | {
+    Case(59, "all of them", partial(holding, changes=dict.fromkeys(factors()) | {
         f"{PREFIX}x.lora_A.weight": normal(1, 2, 4), f"{PREFIX}x.lora_B.weight": normal(2, 4, 2)}),
          all_of([*ON_THE_BASE, unmerge("base", "bad-adapter")], Refused(65, "mismatch", "not in the base"))),
     Case(60, "twice as wide", wider, all_of([*ON_THE_BASE, unmerge("base", "bad-adapter")],
                                             Refused(65, "mismatch", "shape"))),
     Case(60, "a norm of 8", partial(holding, changes={f"{PREFIX}model.norm.weight": normal(1, 8)}),
          all_of(ON_THE_BASE, Refused(65, "mismatch", r"\(8,\)"))),
-    *(Case(61, field, partial(million, field=field), IN_CONFIG, heavy=True) for field in ("alpha_pattern", "rank_pattern")),
+    *(Case(61, field, partial(million, field=field), IN_CONFIG, heavy=True)
+      for field in ("alpha_pattern", "rank_pattern")),
     *(Case(62, name, partial(saying, **fields), IN_CONFIG, never=("antigravity", "lib2to3"))
       for name, fields in IMPORTS.items()),
     Case(63, "1 GB, sparse", gigabyte, IN_CONFIG),
