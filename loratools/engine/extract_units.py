@@ -104,10 +104,11 @@ class ExtractPlanner:
         paths = list(pairing.modules)
         chosen = tuple(selection.selected(paths))
         Selection(save_full).selected(paths)
+        compared = set(chosen)
         left = {
             pair.tuned_name: "excluded by the patterns, not compared"
             for path in paths
-            if path not in set(chosen)
+            if path not in compared
             for pair in pairing.modules[path].values()
         }
         left |= dict.fromkeys(pairing.only_in_base, "only the base has it")

@@ -31,7 +31,8 @@ def run(request):
         start = time.perf_counter()
         child = subprocess.Popen(
             request["command"], cwd=request["cwd"], env=request["env"], stdin=subprocess.DEVNULL, stdout=out,
-            stderr=err, start_new_session=True, preexec_fn=powerless if request["powerless"] else None,
+            stderr=err, start_new_session=True,
+            preexec_fn=powerless if request["powerless"] else None,  # noqa: PLW1509  (no other thread is running)
         )  # fmt: skip
 
         def stop():

@@ -49,6 +49,7 @@ class Watch:
         self.hidden = tuple(os.path.realpath(path) for path in hidden)
         self.never = frozenset(never)
         self.seen: list[str] = []
+        self.tell = self.seen.append
         self._busy = threading.local()
 
     def __call__(self, event, args):
@@ -59,7 +60,7 @@ class Watch:
         try:
             problem = self._problem(event, args)
             if problem:
-                self.seen.append(problem)
+                self.tell(problem)
         finally:
             self._busy.now = False
 
@@ -91,7 +92,7 @@ class Watch:
         """Where a changed path lies; relative to an open directory where there is one among the arguments."""
         path = os.fsdecode(path)
         directory = args[-1]
-        if isinstance(directory, int) and directory >= 0 and not os.path.isabs(path):
+        if isinstance(directory, int) and directory >= 0 and not path.startswith("/"):
             path = os.path.join(os.readlink(f"/proc/self/fd/{directory}"), path)  # noqa: PTH115, PTH118
         head, tail = os.path.split(path)
         return os.path.join(os.path.realpath(head), tail)  # noqa: PTH118
@@ -146,7 +147,7 @@ def main():
         os.preadv = Tampering(*allowed["tamper"]).preadv
     log = os.open(allowed["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     watch = Watch(allowed["made"], allowed["readable"], allowed["hidden"], allowed["never"])
-    watch.seen = type("Log", (), {"append": lambda _, line: os.write(log, line.encode("ascii", "backslashreplace") + b"\n")})()
+    watch.tell = lambda line: os.write(log, line.encode("ascii", "backslashreplace") + b"\n")
     if not allowed["tamper"]:
         sys.addaudithook(watch)
     from loratools.__main__ import main as command

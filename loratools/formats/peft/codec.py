@@ -139,7 +139,8 @@ def _without_copies(tensors: Mapping[str, TensorRef], notes: list[str]) -> dict[
     copies = [key for key in tensors if keys.copied(key) in tensors]
     if copies:
         notes.append(f"Left out, since PEFT writes these copies and does not load them: {', '.join(copies)}.")
-    return {key: ref for key, ref in tensors.items() if key not in set(copies)}
+    left_out = set(copies)
+    return {key: ref for key, ref in tensors.items() if key not in left_out}
 
 
 def _grouped(tensors: Mapping[str, TensorRef], tuner: AbstractTuner) -> tuple[dict[str, _Found], dict[str, int]]:

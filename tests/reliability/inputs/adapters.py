@@ -165,7 +165,8 @@ CASES = (
                                             Refused(65, "mismatch", "shape"))),
     Case(60, "a norm of 8", partial(holding, changes={f"{PREFIX}model.norm.weight": normal(1, 8)}),
          all_of(ON_THE_BASE, Refused(65, "mismatch", r"\(8,\)"))),
-    *(Case(61, field, partial(million, field=field), IN_CONFIG, heavy=True) for field in ("alpha_pattern", "rank_pattern")),
+    *(Case(61, field, partial(million, field=field), IN_CONFIG, heavy=True)
+      for field in ("alpha_pattern", "rank_pattern")),
     *(Case(62, name, partial(saying, **fields), IN_CONFIG, never=("antigravity", "lib2to3"))
       for name, fields in IMPORTS.items()),
     Case(63, "1 GB, sparse", gigabyte, IN_CONFIG),

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+MEGABYTES = 400
 OUTPUT = "made/out"
 """Where every command writes, in a directory that is empty before and, after a refusal, again."""
 
@@ -35,10 +36,11 @@ class Accepted:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One command line, relative to the case's directory, and its answer."""
+    """One command line, relative to the case's directory, its answer, and how much memory it may take."""
 
     arguments: tuple[str, ...]
     answer: Refused | Accepted
+    megabytes: int = MEGABYTES
 
     @property
     def command(self) -> str:

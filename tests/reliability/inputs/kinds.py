@@ -135,10 +135,8 @@ REFUSED = Refused(65, "unsupported", "read yet|valid only|raw state dict|depends
 def runs(name):
     """What each command says to a kind."""
     known = WORKS.get(name, {})
-    return tuple(
-        Run(run.arguments, known.get(label, run.answer))
-        for label, run in zip(LABELS, as_adapter(REFUSED), strict=True)
-    )
+    labelled = zip(LABELS, as_adapter(REFUSED), strict=True)
+    return tuple(Run(run.arguments, known.get(label, run.answer)) for label, run in labelled)
 
 
 CASES = (
