@@ -1,6 +1,6 @@
-"""`rank_pattern` and `alpha_pattern`: which key is a module's.
+r"""`rank_pattern` and `alpha_pattern`: which key is a module's.
 
-PEFT takes the first key in stored order for which `re.match(rf"(.*\\.)?({key})$", module)` holds, and otherwise the
+PEFT takes the first key in stored order for which `re.match(rf"(.*\.)?({key})$", module)` holds, and otherwise the
 module's own name (`peft.utils.other.get_pattern_key`). Nearly all keys are plain names, of which a configuration can
 have a hundred thousand: those are looked up. The others are matched one by one, in bounded time.
 """
