@@ -1,5 +1,6 @@
 """Expressions of strangers: read as `re` reads them, and given up in time."""
 
+import contextlib
 import random
 import re
 import resource
@@ -12,9 +13,9 @@ import pytest
 
 from loratools.patterns import Allowance, CostlyExpressionError, InvalidExpressionError
 
-ATOMS = ("a", "b", "q", "0", ".", "_", r"\.", r"\d", r"\w", r"\W", r"\s", r"\D", "[ab]", "[^a.]", "[a-q]", "[]a]", "[^]a]",
-         r"[\w.]", "[a-]", "layers", "q_proj", "é", r"\_", "^", "$", r"\A", r"\Z", r"\b", "(?=a)", "(?!b)", "(?<=a)",
-         "(?<!_)", "(?!.*b)", "\n", "]", "}")  # fmt: skip
+ATOMS = ("a", "b", "q", "0", ".", "_", r"\.", r"\d", r"\w", r"\W", r"\s", r"\D", "[ab]", "[^a.]", "[a-q]", "[]a]",
+         "[^]a]", r"[\w.]", "[a-]", "layers", "q_proj", "é", r"\_", "^", "$", r"\A", r"\Z", r"\b", "(?=a)", "(?!b)",
+         "(?<=a)", "(?<!_)", "(?!.*b)", "\n", "]", "}")  # fmt: skip
 QUANTIFIERS = ("", "", "", "", "*", "+", "?", "{2}", "{1,2}", "{,2}", "{1,}", "*?", "+?", "??", "{,}")
 OPENINGS = ("(", "(?:", "(?=", "(?!", "(?P<x>", "(?s:", "(?m:", "(?x:")
 LETTERS = ("a", "b", "q", "0", "1", ".", "_", "-", "A", "é", "\n", "layers", "q_proj")
@@ -71,7 +72,9 @@ def test_it_matches_as_re_does_on_many_more():
     assert [row for row in compared(60_000, 1) if row[2] != row[3]] == []
 
 
-@pytest.mark.parametrize("text", [r"\p{L}", "(?R)", r"\X", "(?|a|b)", r"\K", "(*PRUNE)a", "(?e)a", r"\m", "(?1)", "(?&x)"])
+@pytest.mark.parametrize(
+    "text", [r"\p{L}", "(?R)", r"\X", "(?|a|b)", r"\K", "(*PRUNE)a", "(?e)a", r"\m", "(?1)", "(?&x)"]
+)
 def test_what_only_the_other_engine_knows_is_no_expression(text):
     assert understood(text) is None
     with pytest.raises(InvalidExpressionError):
@@ -81,7 +84,7 @@ def test_what_only_the_other_engine_knows_is_no_expression(text):
 @pytest.mark.parametrize("text", ["a{e}", "(?:ab){e<=1}", "a{1e}", "a{}", "[[:alpha:]]", "[x[:^digit:]]"])
 def test_what_the_two_engines_read_differently_is_refused(text):
     assert understood(text)
-    with pytest.raises(InvalidExpressionError, match="brace|class"):
+    with pytest.raises(InvalidExpressionError, match=r"brace|class"):
         Allowance().matches(text, "a")
 
 
@@ -115,10 +118,8 @@ def test_what_could_take_hours_ends_in_time(text):
     for method in (Allowance().matches, Allowance().finds):
         for wrapped in (text, rf"(.*\.)?({text})$"):
             start = time.thread_time()
-            try:
+            with contextlib.suppress(CostlyExpressionError, InvalidExpressionError):
                 method(wrapped, CATASTROPHES[text])
-            except (CostlyExpressionError, InvalidExpressionError):
-                pass
             assert time.thread_time() - start < 1.5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
 
