@@ -218,8 +218,8 @@ def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_
     return value
 
 
-def decode_json(data: bytes | bytearray, *, file: str) -> object:
-    """`parse_json` without its limits, for callers that have their own; memory is limited here."""
+def decode_json(data: bytes | bytearray, *, file: str, integer: Callable[[str], int | float] = int) -> object:
+    """`parse_json` without its limits but that of memory; `integer` reads numbers without fraction and exponent."""
     require_affordable(data, file=file)
     try:
         value: object = json.loads(
@@ -227,6 +227,7 @@ def decode_json(data: bytes | bytearray, *, file: str) -> object:
             object_pairs_hook=_without_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,
+            parse_int=None if integer is int else integer,
         )
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # an unpaired surrogate has no UTF-8
