@@ -21,7 +21,7 @@ from loratools.storage.json_cost import require_affordable
 from loratools.tensors import AbstractBytes
 
 MAX_JSON_BYTES: Final = 16 << 20
-MAX_JSON_DEPTH: Final = 128  # what the safetensors library's own parser accepts
+MAX_JSON_DEPTH: Final = 128
 Check = Callable[[], None] | None  # called between two blocks of whatever takes long; raises to end it
 READ_BYTES: Final = 1 << 20  # stays in the second-level cache between the read and whatever looks at it
 
@@ -210,7 +210,7 @@ def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_
 
     Raises:
         MalformedError: not UTF-8, not JSON, a duplicate key, a number that is not finite or too
-            long, an unpaired surrogate, nested deeper than 128, or larger than `max_bytes` bytes.
+            long, an unpaired surrogate, nested deeper than 128, or larger than `max_bytes`.
     """
     _limit_size(len(data), max_bytes, file)
     value = decode_json(data, file=file)
@@ -286,8 +286,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value := float(text)):
         raise ValueError(text)
     return value
 
