@@ -13,7 +13,7 @@ from typing import IO, Any, Protocol, TypeVar
 
 import click
 
-from loratools.cli import errors
+from loratools.cli import errors, signals
 
 
 class Document(Protocol):
@@ -72,7 +72,7 @@ class Output:
             _complain("".join(traceback.format_exception(error)).rstrip())
         if isinstance(error, KeyboardInterrupt):
             self._failure({"code": "interrupted", "message": "Interrupted."}, "Interrupted.")
-            return errors.TERMINATED if isinstance(error, errors.Terminated) else errors.INTERRUPTED
+            return signals.exit_code(error)
         found = errors.understood(error)
         self._failure(found.to_json(), str(found))
         return errors.exit_code(found)

@@ -211,9 +211,17 @@ class OutputFiles(AbstractPartial):
             with suppress(LoratoolsError, OSError):
                 if os.path.lexists(target) and _identity(target) == identity:
                     if os.path.lexists(source):
-                        syscalls.exchange(source, target)
+                        self._put_back(source, target)
                     else:
                         syscalls.remove(target)
+
+    @staticmethod
+    def _put_back(source: Path, target: Path) -> None:
+        """Two calls can do it; that one of them fails is why it is done."""
+        try:
+            syscalls.exchange(source, target)
+        except LoratoolsError:
+            syscalls.replace(source, target)
 
 
 def _left_without_weights(target: Path) -> list[Path]:

@@ -34,7 +34,6 @@ def test_plain_lora_is_accepted():
 
 @pytest.mark.parametrize(("field", "value", "name"), [
     ("layer_replication", [[0, 4], [2, 5]], "layer replication"),
-    ("target_parameters", ["mlp.experts.gate_up_proj"], "target_parameters"),
     ("kasa_config", {}, ""),
     ("arrow_config", {"top_k": 1}, "Arrow"),
     ("alora_invocation_tokens", [1], "activated"),

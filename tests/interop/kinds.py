@@ -106,7 +106,7 @@ def randomise(model, size):
     generator = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad and "ranknum" not in name:  # AdaLoRA's counter of ranks is no weight
                 noise = torch.randn(parameter.shape, generator=generator)
                 if "magnitude" in name:
                     parameter.copy_(parameter * (1 + 0.3 * noise.to(parameter.dtype)))

@@ -1,5 +1,6 @@
 """What the sweeps counted, kept as JSON beside them: one file per sweep, the same bytes for the same counts."""
 
+import datetime as dt
 import json
 from pathlib import Path
 
@@ -12,10 +13,11 @@ def text(payload):
 
 
 def record(name, payload):
-    """Write `payload` to `counts/<name>.json`, in place of what an earlier sweep wrote; returns the path."""
+    """Write `payload` and today's date to `counts/<name>.json`, in place of an earlier sweep's; returns the path."""
     FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.json"
-    path.write_text(text(payload), encoding="utf-8")
+    today = dt.datetime.now(dt.timezone.utc).date().isoformat()
+    path.write_text(text({"date": today, **payload}), encoding="utf-8")
     return path
 
 

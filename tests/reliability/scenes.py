@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from loratools.verbs.merge import merge
-from tests.tiny import CONFIG, Q, factors, llama, lora_tensors, normal, state, write_adapter, write_checkpoint
+from tests.tiny import Q, factors, llama, lora_tensors, normal, state, write_adapter, write_checkpoint
 
 PARTIAL = re.compile(r"\..+\.[0-9a-f]{16}\.partial")
 DIRECTORY, FILE = "out", "out.safetensors"

@@ -1,4 +1,4 @@
-"""Inputs that are cut short, grow, or are rewritten while a command reads them: an error that says so, nothing written."""
+"""Inputs that are cut short, grow, or are rewritten while they are read: an error that says so, nothing written."""
 
 import os
 import subprocess
@@ -73,14 +73,14 @@ def test_a_base_that_changes(home, arguments, change):
 
 
 def test_a_base_that_is_replaced_by_another_file(home):
-    """A new file under the old name does not mix into a run: the output is that of the file that was opened, hash too."""
+    """A new file under the old name does not mix into a run: output and hash are those of the file that was opened."""
     from tests.tiny import report_of, sha256, tensors_of
 
     expected = sha256(home / "base" / "model.safetensors")
     code, said = changed_while_read(home, replaced, "merge", "base", "a")
     assert (code, said) == (0, "")
     [file] = [entry["sha256"] for entry in report_of(home / "out")["inputs"] if entry["role"] == "base"]
-    assert file == {"model.safetensors": expected}
+    assert file["model.safetensors"] == expected
     last = f"model.layers.{LAYERS - 1}.self_attn.q_proj.weight"
     assert not tensors_of(home / "out")[last].any()
     assert state(home / "a")

@@ -5,7 +5,6 @@ counted to `counts/crashes.json`.
 """
 
 import collections
-import datetime
 import random
 
 import pytest
@@ -36,10 +35,9 @@ def test_a_sample_of_points(bench):
     """Forty points: a verb's directory, a verb's file, both ways."""
     scenes = [named(name) for name in ("merge directory", "merge file overwritten", "extract directory overwritten")]
     points = [point for scene in scenes for point in bench.points(scene)]
-    reached = 0
-    for number, point in enumerate(sample(points, SAMPLE)):
-        reached += bench.attack(named(point.scene), point, json_wanted=bool(number % 2))[0]
-    assert reached >= SAMPLE - 2  # which thread of a pool takes a task is not ours to say
+    found = [tried(bench, named(each.scene), each, number)[0] for number, each in enumerate(sample(points, SAMPLE))]
+    assert found.count("not reached") <= 2  # which thread of a pool takes a task is not ours to say
+    assert {"old", "new"} <= set(found)
 
 
 def tried(bench, scene, point, number):
@@ -74,9 +72,5 @@ def test_every_point(bench):
     for (name, call, fault), row in sorted(rows.items()):
         table[name][call][fault] = dict(row)
     total = sum(rows.values(), collections.Counter())
-    counts.record(
-        "crashes",
-        {"date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(), "strace": strace_version(),
-         "total": total, "points": table},
-    )  # fmt: skip
+    counts.record("crashes", {"strace": strace_version(), "total": total, "points": table})
     assert not failures, "\n".join([f"{len(failures)} of {number}", *failures[:40]])

@@ -10,7 +10,7 @@ from tests.reliability.injection import environment
 from tests.reliability.scenes import DIRECTORY, SCENES
 from tests.tiny import factors, llama, lora_tensors, normal, state, write_adapter, write_checkpoint
 
-SHUFFLED = '''
+SHUFFLED = """
 import os, random
 order = random.Random(os.environ["SHUFFLED"])
 def shuffled(real):
@@ -28,7 +28,7 @@ class Entries(list):
     def __exit__(self, *exception): pass
     def close(self): pass
 os.listdir, os.scandir = shuffled(os.listdir), shuffled(os.scandir)
-'''
+"""
 """A `sitecustomize` that hands out the entries of every directory in an order of its own."""
 WAYS = tuple(itertools.product((1, 2, 8), ("0", "1", "random")))
 VERBS = {scene.verb: scene for scene in SCENES if scene.output == DIRECTORY and not scene.overwrite}
@@ -56,8 +56,8 @@ def test_directories_are_shuffled(order, tmp_path):
     """The `sitecustomize` does what the next test relies on."""
     for name in "abcdefgh":
         (tmp_path / name).touch()
-    code = "import os, pathlib; print(*os.listdir(), *(e.name for e in os.scandir()), *map(str, pathlib.Path().iterdir()))"
-    seen = {subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**shuffling(order, seed)), text=True,
+    code = "import os, pathlib; print(*os.listdir(), *(e.name for e in os.scandir()), *pathlib.Path().iterdir())"
+    seen = {subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(**shuffling(order, seed)),
                            capture_output=True, check=True).stdout for seed in "xyz"}  # fmt: skip
     assert len(seen) == 3
 

@@ -40,16 +40,20 @@ def wait_for_tracer(pipe):
 def number_threads(wanted, pipe):
     """Have thread number `wanted` wait for its tracer; returns a list that every thread will note its number in."""
     start, run, started, seen = threading.Thread.start, threading.Thread.run, [0], []
+    ready = threading.Event()
 
     def numbered_start(thread):
         started[0] += 1
         thread.reliability_number = started[0]
         start(thread)
+        if thread.reliability_number == wanted:
+            ready.wait()  # else another thread of the pool would meanwhile take its task
 
     def numbered_run(thread):
         seen.append((threading.get_native_id(), thread.reliability_number))
         if thread.reliability_number == wanted:
             wait_for_tracer(pipe)
+            ready.set()
         run(thread)
 
     threading.Thread.start, threading.Thread.run = numbered_start, numbered_run
@@ -100,6 +104,10 @@ def child(request, barrier, pipe):
             os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), descriptor)
         ctypes.CDLL(None).prctl(_PR_SET_PTRACER, ctypes.c_ulong(_ANY), 0, 0, 0)
         os.read(barrier, 1)
+        if user := request.get("user"):
+            os.setgroups([])
+            os.setresgid(user, user, user)
+            os.setresuid(user, user, user)
         count, threads = [0], []
         if request.get("strace"):
             threads = number_threads(request["thread"], pipe)

@@ -175,7 +175,7 @@ def _update(
         wrapped = any(path.endswith(name) for name in fields.saved_modules(config))
         return Full(shared=not wrapped, **rest)
     roles = MappingProxyType({**shared, **found.roles})
-    return tuner.update(Module(path, tuner.pattern_name(raw), roles, config, rest, notes))
+    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes))
 
 
 def _added_rows(side: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, dict[str, TensorRef]]:

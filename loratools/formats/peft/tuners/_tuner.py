@@ -81,9 +81,10 @@ class AbstractTuner(abc.ABC):
         del config
         return {path: path for path in modules}
 
-    def pattern_name(self, path: str) -> str:
-        """The path that PEFT looks up patterns under, for a path in the keys."""
-        return path
+    def pattern_name(self, key_path: str, path: str) -> str:
+        """The path that PEFT looks up patterns under, for a path in the keys and what it stands for."""
+        del path
+        return key_path
 
     @abc.abstractmethod
     def update(self, module: Module) -> AbstractUpdate:

@@ -14,11 +14,12 @@ from typing import Any, Final
 from loratools.adapters import AbstractUpdate, Full, LowRank
 from loratools.adapters.block_diagonal import BlockDiagonal
 from loratools.adapters.dora import Dora
+from loratools.adapters.experts import Stacked
 from loratools.adapters.grouped import Grouped
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft import keys, limits
-from loratools.formats.peft.tuners import lora_forms, lora_settings, multihead, tokens
+from loratools.formats.peft.tuners import lora_forms, lora_parameters, lora_settings, multihead, tokens
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
 
@@ -48,18 +49,17 @@ class LoraTuner(AbstractTuner):
 
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
         """See `AbstractTuner.paths`."""
-        del config
-        found = {path: multihead.path_of(path, modules) for path in modules}
+        parameters = lora_parameters.paths_of(modules, config)
+        found = {path: parameters.get(path) or multihead.path_of(path, modules) for path in modules}
         nested = next((path for path in found.values() if ".base_layer." in f"{path}."), None)
         if nested is not None:
-            raise UnsupportedError(
-                "This adapter uses nested wrappers (target_parameters), which is not read yet.", module=nested
-            )
+            fix = "Its target_parameters should name what the inner ones are for."
+            raise UnsupportedError("This adapter uses nested wrappers that are not known.", fix=fix, module=nested)
         return found
 
-    def pattern_name(self, path: str) -> str:
+    def pattern_name(self, key_path: str, path: str) -> str:
         """See `AbstractTuner.pattern_name`."""
-        return multihead.pattern_name(path)
+        return path if lora_parameters.is_parameter(key_path, path) else multihead.pattern_name(key_path)
 
     def update(self, module: Module) -> AbstractUpdate:
         """See `AbstractTuner.update`."""
@@ -71,6 +71,8 @@ class LoraTuner(AbstractTuner):
             )
         if multihead.is_doubled(module.path, module.name):
             module.notes.append(multihead.DOUBLED)
+        if lora_parameters.names(module.path, module.config):
+            return dataclasses.replace(lora_parameters.update(module), **module.rest)
         update = _form(module)
         lora_settings.compare_rank(lora_forms.rank_of(update), module)
         magnitude = next((module.roles[role] for role in _MAGNITUDES if role in module.roles), None)
@@ -85,13 +87,13 @@ class LoraTuner(AbstractTuner):
 
     def holds(self, update: AbstractUpdate) -> bool:
         """See `AbstractTuner.holds`."""
-        return isinstance(update, (LowRank, Dora, Grouped, BlockDiagonal)) or tokens.are_all_of(update)
+        return isinstance(update, (LowRank, Dora, Grouped, BlockDiagonal, Stacked)) or tokens.are_all_of(update)
 
     def tensors(self, update: AbstractUpdate) -> Mapping[str, TensorRef]:
         """See `AbstractTuner.tensors`."""
         if tokens.are_all_of(update):
             return {tokens.LORA_ROLE: update.patches["weight"].rows}
-        if isinstance(update, (Grouped, BlockDiagonal)):
+        if isinstance(update, (Grouped, BlockDiagonal, Stacked)):
             return {lora_forms.A: update.lora_A, lora_forms.B: update.lora_B}
         if not isinstance(update, Dora):
             assert isinstance(update, LowRank)
@@ -105,7 +107,9 @@ class LoraTuner(AbstractTuner):
     def keyed(self, updates: Mapping[str, AbstractUpdate]) -> dict[str, dict[str, TensorRef]]:
         """See `AbstractTuner.keyed`."""
         return {
-            path: {keys.role_key(multihead.wrapped_path(path, updates), role): ref for role, ref in tensors.items()}
+            path: {
+                keys.role_key(lora_parameters.wrapped_path(path, updates), role): ref for role, ref in tensors.items()
+            }
             for path, tensors in (
                 (path, self.tensors(multihead.levelled(path, update, updates))) for path, update in updates.items()
             )
@@ -116,7 +120,7 @@ class LoraTuner(AbstractTuner):
         layers = {path: update for path, update in updates.items() if not isinstance(update, Full)}
         named = multihead.by_target(layers)
         return {
-            **fields.target_fields(list(named), siblings),
+            **lora_parameters.target_fields(named, layers, siblings),
             **lora_settings.scaling_fields(named),
             **lora_settings.variant_fields(named),
             **tokens.lora_fields(updates),

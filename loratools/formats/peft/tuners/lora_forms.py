@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.block_diagonal import BlockDiagonal
+from loratools.adapters.experts import Stacked
 from loratools.adapters.grouped import Grouped
 from loratools.errors import MalformedError, MismatchError, UnsupportedError
 from loratools.formats.peft import config as fields
@@ -109,5 +110,7 @@ def _names(setting: Mapping[str, Any], field: str, path: str) -> bool:
 
 def rank_of(update: AbstractUpdate) -> int:
     """The rank that the configuration gives of a form."""
+    if isinstance(update, Stacked):
+        return update.rank
     assert isinstance(update, (LowRank, Grouped, BlockDiagonal))
     return update.lora_A.shape[0]

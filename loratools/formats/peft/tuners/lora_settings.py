@@ -8,6 +8,7 @@ from typing import Any, Final
 from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.block_diagonal import BlockDiagonal
 from loratools.adapters.dora import Dora
+from loratools.adapters.experts import Stacked
 from loratools.adapters.grouped import Grouped
 from loratools.errors import UnsupportedError
 from loratools.formats.peft import config as fields
@@ -16,7 +17,6 @@ from loratools.formats.peft.tuners._tuner import Module
 
 _REFUSED_WHEN_SET: Final[Mapping[str, str]] = {
     "layer_replication": "layer replication",
-    "target_parameters": "target_parameters (fused experts)",
     "kasa_config": "KaSA",
     "arrow_config": "Arrow routing",
     "alora_invocation_tokens": "activated LoRA",
@@ -91,9 +91,9 @@ def variant_fields(updates: Mapping[str, AbstractUpdate]) -> dict[str, Any]:
     return found
 
 
-def _form(update: AbstractUpdate) -> LowRank | Grouped | BlockDiagonal:
+def _form(update: AbstractUpdate) -> LowRank | Grouped | BlockDiagonal | Stacked:
     found = update.low_rank if isinstance(update, Dora) else update
-    assert isinstance(found, (LowRank, Grouped, BlockDiagonal))
+    assert isinstance(found, (LowRank, Grouped, BlockDiagonal, Stacked))
     return found
 
 
