@@ -134,7 +134,7 @@ PROMISES = (
         (
             f"{HOSTILE}::test_every_command_in_processes",
             f"{HOSTILE}::test_in_this_process",
-            f"{HOSTILE}::test_the_watch_sees",
+            f"{RELIABILITY}/test_watch.py::test_what_must_not_be_done_is_seen",
             "tests/storage/test_json_cost.py::test_the_estimate_is_above_what_reading_takes",
             "tests/storage/test_safetensors.py::test_agrees_with_the_library_on_mutated_headers",
             "tests/test_architecture.py::test_nothing_is_executed_from_a_file",
