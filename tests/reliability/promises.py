@@ -33,8 +33,8 @@ PROMISES = (
     Promise(
         "P2",
         "What was reported as done is there after a power cut.",
-        "The calls of real runs are recorded, and every state that a disk may be in after each of them is replayed; the "
-        "order of flushing and naming is asserted.",
+        "The calls of real runs are recorded, and every state that a disk may be in after each of them is replayed; "
+        "the order of flushing and naming is asserted.",
         (
             f"{RELIABILITY}/test_power_cuts.py::test_every_state_after_a_power_cut",
             "tests/storage/test_outputs.py::test_everything_is_flushed_before_it_gets_its_name_and_the_name_after",
@@ -116,7 +116,7 @@ PROMISES = (
     ),
     Promise(
         "P12",
-        "Memory follows the largest tensor, not the model.",
+        "Memory follows the largest tensor and the number of tensors (some KB for each), not the bytes of the model.",
         "Sparse terabytes are looked at, and models of growing size merged, under a limit.",
         (
             f"{LIMITS}::test_looking_at_a_terabyte_takes_little_memory",
@@ -168,8 +168,10 @@ PROMISES = (
 
 NOT_YET = (
     "A run that was interrupted cannot be resumed: it starts again.",
-    "The same bits on another machine follow from how numbers are added ([why](maths.md)); no test has crossed to "
-    "another machine, and nothing written at a merge lets another machine check them.",
+    (
+        "The same bits on another machine follow from how numbers are added ([why](maths.md)); no test has crossed to "
+        "another machine, and nothing written at a merge lets another machine check them."
+    ),
     "Power cuts are replayed on a model of a file system. No disk has lost its power for a test.",
     "Nothing has run on a GPU.",
     "Network file systems that ignore locks or flushes: two runs at once, and power cuts, are not tested there.",
