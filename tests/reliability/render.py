@@ -30,11 +30,11 @@ INPUTS = """\
 ## Hostile and broken inputs
 
 Each is built by `tests/reliability/inputs` in several variants and given to every command that it concerns: a
-checkpoint is looked at, merged into, extracted from and unmerged; an adapter is looked at, merged, stacked, rescaled and
-taken out. A refusal has the exit code and the code of the JSON document that stand here, says so in one paragraph that no
-terminal obeys, shows no traceback, writes nothing, changes nothing, and takes at most two seconds of computing beyond
-what the command takes to start. *Slowest* is a whole process from start to exit, *beyond* its CPU time without that of
-the same command on harmless files, *peak* the largest resident memory; the limit is 400 MB.
+checkpoint is looked at, merged into, extracted from and unmerged; an adapter is looked at, merged, stacked, rescaled
+and taken out. A refusal has the exit code and the code of the JSON document that stand here, says so in one paragraph
+that no terminal obeys, shows no traceback, writes nothing, changes nothing, and takes at most two seconds of
+computing beyond what the command takes to start. *Slowest* is a whole process from start to exit, *beyond* its CPU
+time without that of the same command on harmless files, *peak* the largest resident memory; the limit is 400 MB.
 """
 
 
