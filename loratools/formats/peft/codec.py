@@ -73,7 +73,7 @@ class PeftCodec(AbstractCodec):
             for parameter in update.replaced
             if update.changes_weight and parameter not in {"bias", "weight"}
         ]
-        changed = {path: update for path, update in adapter.items() if update.changes_weight}
+        changed = {path: update for path, update in adapter.items() if update.own_keys}
         if _tuner_for(changed) is None:
             kinds = sorted({update.kind for update in changed.values()})
             lost.append(f"updates of kind {', '.join(kinds)} in one adapter")
@@ -84,7 +84,7 @@ class PeftCodec(AbstractCodec):
         lost = self.cannot_hold(adapter)
         if lost:
             raise UnsupportedError(f"PEFT's format cannot hold: {'; '.join(lost)}.")
-        changed = {path: update for path, update in adapter.items() if update.changes_weight}
+        changed = {path: update for path, update in adapter.items() if update.own_keys}
         tuner = _tuner_for(changed)
         assert tuner is not None
         whole = _saved_modules(adapter, siblings)
@@ -92,7 +92,7 @@ class PeftCodec(AbstractCodec):
         tensors: dict[str, TensorRef] = dict(tuner.shared_tensors(changed))
         for path, update in adapter.items():
             tensors |= keyed.get(path, {})
-            for parameter, ref in update.replaced.items():
+            for parameter, ref in tuner.beside(update).items():
                 tensors[keys.parameter_key(path, parameter, wrapped=update.changes_weight)] = ref
         config = _config(adapter, tuner, changed, whole, siblings)
         return Encoded(
