@@ -19,7 +19,7 @@ from loratools.errors import StorageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source, kind_of
 from loratools.formats.peft import config as peft
-from loratools.formats.peft.patterns import suffixes
+from loratools.formats.peft.patterns import ModuleKeys, suffixes
 from loratools.tensors import TensorSpec
 
 _ADAPTER_KEY: Final = re.compile(
@@ -282,8 +282,8 @@ def _unused(adapter: Adapter) -> list[str]:
         ends = {end for path in paths for end in suffixes(path)}
         idle += [(field, name) for name in _strings(adapter.config.get(field)) if name not in ends]
     for field in ("rank_pattern", "alpha_pattern"):
-        pattern = adapter.config.get(field)
-        idle += [(field, key) for key in peft.ModulePattern(pattern, field).idle(low_rank)]
+        keys = ModuleKeys(adapter.config.get(field) or (), file=peft.CONFIG_FILE, field=field)
+        idle += [(field, key) for key in keys.idle(low_rank)]
     told = [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle[:_TOLD]]
     rest = len(idle) - len(told)
     return [*told, f"Of {rest} more names in the configuration the same is true."] if rest else told

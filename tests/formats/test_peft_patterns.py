@@ -10,7 +10,7 @@ import pytest
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft import patterns
-from loratools.formats.peft.patterns import ModuleKeys, suffixes
+from loratools.formats.peft.patterns import ModuleKeys, ModulePattern, WholeExpression, suffixes
 from loratools.patterns import Allowance
 
 PIECES = ("q", "qq", "q_proj", "a", "ab", "layers", "layersX", "0", "1", "10", "1X0", "mlp", "")
@@ -72,8 +72,8 @@ def test_a_hundred_thousand_keys_and_modules(escaped):
     modules = [f"model.layers.{at // 500}.mlp.experts.{at % 500}.up_proj" for at in range(100_000)]
     keys = {f"^{re.escape(module)}" if escaped else module: float(at) for at, module in enumerate(modules)}
     start = time.thread_time()
-    pattern = fields.ModulePattern(keys, "alpha_pattern")
-    assert [pattern.of(module, -1) for module in modules] == list(range(100_000))
+    pattern = ModulePattern(keys)
+    assert [fields.matched(pattern, module, -1, field="") for module in modules] == list(range(100_000))
     assert pattern.idle(modules[1:]) == [next(iter(keys))]
     assert time.thread_time() - start < 10
 
@@ -81,9 +81,9 @@ def test_a_hundred_thousand_keys_and_modules(escaped):
 def test_a_million_names_are_looked_up():
     keys = {f"model.layers.{at}.self_attn.q_proj": 4 for at in range(1_000_000)}
     start = time.thread_time()
-    pattern = fields.ModulePattern(keys, "alpha_pattern")
+    pattern = ModulePattern(keys)
     for at in range(200):
-        assert pattern.of(f"base.model.layers.{at}.self_attn.q_proj", 1) == 4
+        assert fields.matched(pattern, f"base.model.layers.{at}.self_attn.q_proj", 1, field="") == 4
     assert time.thread_time() - start < 6
 
 
@@ -123,3 +123,31 @@ def test_names_to_exclude_are_compared_at_once():
     assert fields.inherited_exclusion({"exclude_modules": [*names, "q_proj", "7.q_proj"]}, targets) == names
     assert fields.exclusion(names, targets) == names
     assert time.thread_time() - start < 3
+
+
+def test_keys_that_a_path_ends_with():
+    """The rule of FourierFT and C3A, which put the bare key into an expression."""
+    chance, hits = random.Random(6), 0
+    for _ in range(1500):
+        keys = list(dict.fromkeys(".".join(chance.choices(PIECES, k=chance.randint(1, 3))) for _ in range(4)))
+        module = ".".join(chance.choices(PIECES, k=chance.randint(1, 4))).replace("0", chance.choice(("0", "\n")))
+        wanted = [key for key in keys if re.match(rf".*\.{key}$", module)]
+        assert sorted(ModuleKeys(keys).ending(module)) == sorted(wanted), (keys, module)
+        hits += len(wanted)
+    assert hits > 60
+
+
+def test_an_expression_for_whole_paths():
+    """As `re.fullmatch` finds them; alternatives that are escaped names may be many; what takes long is given up."""
+    for expression in ("a.b", r"a\.b", r"a\.b|c", "(a|c).b", "", "|a", r"^a\.b", "a.b|c$", r".*\.b"):
+        for module in ("a.b", "aXb", "c", "x.a.b", "", "a.b\n", "c\n"):
+            found = WholeExpression(expression).matches(module)
+            assert found == (re.fullmatch(expression, module) is not None), (expression, module)
+    many = "|".join(rf"model\.layers\.{at}\.mlp" for at in range(50_000))
+    expression = WholeExpression(many)
+    assert expression.matches("model.layers.49999.mlp")
+    assert not expression.matches("model.layers.50000.mlp")
+    with pytest.raises(UnsupportedError, match=r"too long.*field x"):
+        WholeExpression("(a|aa)+", field="x").matches("a" * 60 + "!")
+    with pytest.raises(MalformedError, match="no regular expression"):
+        WholeExpression("(", field="x").matches("a")

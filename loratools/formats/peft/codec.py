@@ -17,6 +17,7 @@ from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats._codec import AbstractCodec, Contents, Decoded, Encoded
 from loratools.formats.peft import config as fields
 from loratools.formats.peft import keys, limits
+from loratools.formats.peft.patterns import prepared
 from loratools.formats.peft.tuners import TUNERS, AbstractTuner, Module, tuner_of
 from loratools.tensors import TensorRef
 
@@ -49,7 +50,7 @@ class PeftCodec(AbstractCodec):
         tuner = tuner_of(config)
         limits.refuse_absurd(config)
         tuner.refuse(config)
-        config = fields.prepared(config)
+        config = prepared(config, fields.CONFIG_FILE)
         notes: list[str] = []
         shared = {key: ref for key, ref in contents.tensors.items() if key in tuner.shared}
         own = {key: ref for key, ref in contents.tensors.items() if key not in shared}
@@ -97,7 +98,7 @@ class PeftCodec(AbstractCodec):
         tensors: dict[str, TensorRef] = dict(tuner.shared_tensors(changed))
         for path, update in adapter.items():
             tensors |= keyed.get(path, {})
-            for parameter, ref in update.replaced.items():
+            for parameter, ref in tuner.beside(update).items():
                 tensors[keys.parameter_key(path, parameter, wrapped=update.changes_weight)] = ref
         config = _config(adapter, tuner, changed, whole, siblings)
         return Encoded(
@@ -119,7 +120,7 @@ class _Found:
 
 def _carried(adapter: Adapter) -> dict[str, AbstractUpdate]:
     """The updates that are a tuner's: all but parameters that are given whole."""
-    return {path: update for path, update in adapter.items() if update.changes_weight or update.patches}
+    return {path: update for path, update in adapter.items() if update.own_keys or update.patches}
 
 
 def _tuner_for(updates: Mapping[str, AbstractUpdate], config: Mapping[str, Any]) -> AbstractTuner | None:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, final
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any, Final
 
 from loratools.errors import InputDataError, MalformedError, UnsupportedError
-from loratools.formats.peft.patterns import ModuleKeys, suffixes
+from loratools.formats.peft.patterns import ModuleKeys, ModulePattern, suffixes
 
 CONFIG_FILE: Final = "adapter_config.json"
 _LARGEST: Final = 1e300
@@ -67,6 +67,18 @@ def number(config: Mapping[str, Any], field: str, default: float) -> float:
     return value
 
 
+def integer(config: Mapping[str, Any], field: str, default: int) -> int:
+    """A whole number of the configuration.
+
+    Raises:
+        MalformedError: it is something else.
+    """
+    value = number(config, field, default)
+    if not float(value).is_integer():
+        raise MalformedError("This field must be a whole number.", file=CONFIG_FILE, field=field, value=value)
+    return int(value)
+
+
 def flag(config: Mapping[str, Any], field: str) -> bool:
     """A boolean of the configuration; absent is false.
 
@@ -93,72 +105,19 @@ def saved_modules(config: Mapping[str, Any]) -> list[str]:
     return value
 
 
-@final
-class ModulePattern(Mapping[str, Any]):
-    """A `rank_pattern` or `alpha_pattern`, ready for many modules.
-
-    Args:
-        pattern: the field's value.
-        field: its name, for messages.
-
-    Raises:
-        MalformedError: it is no object.
-    """
-
-    def __init__(self, pattern: Any, field: str) -> None:
-        if pattern and not isinstance(pattern, Mapping):
-            raise MalformedError("A pattern must be an object.", file=CONFIG_FILE, field=field)
-        self._values: Mapping[str, Any] = pattern or {}
-        self._keys = ModuleKeys(self._values, file=CONFIG_FILE, field=field)
-
-    def __getitem__(self, key: str) -> Any:
-        return self._values[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def of(self, module: str, default: float) -> float:
-        r"""The value that PEFT takes for `module`.
-
-        The first key in stored order for which `re.match(rf"(.*\.)?({key})$", module)` holds
-        (`peft.utils.other.get_pattern_key`).
-
-        Raises:
-            MalformedError: it is no number, or a key is no expression.
-            UnsupportedError: a key takes too long to match.
-        """
-        if not self._values:
-            return default
-        key = self._keys.first(module)
-        return number(self._values, module if key is None else key, default)  # `a+b` matches not even itself
-
-    def idle(self, modules: Iterable[str]) -> list[str]:
-        """The keys that match none of `modules`.
-
-        Raises:
-            MalformedError, UnsupportedError: as in `of`.
-        """
-        return self._keys.idle(modules)
-
-
-def prepared(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """`config` for `alpha_of` and `rank_of` of many modules: its patterns are sorted out once."""
-    given = {field: config.get(field) for field in ("alpha_pattern", "rank_pattern")}
-    made = {field: ModulePattern(value, field) for field, value in given.items() if isinstance(value, Mapping)}
-    return {**config, **made}
-
-
 def matched(pattern: Any, module: str, default: float, *, field: str) -> float:
-    """What `ModulePattern.of` says; `pattern` is one, or is still as it was read.
+    r"""The value that PEFT takes from a `rank_pattern` or `alpha_pattern` for `module`.
+
+    For many modules `pattern` is best a `ModulePattern`.
 
     Raises:
-        MalformedError, UnsupportedError: as there.
+        MalformedError: the pattern is no mapping of strings to numbers, or a key is no expression.
+        UnsupportedError: a key takes too long to match.
     """
-    made = pattern if isinstance(pattern, ModulePattern) else ModulePattern(pattern, field)
-    return made.of(module, default)
+    if not pattern:
+        return default
+    made = pattern if isinstance(pattern, ModulePattern) else ModulePattern(pattern, file=CONFIG_FILE, field=field)
+    return number(made, made.key(module), default)
 
 
 def alpha_of(config: Mapping[str, Any], module: str, field: str = "lora_alpha") -> float:
@@ -191,9 +150,9 @@ def _tells_apart(
     pattern: Mapping[str, float], values: Mapping[str, float], default: float, targets: Sequence[str]
 ) -> bool:
     """Whether every target gets its own value; not where a plain path is no expression, such as `a[b`."""
-    made = ModulePattern(pattern, "")
+    made = ModulePattern(pattern)
     try:
-        return all(made.of(module, default) == values[module] for module in targets)
+        return all(matched(made, module, default, field="") == values[module] for module in targets)
     except InputDataError:
         return False
 
@@ -237,6 +196,29 @@ def pattern_fields(name: str, pattern: str, values: Mapping[str, float], default
     common = most_common(list(values.values()))
     exceptions = patterns(values, common, list(values))
     return {name: tidy(common), pattern: {key: tidy(value) for key, value in exceptions.items()}}
+
+
+def named_pattern(name: str, pattern: str, values: Mapping[str, int]) -> dict[str, Any]:
+    r"""The field `name`, and the field `pattern` where exceptions are module paths.
+
+    The rule of FourierFT and C3A: the first key with `re.match(rf".*\.{key}$", path)`, else the path itself as a key.
+
+    Raises:
+        UnsupportedError: a path with another value ends with an exception's path.
+    """
+    if not values:
+        return {pattern: {}}
+    common = most_common(list(values.values()))
+    exceptions = {path: value for path, value in values.items() if value != common}
+    keys = ModuleKeys(exceptions, field=pattern)
+    for path, value in values.items():
+        for key in keys.ending(path):
+            if (other := exceptions[key]) != value:
+                raise UnsupportedError(
+                    f"PEFT's format cannot hold: {name} {value} in {path} and {other} in {key}, which it ends with.",
+                    fix="Write the two as adapters of their own (--include, --exclude).",
+                )
+    return {name: tidy(common), pattern: exceptions}
 
 
 def exclusion(modules: Sequence[str], targets: Sequence[str]) -> list[str] | str:

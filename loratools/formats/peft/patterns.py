@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from typing import Final, final
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final, final
 
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.patterns import Allowance, CostlyExpressionError, InvalidExpressionError
@@ -46,7 +46,7 @@ class ModuleKeys:
                 self._of_length[len(key)].append(position)
             elif escaped := _ESCAPED.fullmatch(key):
                 known = self._whole if escaped[1] else self._suffixes
-                known.setdefault(re.sub(r"\\(.)", r"\1", escaped[2], flags=re.DOTALL), position)
+                known.setdefault(_unescaped(escaped[2]), position)
             else:
                 self._expressions.append(position)
 
@@ -78,6 +78,18 @@ class ModuleKeys:
                 used.add(position)
         return [key for position, key in enumerate(self._keys) if position not in used]
 
+    def ending(self, module: str) -> Iterator[str]:
+        r"""The keys for which `re.match(rf".*\.{key}$", module)` holds: the rule of FourierFT and C3A.
+
+        Raises:
+            MalformedError, UnsupportedError: as in `first`.
+        """
+        if "\n" not in module:
+            yield from (self._keys[position] for end in list(suffixes(module))[1:] for position in self._ends(end))
+        for position in self._to_try(module):
+            if self._matches(self._keys[position], module, r".*\.{}$"):
+                yield self._keys[position]
+
     def _to_try(self, module: str) -> Iterable[int]:
         """Positions of the keys that a look-up does not settle. A dot, and `$`, are odd about line breaks."""
         return range(len(self._keys)) if "\n" in module else self._expressions
@@ -98,12 +110,15 @@ class ModuleKeys:
         if module in self._whole:
             yield self._whole[module]
         for suffix in suffixes(module):
-            if suffix in self._suffixes:
-                yield self._suffixes[suffix]
-            for pieces, names in self._plain_of(len(suffix)).items():
-                position = names.get(_with_dots(suffix, pieces))
-                if position is not None:
-                    yield position
+            yield from self._ends(suffix)
+
+    def _ends(self, suffix: str) -> Iterator[int]:
+        if suffix in self._suffixes:
+            yield self._suffixes[suffix]
+        for pieces, names in self._plain_of(len(suffix)).items():
+            position = names.get(_with_dots(suffix, pieces))
+            if position is not None:
+                yield position
 
     def _plain_of(self, length: int) -> dict[_Pieces, dict[str, int]]:
         """Plain keys of one length, by the lengths of the pieces between their dots, each of which fits any character.
@@ -118,9 +133,9 @@ class ModuleKeys:
             self._plain[length] = dict(groups)
         return self._plain[length]
 
-    def _matches(self, key: str, module: str) -> bool:
+    def _matches(self, key: str, module: str, rule: str = r"(.*\.)?({})$") -> bool:
         try:
-            return self._allowance.matches(rf"(.*\.)?({key})$", module)
+            return self._allowance.matches(rule.format(key), module)
         except InvalidExpressionError as error:
             raise MalformedError(f"A key is no regular expression: {error}.", **self._where, key=key) from error
         except CostlyExpressionError as error:
@@ -130,6 +145,102 @@ class ModuleKeys:
         return UnsupportedError(
             f"The keys here are not matched: {error}.", fix="Name the modules plainly.", **self._where, **place
         )
+
+
+@final
+class ModulePattern(Mapping[str, Any]):
+    """A `rank_pattern` or `alpha_pattern`, ready for many modules.
+
+    Args:
+        pattern: the field's value.
+        where: as in `ModuleKeys`.
+
+    Raises:
+        MalformedError: it is no object.
+    """
+
+    def __init__(self, pattern: Any, **where: str) -> None:
+        if not isinstance(pattern, Mapping):
+            raise MalformedError("A pattern must be an object.", **where)
+        self._values = pattern
+        self._keys = ModuleKeys(pattern, **where)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def key(self, module: str) -> str:
+        """The key that PEFT takes for `module`, which may be in vain: `a+b` does not match itself.
+
+        Raises:
+            MalformedError, UnsupportedError: see `ModuleKeys.first`.
+        """
+        found = self._keys.first(module)
+        return module if found is None else found
+
+    def idle(self, modules: Iterable[str]) -> list[str]:
+        """The keys that match none of `modules`; errors as in `key`."""
+        return self._keys.idle(modules)
+
+
+@final
+class WholeExpression:
+    """An expression that a module's whole path must match, as `feedforward_modules` of IA3.
+
+    Args:
+        expression: alternatives that are escaped names may be many.
+        where: as in `ModuleKeys`.
+    """
+
+    def __init__(self, expression: str, **where: str) -> None:
+        self._expression, self._where = expression, where
+        self._allowance = Allowance()
+        escaped = [_ESCAPED.fullmatch(name) for name in expression.split("|")]
+        plain = [each[2] for each in escaped if each and not each[1]]
+        self._names = {_unescaped(name) for name in plain} if len(plain) == len(escaped) else None
+
+    def matches(self, module: str) -> bool:
+        """Whether `re.fullmatch(expression, module)` holds.
+
+        Raises:
+            MalformedError: it is no expression.
+            UnsupportedError: it takes too long to match.
+        """
+        if self._names is not None:
+            return module in self._names
+        try:
+            return self._allowance.matches(rf"(?:{self._expression})\Z", module)
+        except InvalidExpressionError as error:
+            raise MalformedError(f"This is no regular expression: {error}.", **self._where) from error
+        except CostlyExpressionError as error:
+            raise UnsupportedError(
+                f"The expression is not matched: {error}.",
+                fix="Name the modules plainly.",
+                **self._where,
+                module=module,
+            ) from error
+
+
+def prepared(config: Mapping[str, Any], file: str) -> Mapping[str, Any]:
+    """`config` with what many modules will be matched with sorted out once: patterns, and an expression of IA3."""
+    made: dict[str, Any] = dict(config)
+    for field in ("alpha_pattern", "rank_pattern"):
+        if isinstance(made.get(field), Mapping):
+            made[field] = ModulePattern(made[field], file=file, field=field)
+    if isinstance(made.get("feedforward_modules"), str):
+        made["feedforward_modules"] = WholeExpression(
+            made["feedforward_modules"], file=file, field="feedforward_modules"
+        )
+    return made
+
+
+def _unescaped(name: str) -> str:
+    return re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)
 
 
 def suffixes(module: str) -> Iterator[str]:
