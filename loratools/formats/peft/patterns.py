@@ -17,7 +17,7 @@ from loratools.errors import MalformedError, UnsupportedError
 from loratools.patterns import Allowance, CostlyExpressionError, InvalidExpressionError
 
 _SPECIAL: Final = re.compile(r"[\\^$|?*+()\[{]")
-_ESCAPED: Final = re.compile(r"(\^?)((?:[^\\^$.|?*+()\[{]|\\[^0-9A-Za-z])+)")
+_ESCAPED: Final = re.compile(r"(\^?)([^\\^$.|?*+()\[{]*(?:\\[^0-9A-Za-z][^\\^$.|?*+()\[{]*)*)")
 """A name as `re.escape` writes it, with or without an anchor."""
 
 _Pieces = tuple[int, ...]
@@ -240,7 +240,9 @@ def prepared(config: Mapping[str, Any], file: str) -> Mapping[str, Any]:
 
 
 def _unescaped(name: str) -> str:
-    return re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)
+    if "\\\\" in name:
+        return re.sub(r"\\(.)", r"\1", name, flags=re.DOTALL)
+    return name.replace("\\", "")  # ten times as fast, and there can be a hundred thousand
 
 
 def suffixes(module: str) -> Iterator[str]:
