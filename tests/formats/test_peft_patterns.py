@@ -8,10 +8,14 @@ from functools import partial
 import pytest
 
 from loratools.errors import MalformedError, UnsupportedError
+from loratools.formats import Contents
 from loratools.formats.peft import config as fields
 from loratools.formats.peft import patterns
+from loratools.formats.peft.codec import PeftCodec
 from loratools.formats.peft.patterns import ModuleKeys, ModulePattern, WholeExpression, suffixes
 from loratools.patterns import Allowance
+from loratools.tensors import in_memory
+from tests.tiny import normal
 
 PIECES = ("q", "qq", "q_proj", "a", "ab", "layers", "layersX", "0", "1", "10", "1X0", "mlp", "")
 
@@ -151,3 +155,25 @@ def test_an_expression_for_whole_paths():
         WholeExpression("(a|aa)+", field="x").matches("a" * 60 + "!")
     with pytest.raises(MalformedError, match="no regular expression"):
         WholeExpression("(", field="x").matches("a")
+
+
+def test_a_configuration_is_sorted_out_once_for_all_modules(monkeypatch):
+    """Not again for every module: modules times keys would be minutes."""
+    made = []
+    real = ModuleKeys.__init__
+
+    def counted(self, *keys, **where):
+        made.append(where)
+        real(self, *keys, **where)
+
+    monkeypatch.setattr(ModuleKeys, "__init__", counted)
+    tensors = {}
+    for at in range(40):
+        key = f"base_model.model.layers.{at}.q_proj"
+        tensors |= {f"{key}.lora_A.weight": in_memory("A", normal(at, 2, 4)),
+                    f"{key}.lora_B.weight": in_memory("B", normal(at, 4, 2))}  # fmt: skip
+    ranks, alphas = {r"layers\.\d+": 2, "q_proj": 2}, {"39.q_proj": 64}
+    config = {"peft_type": "LORA", "r": 8, "rank_pattern": ranks, "alpha_pattern": alphas}
+    updates = PeftCodec().decode(Contents(tensors, config)).updates
+    assert [update.alpha for update in updates.values()] == [8] * 39 + [64]
+    assert sorted(where["field"] for where in made) == ["alpha_pattern", "rank_pattern"]
