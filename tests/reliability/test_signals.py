@@ -99,7 +99,7 @@ def interrupted(home, place, verb, number, moment, whole):
         kind = "it had not begun"
         assert phase == "start", told
         assert not made, told
-        assert "loratools" not in said, told
+        assert "loratools/cli" not in said, told
     else:
         kind = "done, then interrupted" if made else "stopped"
         assert process.returncode == SIGNALS[number], told
