@@ -66,15 +66,17 @@ def apart_sites(path: str, update: Stacked, stack: Stack, base: Checkpoint, adap
 
     Raises:
         MismatchError: other experts, or other shapes.
-        UnsupportedError: an adapter of PEFT before 0.19, whose factors are turned.
+        UndecidedError: the matrices are square, and the adapter does not say who wrote it.
+        UnsupportedError: an adapter of PEFT before 0.19.1, whose factors are turned.
     """
     sites = []
     rows = [base[name].shape[0] for name in stack.tensors(0)]
     inner = base[stack.tensors(0)[0]].shape[1]
     wanted = (sum(rows), inner)
-    if update.experts == stack.experts and update.matrix == wanted[::-1] != wanted:
+    turned = update.matrix == wanted[::-1] and (wanted[0] != wanted[1] or _square(path, base, adapter))
+    if update.experts == stack.experts and turned:
         raise UnsupportedError(
-            "A PEFT before 0.19 adapted these experts, with its factors turned; the base has a matrix an expert.",
+            "A PEFT before 0.19.1 adapted these experts, with its factors turned; the base has a matrix an expert.",
             fix="Save the adapter again with a later PEFT.",
             module=path,
         )

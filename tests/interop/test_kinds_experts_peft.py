@@ -304,3 +304,40 @@ def test_unchanged_experts_are_identical(tmp_path):
     case = Case(tmp_path, config(), net=Net)
     report = lt.extract(case.base, case.base, tmp_path / "none")
     assert set(case.before) == set(report.identical)
+
+
+@pytest.mark.parametrize(("version", "error"), [
+    ("0.18.0", UnsupportedError), ("0.19.0", UnsupportedError), (None, UndecidedError), ("0.19.1", None),
+])  # fmt: skip
+def test_square_experts_one_by_one_are_not_guessed(tmp_path, version, error):
+    """Where gate above up is square, shapes do not tell an older layout: its version refuses it, none is asked for."""
+    names = [f"mlp.experts.{expert}.{name}.weight" for expert in range(E) for name in ("gate_proj", "up_proj")]
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({name: torch.randn(5, H) for name in names}, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({"model_type": "qwen3_moe"}))
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    key = "base_model.model.mlp.experts.lora_{}.weight"
+    save_file({key.format("A"): torch.randn(2 * E, H), key.format("B"): torch.randn(H, 2 * E)},
+              adapter / "adapter_model.safetensors", metadata={"format": "pt"})  # fmt: skip
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 3, "target_parameters": ["mlp.experts.gate_up_proj"]}
+    said = {} if version is None else {"peft_version": version}
+    (adapter / "adapter_config.json").write_text(json.dumps(config | said))
+    if error is None:
+        lt.merge(base, [adapter], tmp_path / "out")
+        return
+    with pytest.raises(error):
+        lt.merge(base, [adapter], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_magnitude_of_a_parameter_is_refused(tmp_path):
+    """Not ignored: PEFT's wrapper of parameters has none."""
+    case = Case(tmp_path, config(), net=Net)
+    file = case.adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    tensors["base_model.model.mlp.experts.lora_magnitude_vector"] = torch.ones(H)
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UnsupportedError, match="lora_magnitude_vector"):
+        _ = case.loaded

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.experts import Stacked
-from loratools.errors import MalformedError, UndecidedError
+from loratools.errors import MalformedError, UndecidedError, UnsupportedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft.tuners import lora_forms, multihead
 from loratools.formats.peft.tuners._tuner import Module
@@ -58,8 +58,12 @@ def update(module: Module) -> LowRank | Stacked:
 
     Raises:
         MalformedError: it has no multiple of that.
+        UnsupportedError: there are tensors beside the factors.
     """
     lora_A, lora_B = module[lora_forms.A], module[lora_forms.B]
+    if more := sorted(module.roles.keys() - {lora_forms.A, lora_forms.B}):
+        what = f"{', '.join(more)} of a parameter ({module.path}) is nothing that PEFT's ParamWrapper has."
+        raise UnsupportedError(what, module=module.path)
     rank = fields.rank_of(module.config, module.name)
     alpha, rslora = fields.alpha_of(module.config, module.name), fields.flag(module.config, "use_rslora")
     if rank < 1 or not lora_A.shape or lora_A.shape[0] % rank:
