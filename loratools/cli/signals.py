@@ -54,17 +54,21 @@ def heard() -> Iterator[None]:
         if not isinstance(found := cause(error), KeyboardInterrupt):
             raise
         ignore()
-        with suppress(OSError):
-            if "--json" in sys.argv:
-                print('{"error": {"code": "interrupted", "message": "Interrupted."}}', flush=True)
-            else:
-                print("error: Interrupted.", file=sys.stderr)
+        _tell()
         sys.exit(exit_code(found))
     finally:
         ignore()
         for number in SIGNALS:
             if signal.getsignal(number) is _nothing:  # while it shuts down, Python forgets handlers, but not this
                 signal.signal(number, signal.SIG_IGN)
+
+
+def _tell() -> None:
+    with suppress(OSError):
+        if "--json" in sys.argv:
+            print('{"error": {"code": "interrupted", "message": "Interrupted."}}', flush=True)
+        else:
+            print("error: Interrupted.", file=sys.stderr)
 
 
 def ignore() -> None:
