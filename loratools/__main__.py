@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+
 
 def main() -> None:
     """Run the command line; never returns normally."""
-    from loratools.cli import signals
+    try:
+        from loratools.cli import signals
 
-    with signals.heard():
-        from loratools.cli.main import run
+        with signals.heard():
+            from loratools.cli.main import run
 
-        run()
+            run()
+    except KeyboardInterrupt:  # in the milliseconds before anything listens
+        sys.stderr.write("error: Interrupted.\n")
+        sys.exit(130)
 
 
 if __name__ == "__main__":

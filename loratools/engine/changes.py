@@ -9,7 +9,8 @@ from typing import Any, Final
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint
-from loratools.engine.binding import Bindings, Renaming, Site, Target, bind
+from loratools.engine.binding import Bindings, Renaming, Target, bind
+from loratools.engine.sites import Site
 from loratools.engine.tensor_change import TensorChange
 from loratools.engine.ties import changes_both, mirror, untie
 from loratools.errors import MismatchError, UnsupportedError
@@ -128,6 +129,8 @@ def _gather_parts(
         change.rows = {"source": source, "module": path, "parameter": parameter, "count": ref.shape[0]}
     for kind, parameters in (("patches", update.patches), ("offsets", update.offsets)):
         for parameter in parameters:
+            if kind == "offsets" and target.module is not None and parameter not in target.module.parameters:
+                continue
             change = tensors.setdefault(target.tensor(parameter), TensorChange())
             getattr(change, kind).append({"source": source, "module": path, "parameter": parameter, "weight": weight})
 
@@ -153,10 +156,23 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
     """Refuse a whole parameter of another shape than the one that it replaces, and rows of another width."""
     for path, target in bindings.targets.items():
         known = target.module.parameters if target.module is not None else {}
-        given = [(name, ref.shape, known[name].shape) for name, ref in adapter[path].replaced.items() if name in known]
+        whole = [(name, ref.spec, known[name]) for name, ref in adapter[path].replaced.items() if name in known]
+        given: list[tuple[str, Any, Any]] = [(name, ref.shape, there.shape) for name, ref, there in whole]
+        given += [(name, ref.dtype, there.dtype) for name, ref, there in whole if there.dtype not in COMPUTABLE]
         given += [(name, ref.shape[1:], known[name].shape[1:]) for name, ref in adapter[path].added_rows.items()]
         given += [(name, each.rows.shape[1:], known[name].shape[1:]) for name, each in adapter[path].patches.items()]
-        given += [(name, each.vector.shape, known[name].shape) for name, each in adapter[path].offsets.items()]
+        given += [
+            (name, each.vector.shape, known[name].shape)
+            for name, each in adapter[path].offsets.items()
+            if name in known
+        ]
+        for name, patch in adapter[path].patches.items():
+            if name in known and max(patch.indices, default=-1) >= known[name].shape[0]:
+                raise MismatchError(
+                    f"The adapter replaces row {max(patch.indices)} of {known[name].shape[0]} of the base's {name}.",
+                    fix="Is this the base that the adapter was made for? A vocabulary may have been resized.",
+                    module=path,
+                )
         for name, shape, wanted in given:
             if shape != wanted:
                 raise MismatchError(
@@ -168,8 +184,8 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
 
 
 def _require_computable(base: Checkpoint, tensors: Mapping[str, TensorChange]) -> None:
-    for name in tensors:
-        if name in base and base[name].dtype not in COMPUTABLE:
+    for name, change in tensors.items():
+        if name in base and base[name].dtype not in COMPUTABLE and change.given is None:
             raise UnsupportedError(
                 f"Weights in {base[name].dtype} are not merged into yet.",
                 fix="Merge into the 16-bit checkpoint of this model.",

@@ -135,7 +135,7 @@ def _opened(sources: Sources) -> dict[tuple[str, str], ReadOnlyFile]:
 def _sink(plan: Plan, directory: Path, assembly: Assembly | None, stop: threading.Event) -> AbstractSink:
     if plan.kind == "adapter":
         assert assembly is not None
-        order = [unit.target for unit in plan.units if unit.operation in {"extract", "derive"}]
+        order = [unit.target for unit in plan.units if unit.operation in {"extract", "extract-experts", "derive"}]
         return AdapterSink(directory, assembly, str(plan.options["format"]), order)
     counts = Counter(unit.file for unit in plan.units if unit.file)
     return CheckpointSink(directory, plan.files, counts, lambda: stopped_if(stop))

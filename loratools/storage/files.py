@@ -17,18 +17,17 @@ from pathlib import Path
 from typing import Final, NoReturn, final
 
 from loratools.errors import AccessError, InputMissingError, LoratoolsError, MalformedError, StorageError
+from loratools.storage.json_cost import require_affordable
 from loratools.tensors import AbstractBytes
 
 MAX_JSON_BYTES: Final = 16 << 20
-MAX_JSON_DEPTH: Final = 128  # what the safetensors library's own parser accepts
+MAX_JSON_DEPTH: Final = 128
 Check = Callable[[], None] | None  # called between two blocks of whatever takes long; raises to end it
 READ_BYTES: Final = 1 << 20  # stays in the second-level cache between the read and whatever looks at it
 
 _KINDS: Final = (
-    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a character device"),
-    (stat.S_ISBLK, "a block device"),
+    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"), (stat.S_ISBLK, "a block device"),
 )  # fmt: skip
 
 
@@ -211,7 +210,7 @@ def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_
 
     Raises:
         MalformedError: not UTF-8, not JSON, a duplicate key, a number that is not finite or too
-            long, an unpaired surrogate, nested deeper than 128, or larger than `max_bytes` bytes.
+            long, an unpaired surrogate, nested deeper than 128, or larger than `max_bytes`.
     """
     _limit_size(len(data), max_bytes, file)
     value = decode_json(data, file=file)
@@ -219,14 +218,16 @@ def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_
     return value
 
 
-def decode_json(data: bytes | bytearray, *, file: str) -> object:
-    """`parse_json` without its limits, for callers that have their own."""
+def decode_json(data: bytes | bytearray, *, file: str, integer: Callable[[str], int | float] = int) -> object:
+    """`parse_json` without its limits but that of memory; `integer` reads numbers without fraction and exponent."""
+    require_affordable(data, file=file)
     try:
         value: object = json.loads(
             str(data, "utf-8"),
             object_pairs_hook=_without_duplicates,
             parse_constant=_refuse_constant,
             parse_float=_finite,
+            parse_int=None if integer is int else integer,
         )
         if b"\\u" in data:
             json.dumps(value, ensure_ascii=False).encode("utf-8")  # an unpaired surrogate has no UTF-8
@@ -285,8 +286,7 @@ def _refuse_constant(text: str) -> NoReturn:
 
 
 def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
+    if not math.isfinite(value := float(text)):
         raise ValueError(text)
     return value
 

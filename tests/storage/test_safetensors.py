@@ -1,16 +1,15 @@
 import json
 import os
-import random
 import subprocess
 import sys
 import time
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
-from loratools.errors import LoratoolsError, MalformedError
+from loratools.errors import MalformedError
 from loratools.storage.safetensors import open_safetensors
 from tests.storage.storage_samples import entry, packed
 
@@ -60,6 +59,7 @@ def test_a_file_without_tensors(tmp_path):
         (b'{"a":{"dtype":"F32","shape":[],"data_offsets":[0,4]}}   ', b"1234", ["a"]),
         ({"__metadata__": None, "a": entry()}, b"1234", ["a"]),
         ({"a": entry(extra=[1, {"b": 2.5}])}, b"1234", ["a"]),
+        ({"a-0": entry(x=[-0, 9**300, json.loads("[" * 123 + "]" * 123)])}, b"1234", ["a-0"]),
         ({"b": entry("F64", (1,), (1, 9)), "a": entry("U8", (1,), (0, 1))}, bytes(9), ["a", "b"]),
         ({"z": entry("F32", (0, 3), (4, 4)), "a": entry()}, b"1234", ["a", "z"]),
         ({"y": entry("F32", (0,), (0, 0)), "z": entry("F32", (0,), (0, 0))}, b"", ["y", "z"]),
@@ -107,6 +107,12 @@ HOSTILE = {
     "H20 1.0": (packed({"a": entry(shape=(1.0,))}, b"1234"), "tensor a"),
     "H20 true": (packed({"a": entry(shape=(True,))}, b"1234"), "integers"),
     "H20 negative": (packed({"a": entry(shape=(-1, -1))}, b"1234"), "integers"),
+    "H20 negative zero": (packed(b'{"a-0":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "integers"),
+    "H20 negative zero as an offset": (packed(b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[-0,0]}}'), "offsets"),
+    "H20 no float64 in an unknown field": (packed({"a": entry(x=[1, {"y": -(10**400)}])}, b"1234"), "float64"),
+    "H18 a level too deep": (packed({"a": entry(x=json.loads("[" * 126 + "]" * 126))}, b"1234"), "deeply"),
+    "entry as a list that the library takes": (packed(b'{"a":["F32",[1],[0,4]]}', b"1234"), "must be an object"),
+    "dtype as an object that the library takes": (packed({"a": entry({"F32": None})}, b"1234"), "is not one"),
     "H20 true offset": (packed({"a": entry("U8", (1,), (False, True))}, b"1"), "offsets must be"),
     "H21 overflow": (packed({"a": entry(shape=(2**32, 2**32, 2))}, b"1234"), "64 bits"),
     "H21 overflow to the right size": (packed({"a": entry("U8", (2**33, 2**31), (0, 0))}), "64 bits"),
@@ -200,48 +206,3 @@ def test_a_header_of_20_megabytes_stays_below_256(tmp_path):  # H8
     tensors, megabytes = done.stdout.split()
     assert int(tensors) == count
     assert float(megabytes) < 256
-
-
-def _mutants(count):
-    """Headers one or two edits away from valid ones, always the same."""
-    generator = random.Random(0)
-    pieces = [b'"', b"{", b"}", b"[", b"]", b",", b":", b"0", b"-1", b"4", b"8", b"1.0", b"null", b"true", b"F16", b" ",
-              b"\\u0041", b"\\ud800", b"\0", b"\xc3\xa9", b"\xff", b"1e5", b"a", b'"a":1,', b"\n"]  # fmt: skip
-    valid = [
-        json.dumps({"a": entry(), "b": entry("F16", (2, 2), (4, 12))}, separators=(",", ":")).encode(),
-        json.dumps({"__metadata__": {"k": "v"}, "a": entry("U8", (12,), (0, 12))}).encode(),
-        json.dumps({"z": entry("F64", (0, 3), (0, 0)), "a": entry("F32", (3,), (0, 12), x=1)}).encode() + b"  ",
-    ]
-    for _ in range(count):
-        text = bytearray(generator.choice(valid))
-        for _ in range(generator.randint(1, 2)):
-            at = generator.randrange(len(text))
-            text[at : at + generator.randint(0, 2)] = generator.choice([b"", *pieces])
-        yield bytes(text)
-
-
-STRICTER = "same key twice|does not begin|2\\^63|64 bits|must be an object"
-"""What we refuse and the library takes, by message; the module's docstring says why."""
-
-
-def test_agrees_with_the_library_on_mutated_headers(tmp_path):
-    path = tmp_path / "x.safetensors"
-    accepted = 0
-    for header in _mutants(1500):
-        path.write_bytes(packed(header, bytes(12)))
-        try:
-            with safe_open(path, "pt") as library:
-                theirs = set(library.keys())
-        except SafetensorError:
-            theirs = None
-        try:
-            ours = set(open_safetensors(path).tensors)
-        except LoratoolsError as error:
-            ours = None
-            if theirs is not None:
-                with pytest.raises(MalformedError, match=STRICTER):
-                    raise error from None
-                continue
-        assert ours == theirs, header
-        accepted += ours is not None
-    assert accepted > 50

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from loratools.errors import MalformedError, UnsupportedError
-from loratools.formats.peft import expressions
+from loratools.errors import InputDataError, MalformedError, UnsupportedError
+from loratools.formats.peft.patterns import ModuleKeys, ModulePattern, suffixes
 
 CONFIG_FILE: Final = "adapter_config.json"
 _LARGEST: Final = 1e300
@@ -26,6 +26,8 @@ _NOT_REPEATED: Final = (
     "runtime_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "init_lora_weights",
 )  # fmt: skip
 """Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
+
+_OF_EVERY_KIND: Final = ("base_model_name_or_path", "revision", "task_type")
 
 
 def peft_type(config: Mapping[str, Any]) -> str:
@@ -65,6 +67,18 @@ def number(config: Mapping[str, Any], field: str, default: float) -> float:
     return value
 
 
+def integer(config: Mapping[str, Any], field: str, default: int) -> int:
+    """A whole number of the configuration.
+
+    Raises:
+        MalformedError: it is something else.
+    """
+    value = number(config, field, default)
+    if not float(value).is_integer():
+        raise MalformedError("This field must be a whole number.", file=CONFIG_FILE, field=field, value=value)
+    return int(value)
+
+
 def flag(config: Mapping[str, Any], field: str) -> bool:
     """A boolean of the configuration; absent is false.
 
@@ -94,26 +108,21 @@ def saved_modules(config: Mapping[str, Any]) -> list[str]:
 def matched(pattern: Any, module: str, default: float, *, field: str) -> float:
     r"""The value that PEFT takes from a `rank_pattern` or `alpha_pattern` for `module`.
 
-    The first key in stored order for which `re.match(rf"(.*\.)?({key})$", module)` holds
-    (`peft.utils.other.get_pattern_key`).
+    For many modules `pattern` is best a `ModulePattern`.
 
     Raises:
         MalformedError: the pattern is no mapping of strings to numbers, or a key is no expression.
-        UnsupportedError: a key is an expression that could run for hours.
+        UnsupportedError: a key takes too long to match.
     """
     if not pattern:
         return default
-    if not isinstance(pattern, Mapping):
-        raise MalformedError("A pattern must be an object.", file=CONFIG_FILE, field=field)
-    for key in pattern:
-        if expressions.matches(key, module, file=CONFIG_FILE, field=field):
-            return number(pattern, key, default)
-    return number(pattern, module, default)  # a name that does not match itself, such as `a+b`
+    made = pattern if isinstance(pattern, ModulePattern) else ModulePattern(pattern, file=CONFIG_FILE, field=field)
+    return number(made, made.key(module), default)
 
 
-def alpha_of(config: Mapping[str, Any], module: str) -> float:
-    """`alpha` of a module."""
-    default = number(config, "lora_alpha", DEFAULT_ALPHA)
+def alpha_of(config: Mapping[str, Any], module: str, field: str = "lora_alpha") -> float:
+    """`alpha` of a module; `field` is what the kind calls it."""
+    default = number(config, field, DEFAULT_ALPHA)
     return matched(config.get("alpha_pattern"), module, default, field="alpha_pattern")
 
 
@@ -132,9 +141,20 @@ def patterns(values: Mapping[str, float], default: float, targets: Sequence[str]
     for spelling in (lambda path: path, lambda path: f"^{re.escape(path)}"):
         spelled = {spelling(module): value for module, value in sorted(exceptions.items())}
         ordered = dict(sorted(spelled.items()))
-        if all(matched(ordered, module, default, field="") == values[module] for module in targets):
+        if _tells_apart(ordered, values, default, targets):
             return ordered
     raise UnsupportedError("No rank or alpha pattern of PEFT tells these modules apart.", first=targets[0])
+
+
+def _tells_apart(
+    pattern: Mapping[str, float], values: Mapping[str, float], default: float, targets: Sequence[str]
+) -> bool:
+    """Whether every target gets its own value; not where a plain path is no expression, such as `a[b`."""
+    made = ModulePattern(pattern)
+    try:
+        return all(matched(made, module, default, field="") == values[module] for module in targets)
+    except InputDataError:
+        return False
 
 
 def collateral(targets: Sequence[str], siblings: Collection[str]) -> list[str]:
@@ -178,9 +198,32 @@ def pattern_fields(name: str, pattern: str, values: Mapping[str, float], default
     return {name: tidy(common), pattern: {key: tidy(value) for key, value in exceptions.items()}}
 
 
+def named_pattern(name: str, pattern: str, values: Mapping[str, int]) -> dict[str, Any]:
+    r"""The field `name`, and the field `pattern` where exceptions are module paths.
+
+    The rule of FourierFT and C3A: the first key with `re.match(rf".*\.{key}$", path)`, else the path itself as a key.
+
+    Raises:
+        UnsupportedError: a path with another value ends with an exception's path.
+    """
+    if not values:
+        return {pattern: {}}
+    common = most_common(list(values.values()))
+    exceptions = {path: value for path, value in values.items() if value != common}
+    keys = ModuleKeys(exceptions, field=pattern)
+    for path, value in values.items():
+        for key in keys.ending(path):
+            if (other := exceptions[key]) != value:
+                raise UnsupportedError(
+                    f"PEFT's format cannot hold: {name} {value} in {path} and {other} in {key}, which it ends with.",
+                    fix="Write the two as adapters of their own (--include, --exclude).",
+                )
+    return {name: tidy(common), pattern: exceptions}
+
+
 def exclusion(modules: Sequence[str], targets: Sequence[str]) -> list[str] | str:
     """`exclude_modules` for exactly these: a list, or an expression where PEFT's suffix rule would hit a target too."""
-    if any(target == module or target.endswith(f".{module}") for module in modules for target in targets):
+    if not _caught_by(targets).isdisjoint(modules):
         return "|".join(re.escape(module) for module in modules)
     return list(modules)
 
@@ -196,9 +239,40 @@ def inherited_exclusion(config: Mapping[str, Any], targets: Sequence[str]) -> li
         plain = "|".join(re.escape(name) for name in names) == given and not set(names) & set(targets)
         return given if plain else None
     named = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
-    return [name for name in named if isinstance(exclusion([name], targets), list)] or None
+    caught = _caught_by(targets)
+    return [name for name in named if name not in caught] or None
 
 
-def inherited(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a re-written configuration keeps of the one that was read, unknown keys included."""
+def _caught_by(targets: Iterable[str]) -> set[str]:
+    """The names that would exclude one of `targets`, since PEFT takes the end of a path for a path."""
+    return {suffix for target in targets for suffix in suffixes(target)}
+
+
+def inherited(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What a re-written configuration of `kind` keeps of the one that was read, unknown keys included.
+
+    Of one of another kind only what is no setting of that kind.
+    """
+    if "peft_type" in config and peft_type(config) != kind:
+        return {key: config[key] for key in _OF_EVERY_KIND if key in config}
     return {key: value for key, value in config.items() if key not in _NOT_REPEATED}
+
+
+def one_for_all(field: str, values: Mapping[str, Any]) -> Any:
+    """The value that all modules share, for a field that a configuration has once.
+
+    Args:
+        field: its name.
+        values: by module path; at least one.
+
+    Raises:
+        UnsupportedError: modules differ in it.
+    """
+    (first, value), *others = values.items()
+    for path, other in others:
+        if other != value:
+            raise UnsupportedError(
+                f"PEFT's format cannot hold: {field} {value} in {first} and {other} in {path}; it is one for all.",
+                fix="Write the two sorts as adapters of their own (--include, --exclude).",
+            )
+    return value

@@ -32,8 +32,13 @@ _REFUSED: Final[tuple[tuple[re.Pattern[str], str], ...]] = tuple(
         (r"\.lokr_[wt]\d", "LoKr"),
         (r"\.vera_|base_model\.vera_", "VeRA"),
         (r"\.ia3_l$", "IA3"),
-        (r"\.oft_[rR]", "OFT"),
+        (r"\.oft_r(\.|$)", "OFT of PEFT before 0.14 (oft_r), which PEFT does not load any more either"),
+        (r"\.oft_(embedding_)?R", "OFT"),
         (r"\.boft_[Rs]", "BOFT"),
+        (r"\.ln_tuning_layers\.", "LN tuning of a module that has other parameters than a weight and a bias"),
+        (r"\.shira_(weight|indices)$", "SHiRA"),
+        (r"\.c3a_kernel$", "C3A"),
+        (r"\.hira_", "HiRA"),
         (r"\.hra_u$", "HRA"),
         (r"\.miss_block$|\.bone_", "MiSS"),
         (r"\.fourierft_", "FourierFT"),
@@ -71,7 +76,7 @@ def parse(key: str, roles: Collection[str]) -> Key:
         )
     rest = key[len(PREFIX) :]
     pieces = rest.split(".")
-    for depth in (1, 2):
+    for depth in (2, 1):  # `token_adapter.trainable_tokens_delta` before `trainable_tokens_delta`
         if ".".join(pieces[-depth:]) in roles and len(pieces) > depth:
             return Key(".".join(pieces[:-depth]), ".".join(pieces[-depth:]))
     _refuse_named(key)
@@ -85,7 +90,9 @@ def _refuse_named(key: str) -> None:
     for pattern, kind in _REFUSED:
         if pattern.search(key):
             raise UnsupportedError(
-                f"This adapter uses {kind}, which is not read yet.", fix="Nothing was written.", tensor=key
+                f"This adapter uses {kind}, which is not what its configuration says, or is not read yet.",
+                fix="Nothing was written.",
+                tensor=key,
             )
 
 
