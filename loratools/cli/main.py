@@ -68,7 +68,7 @@ class LazyGroup(click.Group):
             code = self._answer(arguments, output)
             finish()
         except Exception as error:  # noqa: BLE001  (every one becomes a paragraph and an exit code)
-            code = output.failed(error)
+            code = output.failed(signals.cause(error))
         except KeyboardInterrupt as error:
             signals.ignore()
             code = output.failed(error)

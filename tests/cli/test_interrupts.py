@@ -95,6 +95,13 @@ from loratools.__main__ import main
 main()
 """
 MOMENTS = {
+    "where an error is made of it": (
+        "try: os.kill(os.getpid(), signal.{signal})\n            except BaseException: raise ImportError('none')"
+    ),
+    "where it is swallowed": (
+        "try: os.kill(os.getpid(), signal.{signal})\n            except BaseException: pass\n"
+        "            import time; time.sleep(5)"
+    ),
     "before click is there": "os.kill(os.getpid(), signal.{signal})",
     "inside an exec": "exec('import os, signal; os.kill(os.getpid(), signal.{signal})')",
     "where exceptions are dropped": (

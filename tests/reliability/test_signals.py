@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import random
 import shutil
 import signal
@@ -95,11 +96,11 @@ def interrupted(home, place, verb, number, moment, whole):
     if process.returncode == 0:
         kind = "it was done before"
         assert made == whole, told
-    elif process.returncode == -number:  # Python has not reached our first line yet
+    elif phase == "start" and said != LAST_LINE:  # Python had not come to where we listen: its own end, its own words
         kind = "it had not begun"
-        assert phase == "start", told
+        assert process.returncode in {-number, 1}, told
         assert not made, told
-        assert "loratools/cli" not in said, told
+        assert "loratools/cli/main" not in said, told
     else:
         kind = "done, then interrupted" if made else "stopped"
         assert process.returncode == SIGNALS[number], told
@@ -141,13 +142,13 @@ def test_at_many_random_moments(large, tmp_path, unchanged):
     seconds = sorted(took for _, kind, took in found if kind == "stopped")
     kinds = collections.Counter((verb, kind) for verb, kind, _ in found)
     counts.record("signals", {
-        "runs": len(found),
+        "runs": len(found), "load": [round(load, 1) for load in os.getloadavg()], "processors": os.cpu_count(),
         "ends": {verb: {kind: n for (v, kind), n in sorted(kinds.items()) if v == verb} for verb in COMMANDS},
         "seconds": {"median": round(statistics.median(seconds), 3), "p95": round(seconds[int(len(seconds) * 0.95)], 3),
                     "largest": round(seconds[-1], 3), "within one": sum(took <= ANSWERED for took in seconds),
                     "of": len(seconds)},
     })  # fmt: skip
-    assert seconds[-1] < ANSWERED
+    assert seconds[-1] < (ANSWERED if max(os.getloadavg()) < os.cpu_count() else LOADED)
 
 
 SWEPT = ("merge directory overwritten", "merge file overwritten", "extract directory")
