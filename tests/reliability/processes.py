@@ -21,7 +21,10 @@ LIMIT = 60.0
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """What a command answered, and what it took; `seen` is what it did and must not."""
+    """What a command answered, and what it took; `seen` is what it did and must not.
+
+    `wall` leaves out the seconds in which it waited for a processor that others used.
+    """
 
     code: int
     stdout: str
@@ -71,7 +74,8 @@ class Launcher:
             seen = tuple(log.read_text(encoding="ascii").splitlines()) if log.exists() else ("no watch",)
         if answer["stopped"]:
             seen = (f"stopped after {LIMIT} s", *seen)
-        return Ended(answer["code"], out, err, answer["wall"], answer["cpu"], answer["bytes"], seen)
+        wall = answer["wall"] - answer["queued"]
+        return Ended(answer["code"], out, err, wall, answer["cpu"], answer["bytes"], seen)
 
     @staticmethod
     def _allowed(directory, case, log):

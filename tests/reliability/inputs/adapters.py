@@ -160,7 +160,7 @@ CASES = (
                  rescale("bad-adapter")], Accepted("no lora_alpha; PEFT's default of 8"))),
     *(Case(57, f"{field}: {name}", partial(saying, **{field: {key: 4}}), IGNORED)
       for field in ("rank_pattern", "alpha_pattern") for name, key in SLOW.items()),
-    *(Case(57, f"{field}: {name}, on these names", partial(saying, **{field: {key: 4}}), UNSUPPORTED)
+    *(Case(57, f"{field}: {name}, on these names", partial(saying, **{field: {key: 4}}), UNSUPPORTED, heavy=True)
       for field in ("rank_pattern", "alpha_pattern") for name, key in SLOW_HERE.items()),
     *(Case(58, f"{field}: {name}", partial(saying, **{field: key}), IGNORED)
       for field in ("target_modules", "exclude_modules")
