@@ -1,0 +1,458 @@
+"""The rims of PEFT's LoRA: what its forms do to each other, to ties, to names that contain names, to zero and NaN."""
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, TrainableTokensConfig
+from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
+from safetensors.torch import load_file, save_file
+
+import loratools as lt
+from loratools.adapters import Adapter, Full, LowRank, RowPatch
+from loratools.adapters.block_diagonal import BlockDiagonal
+from loratools.errors import InputDataError, MalformedError, MismatchError, NonFiniteError, UnsupportedError
+from loratools.tensors import in_memory
+from tests import models
+from tests.interop.judge import load_cleanly
+from tests.interop.kinds import Case, Net, randomise, require_rounded
+from tests.tiny import normal
+
+
+def config(targets, **options):
+    return LoraConfig(**{"target_modules": list(targets), "r": 4, "lora_alpha": 7, **options})
+
+
+def rewrite(case, change):
+    """Replace the stored tensors by what `change` makes of them."""
+    file = case.adapter / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def set_base(case, key, tensor):
+    """Put another tensor into the base."""
+    case.before[key] = tensor
+    save_file(case.before, case.base / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (1, 1, 1), (1, 1, 3), (3, 1, 1), (2,), (1,)])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_kernels(tmp_path, kernel, dtype):
+    """W + s·B·A for every kernel; where PEFT's merge crashes (three axes of which the first two are 1) as elsewhere."""
+    layer = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[len(kernel)]
+
+    class Convolution(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = layer(6, 10, kernel)
+
+    case = Case(tmp_path, config(["conv"]), dtype=dtype, net=Convolution)
+    wrapped = case.model.base_model.model.conv
+    A, B = (getattr(wrapped, name)["default"].weight.double().flatten(1).detach() for name in ("lora_A", "lora_B"))
+    before = case.before["conv.weight"]
+    exact = before.double() + 7 / 4 * (B @ A).reshape(before.shape)
+    merged = case.merged()["conv.weight"]
+    require_rounded(merged, exact, before, ulps=0.501)
+    crashes = len(kernel) == 3 and kernel[:2] == (1, 1)
+    if crashes:
+        with pytest.raises((RuntimeError, IndexError)):
+            case.by_peft()
+    else:
+        torch.testing.assert_close(case.by_peft()["conv.weight"], merged, rtol=1e-5 if dtype == "fp32" else 1e-2,
+                                   atol=1e-5 if dtype == "fp32" else 2e-2)  # fmt: skip
+    case.require_way_back()
+    case.require_written_back()
+
+
+def test_a_kernel_of_another_form_is_refused(tmp_path):
+    """(3, 2) and (2, 3) have as many entries: the adapter of one is none of the other."""
+    case = Case(tmp_path, config(["conv2"]))
+    weight = case.before["conv2.weight"]
+    set_base(case, "conv2.weight", weight.transpose(2, 3).contiguous())
+    with pytest.raises(MismatchError, match="conv2"):
+        case.merged()
+    set_base(case, "conv2.weight", weight.reshape(10, 12, 3, 1).contiguous())
+    with pytest.raises(MismatchError, match="conv2"):
+        case.merged()
+
+
+@pytest.mark.parametrize("name", ["block.q", "block.turned", "embed", "conv2"])
+@pytest.mark.parametrize("magnitude", [0.0, 1.0])
+def test_dora_of_a_zero_row(tmp_path, name, magnitude):
+    """‖W + ΔW‖ = 0: PEFT writes NaN; it is an error that says which row, of what."""
+    case = Case(tmp_path, config([name], use_dora=True))
+    key = f"{name}.weight"
+    weight = case.before[key].clone()
+    (weight.T if name in {"block.turned", "embed"} else weight)[2] = 0
+    set_base(case, key, weight)
+
+    def change(tensors):
+        for each in tensors:
+            if each.endswith(("lora_B.weight", "lora_embedding_B")):
+                tensors[each][2] = 0
+            if "magnitude" in each:
+                tensors[each].view(-1)[2] = magnitude
+        return tensors
+
+    rewrite(case, change)
+    with pytest.raises(NonFiniteError, match=r"(?s)zero.*" + name):
+        case.merged()
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "lora_B.bias"])
+def test_nan_in_any_factor(tmp_path, part):
+    """Named; nothing is written."""
+    options = {"use_dora": True} if "magnitude" in part else {"lora_bias": True} if "bias" in part else {}
+    case = Case(tmp_path, config(["block.q"], **options))
+
+    def change(tensors):
+        tensors[f"base_model.model.block.q.{part}"].view(-1)[0] = torch.nan
+        return tensors
+
+    rewrite(case, change)
+    with pytest.raises(NonFiniteError, match=part.replace(".", r"\.")):
+        case.merged()
+    assert not (tmp_path / "merged").exists()
+
+
+def test_nan_in_a_trained_token(tmp_path):
+    """Named; nothing is written."""
+    case = Case(tmp_path, config(["block.q"], trainable_token_indices={"embed": [3, 0]}))
+
+    def change(tensors):
+        tensors["base_model.model.embed.token_adapter.trainable_tokens_delta"][1, 2] = torch.inf
+        return tensors
+
+    rewrite(case, change)
+    with pytest.raises(NonFiniteError, match="trainable_tokens_delta"):
+        case.merged()
+
+
+def test_a_trained_token_is_set_not_added(tmp_path):
+    """A small row in the place of a huge one keeps its bits: W + (row − W) would lose them."""
+    case = Case(tmp_path, config(["block.q"], trainable_token_indices={"embed": [3, 0]}))
+    weight = case.before["embed.weight"].clone()
+    weight[3] = 1e30
+    set_base(case, "embed.weight", weight)
+    rows = load_file(case.adapter / "adapter_model.safetensors")[
+        "base_model.model.embed.token_adapter.trainable_tokens_delta"
+    ]
+    assert torch.equal(case.merged()["embed.weight"][[3, 0]], rows)
+
+
+def test_two_adapters_train_one_token(tmp_path):
+    """Σ w (W' − W): in either order the same; PEFT refuses overlapping tokens."""
+    one = Case(tmp_path / "one", config(["block.q"], trainable_token_indices={"embed": [3, 0]}))
+    two = Case(tmp_path / "two", config(["block.q"], trainable_token_indices={"embed": [5, 3]}), size=0.7)
+    row = [load_file(each.adapter / "adapter_model.safetensors")[
+        "base_model.model.embed.token_adapter.trainable_tokens_delta"].double() for each in (one, two)]  # fmt: skip
+    before = one.before["embed.weight"]
+    for name, weights in (("ones", [1.0, 1.0]), ("others", [0.5, -2.0])):
+        found = one.merged(two.adapter, weights=weights, name=name)["embed.weight"]
+        w, v = weights
+        exact = before.double().clone()
+        exact[0] += w * (row[0][1] - before[0])
+        exact[5] += v * (row[1][0] - before[5])
+        exact[3] += w * (row[0][0] - before[3]) + v * (row[1][1] - before[3])
+        require_rounded(found, exact, before, ulps=0.501)
+
+
+@pytest.fixture
+def tied(tmp_path):
+    """A small Qwen whose head is its embedding, and what writes a PEFT adapter for it."""
+    base = models.save(models.build("qwen"), tmp_path / "base")
+
+    def write(config_, name="adapter"):
+        from peft import get_peft_model
+
+        with models.quiet():
+            model = get_peft_model(models.load(base), config_)
+            randomise(model, 0.3)
+            model.save_pretrained(tmp_path / name)
+        return model.eval(), tmp_path / name
+
+    return base, write
+
+
+def require_same_output(model, merged):
+    found = models.output_of(models.load(merged))
+    torch.testing.assert_close(found, models.output_of(model), rtol=1e-4, atol=1e-4)
+
+
+def require_base_again(base, merged, adapter, tmp_path):
+    lt.unmerge(merged, tmp_path / "back", adapters=[adapter], base=base)
+    assert models.tensor_hashes(tmp_path / "back") == models.tensor_hashes(base)
+
+
+@pytest.mark.parametrize("listed", [[3, 7], {"embed_tokens": [3, 7]}, {"embed_tokens": [3, 7], "lm_head": [3, 7]}])
+def test_tokens_of_tied_matrices(tmp_path, tied, listed):
+    """Trained in the embedding, they are trained in the head: both stay one matrix."""
+    base, write = tied
+    model, adapter = write(config(["q_proj"], trainable_token_indices=listed))
+    lt.merge(base, [adapter], tmp_path / "merged")
+    require_same_output(model, tmp_path / "merged")
+    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is True
+    require_base_again(base, tmp_path / "merged", adapter, tmp_path)
+    lt.save(lt.load_adapter(adapter), tmp_path / "written")
+    written = load_cleanly(models.load(base), tmp_path / "written")
+    torch.testing.assert_close(models.output_of(written), models.output_of(model))
+
+
+@pytest.mark.parametrize("listed", [{"lm_head": [3, 7]}, {"embed_tokens": [3, 7], "lm_head": [3, 9]}])
+def test_tokens_that_untie(tmp_path, tied, listed):
+    """Trained in the head alone, or other ones in the head: PEFT's unmerged model computes with two matrices."""
+    base, write = tied
+    model, adapter = write(config(["q_proj"], trainable_token_indices=listed))
+    lt.merge(base, [adapter], tmp_path / "merged")
+    require_same_output(model, tmp_path / "merged")
+    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is False
+    require_base_again(base, tmp_path / "merged", adapter, tmp_path)
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens"], None])
+def test_trainable_tokens_of_tied_matrices(tmp_path, tied, targets):
+    """The type of its own alike: PEFT stores the rows for the head too, and finds them missing otherwise."""
+    base, write = tied
+    model, adapter = write(TrainableTokensConfig(target_modules=targets, token_indices=[2, 11]))
+    assert set(lt.load_adapter(adapter)) == {"model.embed_tokens", "lm_head"}
+    lt.merge(base, [adapter], tmp_path / "merged")
+    require_same_output(model, tmp_path / "merged")
+    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is True
+    require_base_again(base, tmp_path / "merged", adapter, tmp_path)
+    lt.save(lt.load_adapter(adapter), tmp_path / "written")
+    written = load_cleanly(models.load(base), tmp_path / "written", expected=["tie_word_embeddings"])
+    torch.testing.assert_close(models.output_of(written), models.output_of(model))
+
+
+def test_tied_modules_that_were_targeted_both(tmp_path, tied):
+    """PEFT wraps one wrapper into another, and its forward fails: refused by name."""
+    _, write = tied
+    model, adapter = write(TrainableTokensConfig(target_modules=["embed_tokens", "lm_head"], token_indices=[2, 11]))
+    with pytest.raises(ValueError, match="unknown layer type"):
+        models.output_of(model)
+    with pytest.raises(UnsupportedError, match=r"tied.*lm_head"):
+        lt.load_adapter(adapter)
+
+
+def rows(indices, width=12, seed=5):
+    ref = in_memory("rows", normal(seed, len(indices), width))
+    return Full(patches={"weight": RowPatch(tuple(indices), ref)}, shared=True)
+
+
+def test_tokens_alone_load_in_peft(tmp_path):
+    """Without a low-rank module: the placeholder for targets, and PEFT loads it; other rows in another module too."""
+
+    class Two(Net):
+        def __init__(self):
+            super().__init__()
+            self.other = torch.nn.Embedding(9, 12)
+
+    adapter = Adapter({"embed": rows([3, 1]), "other": rows([8])}, config={"peft_type": "LORA"})
+    lt.save(adapter, tmp_path / "written")
+    model = load_cleanly(Two(), tmp_path / "written")
+    found = model.base_model.model.other.token_adapter
+    assert found.token_indices["default"] == [8]
+    assert torch.equal(found.trainable_tokens_delta["default"], adapter["other"].patches["weight"].rows.load())
+    back = lt.load_adapter(tmp_path / "written")
+    assert {path: update.patches["weight"].indices for path, update in back.items()} == {"embed": (3, 1), "other": (8,)}
+
+
+def test_tokens_of_a_module_whose_name_ends_another(tmp_path):
+    """PEFT takes every module whose name ends so, as a plain suffix: where that hits a neighbour it is refused."""
+    from loratools.formats import codec_named
+
+    adapter = Adapter({"embed": rows([3, 1])}, config={"peft_type": "LORA"})
+    with pytest.raises(UnsupportedError, match=r"pos_embed|embed"):
+        codec_named("peft").encode(adapter, siblings=["embed", "pos_embed"])
+    both = Adapter({"embed": rows([3, 1]), "pos_embed": rows([2])}, config={"peft_type": "LORA"})
+    with pytest.raises(UnsupportedError, match="embed"):
+        lt.save(both, tmp_path / "x")
+
+
+def test_two_lists_for_one_module(tmp_path):
+    """Which of them PEFT takes depends on their order: refused unless they agree."""
+    case = Case(tmp_path, config(["block.q"], trainable_token_indices={"embed": [3, 0]}))
+    file = case.adapter / "adapter_config.json"
+    lists = {"embed": [3, 0], "bed": [1, 2]}
+    file.write_text(json.dumps(case.config | {"trainable_token_indices": lists}))
+    with pytest.raises(MalformedError, match="embed"):
+        _ = case.loaded
+    file.write_text(json.dumps(case.config | {"trainable_token_indices": {"embed": [3, 0], "bed": [3, 0]}}))
+    assert case.loaded["embed"].patches["weight"].indices == (3, 0)
+
+
+@pytest.mark.parametrize(("field", "setting"), [
+    ("velora_config", VeloraConfig()), ("monteclora_config", MontecloraConfig()),
+])  # fmt: skip
+def test_variants_with_tensors_of_their_own(tmp_path, field, setting):
+    """VeLoRA and MonteCLoRA store more than factors: refused by name, not taken for parameters of the module."""
+    case = Case(tmp_path, config(["block.q"], **{field: setting}))
+    assert len(load_file(case.adapter / "adapter_model.safetensors")) > 2
+    with pytest.raises(UnsupportedError, match=r"(?i)" + field.removesuffix("_config")):
+        _ = case.loaded
+
+
+@pytest.mark.parametrize(("field", "value", "name"), [
+    ("layer_replication", [[0, 1], [0, 1]], "replication"), ("arrow_config", {"top_k": 1}, "Arrow"),
+    ("alora_invocation_tokens", [1, 2], "activated"), ("kasa_config", {"beta": 1}, "KaSA"),
+    ("init_lora_weights", "pissa", "pissa"), ("init_lora_weights", "pissa_niter_4", "pissa"),
+    ("init_lora_weights", "olora", "olora"), ("init_lora_weights", "corda", "corda"),
+    ("init_lora_weights", "lora_ga", "lora_ga"), ("init_lora_weights", "loftq", "loftq"),
+])  # fmt: skip
+def test_what_is_no_adapter_of_this_base(tmp_path, field, value, name):
+    """Refused by name, with the field."""
+    case = Case(tmp_path, config(["block.q"]))
+    (case.adapter / "adapter_config.json").write_text(json.dumps(case.config | {field: value}))
+    with pytest.raises(UnsupportedError, match=f"(?s){name}.*{field}"):
+        _ = case.loaded
+
+
+@pytest.mark.parametrize("value", ["gaussian", "eva", "orthogonal", "mica", True, False])
+def test_initialisations_that_leave_the_base(tmp_path, value):
+    """Accepted."""
+    case = Case(tmp_path, config(["block.q"]))
+    (case.adapter / "adapter_config.json").write_text(json.dumps(case.config | {"init_lora_weights": value}))
+    assert isinstance(case.loaded["block.q"], LowRank)
+
+
+def test_an_attention_and_its_projection_targeted_apart(tmp_path):
+    """PEFT then has two updates of out_proj, of which its forward uses neither as it is: refused, none is dropped."""
+    case = Case(tmp_path, config(["attn", "out_proj"]))
+    with pytest.raises(InputDataError, match="out_proj"):
+        _ = case.loaded
+
+
+def test_lora_bias_of_an_attention(tmp_path):
+    """PEFT ignores the bias of the packed projection in its forward and its merge: refused by name."""
+    case = Case(tmp_path, config(["attn"], lora_bias=True))
+    with pytest.raises(UnsupportedError, match=r"bias.*attn"):
+        _ = case.loaded
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_biases_around_an_attention(tmp_path, bias):
+    """PEFT saves out_proj's bias and not in_proj_bias; merged, taken out and written back."""
+    case = Case(tmp_path, config(["attn", "block.q"], bias=bias))
+    merged, theirs = case.merged(), case.by_peft()
+    for key in case.before:
+        if key.endswith("bias") and key != "attn.in_proj_bias":
+            assert torch.equal(merged[key], theirs[key]), key
+    case.require_way_back()
+    case.require_written_back()
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_attention_in_every_dtype(tmp_path, dtype, rslora):
+    """Rank and alpha by a pattern on the attention hold for both projections."""
+    options = {"use_rslora": rslora, "rank_pattern": {"attn": 3}, "alpha_pattern": {"attn": 5}}
+    case = Case(tmp_path, config(["attn", "block.q"], **options), dtype=dtype)
+    merged, scaling = case.merged(), 5 / (3**0.5 if rslora else 3)
+    layer = case.model.base_model.model.attn
+    for key, wrapper in (("attn.in_proj_weight", layer), ("attn.out_proj.weight", layer.base_layer.out_proj)):
+        A, B = (getattr(wrapper, name)["default"].weight.double().detach() for name in ("lora_A", "lora_B"))
+        require_rounded(merged[key], case.before[key].double() + scaling * (B @ A), case.before[key], ulps=0.501)
+    case.require_way_back()
+    case.require_written_back()
+
+
+def test_pefts_forward_of_an_attention(tmp_path):
+    """Its own forward is that of the doubled out_proj: what `rescale --include '*.out_proj' --by 2` merges."""
+    case = Case(tmp_path, config(["attn"]))
+    lt.rescale(case.adapter, tmp_path / "doubled", by=2.0, include=["*.out_proj"])
+    x = normal(4, 5, 1, 12)
+    with torch.no_grad():
+        theirs = case.model.base_model.model.attn(x, x, x)[0]
+        for name, adapter in (("once", case.adapter), ("twice", tmp_path / "doubled")):
+            lt.merge(case.base, [adapter], tmp_path / name)
+            net = Net()
+            net.load_state_dict(load_file(tmp_path / name / "model.safetensors"))
+            same = torch.allclose(net.attn(x, x, x)[0], theirs, rtol=1e-4, atol=1e-4)
+            assert same == (name == "twice")
+
+
+def blocks(seed, side, m=8, n=12, rank=4):
+    small = (rank, n // 2) if side == "A" else (rank, n)
+    high = (m, rank) if side == "A" else (m, rank // 2)
+    return BlockDiagonal(lora_A=in_memory("A", normal(seed, *small)), lora_B=in_memory("B", normal(seed + 1, *high)),
+                         alpha=7.0, blocks=2, compact=side)  # fmt: skip
+
+
+def test_blocks_whose_names_contain_each_other(tmp_path):
+    """PEFT looks for a name anywhere in a path: what that would make of a neighbour is refused, not written."""
+    good = Adapter({"a.q": blocks(1, "A"), "a.k": blocks(3, "B")})
+    lt.save(good, tmp_path / "good")
+    back = lt.load_adapter(tmp_path / "good")
+    assert {path: update.compact for path, update in back.items()} == {"a.q": "A", "a.k": "B"}
+    plain = LowRank(lora_A=in_memory("A", normal(5, 4, 12)), lora_B=in_memory("B", normal(6, 8, 4)), alpha=7.0)
+    for other in (blocks(3, "B"), plain):
+        with pytest.raises(UnsupportedError, match=r"a\.q"):
+            lt.save(Adapter({"a.q": blocks(1, "A"), "a.q_norm": other}), tmp_path / "bad")
+
+
+def test_blocks_beside_plain_modules(tmp_path):
+    """`match_strict` off: the others are plain LoRA, and stay so."""
+    setting = BdLoraConfig(target_modules_bd_a=["block.q"], nblocks=2, match_strict=False)
+    case = Case(tmp_path, config(["block.q", "block.k"], use_bdlora=setting))
+    assert {path: update.kind for path, update in case.loaded.items()} == {
+        "block.q": "block-diagonal",
+        "block.k": "low-rank",
+    }
+    case.require_written_back()
+
+
+def test_a_sum_of_compact_forms_is_lora(tmp_path):
+    """Stacked with plain LoRA, blocks are multiplied out: float32 factors, no flag left, PEFT loads it."""
+    setting = BdLoraConfig(target_modules_bd_a=["block.q"], target_modules_bd_b=["block.k"], nblocks=2)
+    case = Case(tmp_path / "blocks", config(["block.q", "block.k"], use_bdlora=setting))
+    plain = Case(tmp_path / "plain", config(["block.q", "block.k"], use_rslora=True))
+    lt.stack([case.adapter, plain.adapter], tmp_path / "both", weights=[0.5, -1.5])
+    found = lt.load_adapter(tmp_path / "both")
+    for path in ("block.q", "block.k"):
+        exact = 0.5 * case.loaded[path].delta_weight() - 1.5 * plain.loaded[path].delta_weight()
+        torch.testing.assert_close(found[path].delta_weight(), exact, rtol=1e-5, atol=1e-6)
+        assert {ref.dtype for ref in found[path].factors} == {"F32"}
+    model = load_cleanly(copy.deepcopy(case.net), tmp_path / "both")
+    torch.testing.assert_close(
+        model.base_model.model.block.q.get_delta_weight("default"),
+        found["block.q"].delta_weight(),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize("verb", ["by", "bake", "restate"])
+def test_rescaled_compact_forms(tmp_path, verb):
+    """`--by` keeps the factors; what restates the alpha is exact or refused by name."""
+    setting = BdLoraConfig(target_modules_bd_a=["block.q"], nblocks=2, match_strict=False)
+    case = Case(tmp_path, config(["block.q"], use_bdlora=setting))
+    options = {"by": {"by": -3.0}, "bake": {"bake": True}, "restate": {"restate_alpha": 3.0}}[verb]
+    try:
+        lt.rescale(case.adapter, tmp_path / "out", **options)
+    except UnsupportedError as error:
+        assert verb != "by"
+        assert "block-diagonal" in str(error)  # noqa: PT017
+        return
+    found = lt.load_adapter(tmp_path / "out")["block.q"].delta_weight()
+    factor = -3.0 if verb == "by" else 1.0
+    torch.testing.assert_close(found, factor * case.loaded["block.q"].delta_weight(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_flag_that_peft_ignored(tmp_path):
+    """`use_qalora` on a Linear that is no GPTQ layer does nothing in PEFT: the mismatch says so."""
+    case = Case(tmp_path, config(["block.q"], use_qalora=True, qalora_group_size=4))
+    with pytest.raises(MismatchError, match=r"(?s)qalora"):
+        case.merged()
+
+
+def test_a_resized_vocabulary(tmp_path):
+    """PEFT saves the resized embedding whole beside its factors: the base's is shorter, and the message says so."""
+    case = Case(tmp_path, config(["embed", "block.q"]))
+    with models.quiet():
+        case.model.save_pretrained(case.adapter, save_embedding_layers=False)
+    rewrite(case, lambda tensors: {**tensors, "base_model.model.embed.base_layer.weight": case.before["embed.weight"]})
+    set_base(case, "embed.weight", case.before["embed.weight"][:20].contiguous())
+    with pytest.raises(MismatchError, match=r"embed.*vocabulary"):
+        case.merged()
