@@ -1,39 +1,23 @@
-"""The rims of PEFT's LoRA: what its forms do to each other, to ties, to names that contain names, to zero and NaN."""
+"""The rims of PEFT's LoRA: what its forms do to each other, to names that contain names, to zero and NaN."""
 
 import copy
 import json
 
 import pytest
 import torch
-from peft import LoraConfig, TrainableTokensConfig
+from peft import LoraConfig
 from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import loratools as lt
-from loratools.adapters import Adapter, Full, LowRank, RowPatch
+from loratools.adapters import Adapter, LowRank
 from loratools.adapters.block_diagonal import BlockDiagonal
-from loratools.errors import InputDataError, MalformedError, MismatchError, NonFiniteError, UnsupportedError
+from loratools.errors import InputDataError, MismatchError, NonFiniteError, UnsupportedError
 from loratools.tensors import in_memory
 from tests import models
 from tests.interop.judge import load_cleanly
-from tests.interop.kinds import Case, Net, randomise, require_rounded
+from tests.interop.kinds import Case, Net, config, require_rounded, rewrite, set_base
 from tests.tiny import normal
-
-
-def config(targets, **options):
-    return LoraConfig(**{"target_modules": list(targets), "r": 4, "lora_alpha": 7, **options})
-
-
-def rewrite(case, change):
-    """Replace the stored tensors by what `change` makes of them."""
-    file = case.adapter / "adapter_model.safetensors"
-    save_file(change(load_file(file)), file, metadata={"format": "pt"})
-
-
-def set_base(case, key, tensor):
-    """Put another tensor into the base."""
-    case.before[key] = tensor
-    save_file(case.before, case.base / "model.safetensors", metadata={"format": "pt"})
 
 
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3), (1, 1, 1), (1, 1, 3), (3, 1, 1), (2,), (1,)])
@@ -115,172 +99,6 @@ def test_nan_in_any_factor(tmp_path, part):
     with pytest.raises(NonFiniteError, match=part.replace(".", r"\.")):
         case.merged()
     assert not (tmp_path / "merged").exists()
-
-
-def test_nan_in_a_trained_token(tmp_path):
-    """Named; nothing is written."""
-    case = Case(tmp_path, config(["block.q"], trainable_token_indices={"embed": [3, 0]}))
-
-    def change(tensors):
-        tensors["base_model.model.embed.token_adapter.trainable_tokens_delta"][1, 2] = torch.inf
-        return tensors
-
-    rewrite(case, change)
-    with pytest.raises(NonFiniteError, match="trainable_tokens_delta"):
-        case.merged()
-
-
-def test_a_trained_token_is_set_not_added(tmp_path):
-    """A small row in the place of a huge one keeps its bits: W + (row − W) would lose them."""
-    case = Case(tmp_path, config(["block.q"], trainable_token_indices={"embed": [3, 0]}))
-    weight = case.before["embed.weight"].clone()
-    weight[3] = 1e30
-    set_base(case, "embed.weight", weight)
-    rows = load_file(case.adapter / "adapter_model.safetensors")[
-        "base_model.model.embed.token_adapter.trainable_tokens_delta"
-    ]
-    assert torch.equal(case.merged()["embed.weight"][[3, 0]], rows)
-
-
-def test_two_adapters_train_one_token(tmp_path):
-    """Σ w (W' − W): in either order the same; PEFT refuses overlapping tokens."""
-    one = Case(tmp_path / "one", config(["block.q"], trainable_token_indices={"embed": [3, 0]}))
-    two = Case(tmp_path / "two", config(["block.q"], trainable_token_indices={"embed": [5, 3]}), size=0.7)
-    row = [load_file(each.adapter / "adapter_model.safetensors")[
-        "base_model.model.embed.token_adapter.trainable_tokens_delta"].double() for each in (one, two)]  # fmt: skip
-    before = one.before["embed.weight"]
-    for name, weights in (("ones", [1.0, 1.0]), ("others", [0.5, -2.0])):
-        found = one.merged(two.adapter, weights=weights, name=name)["embed.weight"]
-        w, v = weights
-        exact = before.double().clone()
-        exact[0] += w * (row[0][1] - before[0])
-        exact[5] += v * (row[1][0] - before[5])
-        exact[3] += w * (row[0][0] - before[3]) + v * (row[1][1] - before[3])
-        require_rounded(found, exact, before, ulps=0.501)
-
-
-@pytest.fixture
-def tied(tmp_path):
-    """A small Qwen whose head is its embedding, and what writes a PEFT adapter for it."""
-    base = models.save(models.build("qwen"), tmp_path / "base")
-
-    def write(config_, name="adapter"):
-        from peft import get_peft_model
-
-        with models.quiet():
-            model = get_peft_model(models.load(base), config_)
-            randomise(model, 0.3)
-            model.save_pretrained(tmp_path / name)
-        return model.eval(), tmp_path / name
-
-    return base, write
-
-
-def require_same_output(model, merged):
-    found = models.output_of(models.load(merged))
-    torch.testing.assert_close(found, models.output_of(model), rtol=1e-4, atol=1e-4)
-
-
-def require_base_again(base, merged, adapter, tmp_path):
-    lt.unmerge(merged, tmp_path / "back", adapters=[adapter], base=base)
-    assert models.tensor_hashes(tmp_path / "back") == models.tensor_hashes(base)
-
-
-@pytest.mark.parametrize("listed", [[3, 7], {"embed_tokens": [3, 7]}, {"embed_tokens": [3, 7], "lm_head": [3, 7]}])
-def test_tokens_of_tied_matrices(tmp_path, tied, listed):
-    """Trained in the embedding, they are trained in the head: both stay one matrix."""
-    base, write = tied
-    model, adapter = write(config(["q_proj"], trainable_token_indices=listed))
-    lt.merge(base, [adapter], tmp_path / "merged")
-    require_same_output(model, tmp_path / "merged")
-    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is True
-    require_base_again(base, tmp_path / "merged", adapter, tmp_path)
-    lt.save(lt.load_adapter(adapter), tmp_path / "written")
-    written = load_cleanly(models.load(base), tmp_path / "written")
-    torch.testing.assert_close(models.output_of(written), models.output_of(model))
-
-
-@pytest.mark.parametrize("listed", [{"lm_head": [3, 7]}, {"embed_tokens": [3, 7], "lm_head": [3, 9]}])
-def test_tokens_that_untie(tmp_path, tied, listed):
-    """Trained in the head alone, or other ones in the head: PEFT's unmerged model computes with two matrices."""
-    base, write = tied
-    model, adapter = write(config(["q_proj"], trainable_token_indices=listed))
-    lt.merge(base, [adapter], tmp_path / "merged")
-    require_same_output(model, tmp_path / "merged")
-    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is False
-    require_base_again(base, tmp_path / "merged", adapter, tmp_path)
-
-
-@pytest.mark.parametrize("targets", [["embed_tokens"], None])
-def test_trainable_tokens_of_tied_matrices(tmp_path, tied, targets):
-    """The type of its own alike: PEFT stores the rows for the head too, and finds them missing otherwise."""
-    base, write = tied
-    model, adapter = write(TrainableTokensConfig(target_modules=targets, token_indices=[2, 11]))
-    assert set(lt.load_adapter(adapter)) == {"model.embed_tokens", "lm_head"}
-    lt.merge(base, [adapter], tmp_path / "merged")
-    require_same_output(model, tmp_path / "merged")
-    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is True
-    require_base_again(base, tmp_path / "merged", adapter, tmp_path)
-    lt.save(lt.load_adapter(adapter), tmp_path / "written")
-    written = load_cleanly(models.load(base), tmp_path / "written", expected=["tie_word_embeddings"])
-    torch.testing.assert_close(models.output_of(written), models.output_of(model))
-
-
-def test_tied_modules_that_were_targeted_both(tmp_path, tied):
-    """PEFT wraps one wrapper into another, and its forward fails: refused by name."""
-    _, write = tied
-    model, adapter = write(TrainableTokensConfig(target_modules=["embed_tokens", "lm_head"], token_indices=[2, 11]))
-    with pytest.raises(ValueError, match="unknown layer type"):
-        models.output_of(model)
-    with pytest.raises(UnsupportedError, match=r"tied.*lm_head"):
-        lt.load_adapter(adapter)
-
-
-def rows(indices, width=12, seed=5):
-    ref = in_memory("rows", normal(seed, len(indices), width))
-    return Full(patches={"weight": RowPatch(tuple(indices), ref)}, shared=True)
-
-
-def test_tokens_alone_load_in_peft(tmp_path):
-    """Without a low-rank module: the placeholder for targets, and PEFT loads it; other rows in another module too."""
-
-    class Two(Net):
-        def __init__(self):
-            super().__init__()
-            self.other = torch.nn.Embedding(9, 12)
-
-    adapter = Adapter({"embed": rows([3, 1]), "other": rows([8])}, config={"peft_type": "LORA"})
-    lt.save(adapter, tmp_path / "written")
-    model = load_cleanly(Two(), tmp_path / "written")
-    found = model.base_model.model.other.token_adapter
-    assert found.token_indices["default"] == [8]
-    assert torch.equal(found.trainable_tokens_delta["default"], adapter["other"].patches["weight"].rows.load())
-    back = lt.load_adapter(tmp_path / "written")
-    assert {path: update.patches["weight"].indices for path, update in back.items()} == {"embed": (3, 1), "other": (8,)}
-
-
-def test_tokens_of_a_module_whose_name_ends_another(tmp_path):
-    """PEFT takes every module whose name ends so, as a plain suffix: where that hits a neighbour it is refused."""
-    from loratools.formats import codec_named
-
-    adapter = Adapter({"embed": rows([3, 1])}, config={"peft_type": "LORA"})
-    with pytest.raises(UnsupportedError, match=r"pos_embed|embed"):
-        codec_named("peft").encode(adapter, siblings=["embed", "pos_embed"])
-    both = Adapter({"embed": rows([3, 1]), "pos_embed": rows([2])}, config={"peft_type": "LORA"})
-    with pytest.raises(UnsupportedError, match="embed"):
-        lt.save(both, tmp_path / "x")
-
-
-def test_two_lists_for_one_module(tmp_path):
-    """Which of them PEFT takes depends on their order: refused unless they agree."""
-    case = Case(tmp_path, config(["block.q"], trainable_token_indices={"embed": [3, 0]}))
-    file = case.adapter / "adapter_config.json"
-    lists = {"embed": [3, 0], "bed": [1, 2]}
-    file.write_text(json.dumps(case.config | {"trainable_token_indices": lists}))
-    with pytest.raises(MalformedError, match="embed"):
-        _ = case.loaded
-    file.write_text(json.dumps(case.config | {"trainable_token_indices": {"embed": [3, 0], "bed": [3, 0]}}))
-    assert case.loaded["embed"].patches["weight"].indices == (3, 0)
 
 
 @pytest.mark.parametrize(("field", "setting"), [
@@ -447,12 +265,81 @@ def test_a_flag_that_peft_ignored(tmp_path):
         case.merged()
 
 
-def test_a_resized_vocabulary(tmp_path):
-    """PEFT saves the resized embedding whole beside its factors: the base's is shorter, and the message says so."""
-    case = Case(tmp_path, config(["embed", "block.q"]))
-    with models.quiet():
-        case.model.save_pretrained(case.adapter, save_embedding_layers=False)
-    rewrite(case, lambda tensors: {**tensors, "base_model.model.embed.base_layer.weight": case.before["embed.weight"]})
-    set_base(case, "embed.weight", case.before["embed.weight"][:20].contiguous())
-    with pytest.raises(MismatchError, match=r"embed.*vocabulary"):
-        case.merged()
+EVERY = {
+    "low-rank": {"target_modules": ["block.q", "block.turned", "embed", "conv2"]},
+    "dora": {"target_modules": ["block.q", "block.turned", "embed", "conv2"], "use_dora": True},
+    "lora-bias": {"target_modules": ["block.q", "conv2"], "lora_bias": True},
+    "biases": {"target_modules": ["block.q", "conv2"], "bias": "all"},
+    "tokens": {"target_modules": ["block.q"], "trainable_token_indices": {"embed": [3, 0]}},
+    "attention": {"target_modules": ["attn"]},
+    "blocks": {"target_modules": ["block.q"], "use_bdlora": BdLoraConfig(target_modules_bd_a=["block.q"], nblocks=2)},
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_inspected(tmp_path, name):
+    """Kind, shape, rank and scaling of every module, and as many parameters as the file has."""
+    case = Case(tmp_path, LoraConfig(r=4, lora_alpha=7, **EVERY[name]))
+    report = lt.inspect(case.adapter).to_json()
+    stored = load_file(case.adapter / "adapter_model.safetensors")
+    assert report["parameters"] == sum(tensor.numel() for tensor in stored.values())
+    rows_ = {row["name"]: row for row in report["modules"]}
+    assert rows_.keys() == case.loaded.keys()
+    for row in rows_.values():
+        if row["kind"] not in {"rows", "full"}:
+            assert (row["rank"], row["alpha"], row["scaling"]) == (4, 7, 7 / 4), row
+            assert len(row["shape"]) == 2
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_written_twice(tmp_path, name):
+    """decode(encode(x)) = x: the second writing is the first, byte for byte."""
+    case = Case(tmp_path, LoraConfig(r=4, lora_alpha=7, **EVERY[name]))
+    lt.save(case.loaded, tmp_path / "once")
+    lt.save(lt.load_adapter(tmp_path / "once"), tmp_path / "twice")
+    for file in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "once" / file).read_bytes() == (tmp_path / "twice" / file).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["dora", "lora-bias", "tokens", "blocks"])
+def test_flags_follow_the_modules(tmp_path, name):
+    """What is left without the modules of a kind says nothing of that kind any more, and PEFT loads it."""
+    kind = Case(tmp_path / "kind", LoraConfig(r=4, lora_alpha=7, **EVERY[name]))
+    plain = Case(tmp_path / "plain", config(["block.k"]))
+    left = Adapter(dict(plain.loaded), config=kind.config | {"fan_in_fan_out": False})
+    lt.save(left, tmp_path / "left")
+    written = models.config_of(tmp_path / "left")
+    for field in ("use_dora", "lora_bias", "trainable_token_indices", "use_bdlora"):
+        assert not written.get(field), field
+    load_cleanly(copy.deepcopy(plain.net), tmp_path / "left")
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_dora_on_an_embedding_that_is_saved_too(tmp_path, dtype):
+    """`base_layer.weight` in the file is the W that the norm is taken over."""
+    case = Case(tmp_path, config(["embed"], use_dora=True), dtype=dtype)
+    own = normal(9, 23, 12, dtype=case.before["embed.weight"].dtype)
+    rewrite(case, lambda tensors: {**tensors, "base_model.model.embed.base_layer.weight": own})
+    layer = case.model.base_model.model.embed
+    A, B = (getattr(layer, part)["default"].double().detach() for part in ("lora_embedding_A", "lora_embedding_B"))
+    moved = own.double() + 7 / 4 * (B @ A).T
+    exact = moved * (layer.lora_magnitude_vector["default"].weight.double().detach() / moved.norm(dim=0))
+    require_rounded(case.merged()["embed.weight"], exact, own, ulps=0.51)
+    case.require_way_back()
+
+
+def test_two_doras(tmp_path):
+    """Each changes the base as it is: W + (W'₁ − W) + (W'₂ − W), in either order."""
+    cases = [Case(tmp_path / str(size), config(["block.q", "block.turned"], use_dora=True), size=size)
+             for size in (0.2, 0.5)]  # fmt: skip
+    found = cases[0].merged(cases[1].adapter)
+    for name, dim in (("block.q", 1), ("block.turned", 0)):
+        before = cases[0].before[f"{name}.weight"]
+        exact = before.double().clone()
+        for case in cases:
+            layer = case.model.get_submodule(f"base_model.model.{name}")
+            product = 7 / 4 * (layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double())
+            moved = before.double() + (product if dim else product.T)
+            magnitude = layer.lora_magnitude_vector["default"].weight.double()
+            exact += moved * (magnitude / moved.norm(dim=dim)).unsqueeze(dim) - before.double()
+        require_rounded(found[f"{name}.weight"], exact.detach(), before, ulps=0.51)
