@@ -97,8 +97,8 @@ class PeftCodec(AbstractCodec):
         tensors: dict[str, TensorRef] = dict(tuner.shared_tensors(changed))
         for path, update in adapter.items():
             tensors |= keyed.get(path, {})
-            for parameter, ref in update.replaced.items():
-                place = tuner.key_path(path, changed) if path in changed else path
+            place = tuner.key_path(path, changed) if path in changed else path
+            for parameter, ref in tuner.beside(update).items():
                 tensors[keys.parameter_key(place, parameter, wrapped=update.changes_weight)] = ref
         config = _config(adapter, tuner, changed, whole, siblings)
         return Encoded(
@@ -120,7 +120,7 @@ class _Found:
 
 def _carried(adapter: Adapter) -> dict[str, AbstractUpdate]:
     """The updates that are a tuner's: all but parameters that are given whole."""
-    return {path: update for path, update in adapter.items() if update.changes_weight or update.patches}
+    return {path: update for path, update in adapter.items() if update.own_keys or update.patches}
 
 
 def _tuner_for(updates: Mapping[str, AbstractUpdate], config: Mapping[str, Any]) -> AbstractTuner | None:
