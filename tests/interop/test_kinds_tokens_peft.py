@@ -211,6 +211,10 @@ def test_a_resized_vocabulary(tmp_path, way, dtype):
         randomise(model, 0.02)
         model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
         theirs = PeftModel.from_pretrained(resized(base, models.VOCABULARY + 7), tmp_path / "adapter")
+    lt.save(lt.load_adapter(tmp_path / "adapter"), tmp_path / "written")
+    written = load_cleanly(resized(base, models.VOCABULARY + 7), tmp_path / "written").state_dict()
+    for key, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(written[key], tensor)
     merged = lt.merge(base, [tmp_path / "adapter"], tmp_path / "merged")
     assert any("vocabulary" in note for note in merged.notes)
     assert models.config_of(tmp_path / "merged", "config.json")["vocab_size"] == models.VOCABULARY + 7
