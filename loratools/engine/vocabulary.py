@@ -39,7 +39,10 @@ def lengthened(adapter: Adapter, base: Checkpoint) -> Adapter:
         return adapter
     counts = {path: vocabularies[name].shape[0] for path, name in longer.items()}
     updates = {path: _cut(path, each, counts[path]) if path in longer else each for path, each in adapter.items()}
-    note = f"The vocabulary was resized after the base: rows are appended to {', '.join(longer.values())}."
+    note = (
+        f"The vocabulary was resized after the base: rows are appended, whole whatever the weight, to "
+        f"{', '.join(longer.values())}."
+    )
     return dataclasses.replace(adapter, updates=MappingProxyType(updates), notes=(*adapter.notes, note))
 
 

@@ -283,6 +283,7 @@ def test_inspected(tmp_path, name):
     report = lt.inspect(case.adapter).to_json()
     stored = load_file(case.adapter / "adapter_model.safetensors")
     assert report["parameters"] == sum(tensor.numel() for tensor in stored.values())
+    assert not any("no tensor" in note for note in report["notes"]), report["notes"]
     rows_ = {row["name"]: row for row in report["modules"]}
     assert rows_.keys() == case.loaded.keys()
     for row in rows_.values():

@@ -247,3 +247,19 @@ def test_a_longer_head_that_is_no_vocabulary(tmp_path):
     set_base(case, "block.k.weight", case.before["block.k.weight"][:9].contiguous())
     with pytest.raises(MismatchError, match=r"block\.k"):
         case.merged()
+
+
+def test_a_resized_vocabulary_by_weight(tmp_path):
+    """The base's rows go part of the way, the new ones come whole: there is nothing for them to start from."""
+    base = models.save(models.build("llama"), tmp_path / "base")
+    width = models.tensors_of(base)["model.embed_tokens.weight"].shape[1]
+    given = normal(4, models.VOCABULARY + 5, width)
+    tensors = {"base_model.model.model.embed_tokens.weight": given}
+    models.write_adapter(tmp_path / "adapter", tensors, {"modules_to_save": ["embed_tokens"], "target_modules": []})
+    report = lt.merge(base, [tmp_path / "adapter"], tmp_path / "merged", weights=0.25)
+    assert any("whole whatever the weight" in note for note in report.notes)
+    before = models.tensors_of(base)["model.embed_tokens.weight"]
+    found = models.tensors_of(tmp_path / "merged")["model.embed_tokens.weight"]
+    assert torch.equal(found[models.VOCABULARY :], given[models.VOCABULARY :])
+    exact = before.double() + 0.25 * (given[: models.VOCABULARY].double() - before.double())
+    require_rounded(found[: models.VOCABULARY], exact, before, ulps=0.501)

@@ -24,7 +24,8 @@ _OUT: Final = ".out_proj"
 _WRAPPED_OUT: Final = ".base_layer.out_proj"
 DOUBLED: Final = (
     "PEFT adds the update of an attention's out_proj twice, in training too; here it is added once, as the formula "
-    "says. For the model that PEFT computes: `loratools rescale --include '*.out_proj' --by 2`."
+    "says. For the model that PEFT computes, rescale what came from PEFT: `loratools rescale --include '*.out_proj' "
+    "--by 2`."
 )
 
 
