@@ -13,6 +13,7 @@ EXPERTS = "tests/interop/test_kinds_experts_peft.py::"
 EDGES = "tests/interop/test_kinds_lora_edges_peft.py::"
 TOKENS = "tests/interop/test_kinds_tokens_peft.py::"
 TUNERS = "tests/interop/test_kinds_tuners_a_peft.py::"
+OTHERS = "tests/interop/test_kinds_tuners_b_peft.py::"
 CONV = "tests/interop/test_extract_conv_peft.py::"
 EXTRACT = "tests/interop/test_extract_peft.py::"
 CONFIG = "tests/formats/test_peft_config.py::"
@@ -60,6 +61,8 @@ KINDS = (
     Kind("BD-LoRA (block-diagonal)", f"{LORA}test_blocks", "ΔW is written as LoRA"),
     *(Kind(name, f"{TUNERS}test_merge_and_the_way_back", "ΔW is written as LoRA")
       for name in ("AdaLoRA", "MiSS", "LoHa, its CP form", "LoKr, its Tucker form", "VeRA")),
+    *(Kind(name, f"{OTHERS}test_merge_and_way_back", "ΔW is written as LoRA")
+      for name in ("IA3", "OFT", "BOFT", "HRA", "FourierFT", "SHiRA", "C3A", "LN tuning")),
 )  # fmt: skip
 
 REFUSED = (
