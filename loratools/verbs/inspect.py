@@ -275,7 +275,9 @@ def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
 
 def _unused(adapter: Adapter) -> list[str]:
     """What the configuration names and no tensor is for."""
-    low_rank = [path for path, update in adapter.items() if update.changes_weight]
+    changed = {path: update for path, update in adapter.items() if update.changes_weight or update.patches}
+    low_rank = [path if update.target else path.rpartition(".")[0] for path, update in changed.items()]
+    low_rank += [path for path, update in changed.items() if not update.target]
     named = {"target_modules": low_rank, "modules_to_save": list(adapter)}
     idle: list[tuple[str, str]] = []
     for field, paths in named.items():

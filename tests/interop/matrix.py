@@ -10,6 +10,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "formats" / "peft-kinds.md"
 LORA = "tests/interop/test_kinds_lora_peft.py::"
 EXPERTS = "tests/interop/test_kinds_experts_peft.py::"
+EDGES = "tests/interop/test_kinds_lora_edges_peft.py::"
+TOKENS = "tests/interop/test_kinds_tokens_peft.py::"
 TUNERS = "tests/interop/test_kinds_tuners_a_peft.py::"
 OTHERS = "tests/interop/test_kinds_tuners_b_peft.py::"
 CONV = "tests/interop/test_extract_conv_peft.py::"
@@ -47,6 +49,8 @@ KINDS = (
     Kind("bias=all, bias=lora_only", f"{LORA}test_trained_biases", "biases are stored whole"),
     Kind("trained tokens (trainable_token_indices)", f"{LORA}test_trained_tokens_beside_lora"),
     Kind("TRAINABLE_TOKENS", f"{LORA}test_trained_tokens_alone"),
+    Kind("a vocabulary resized after the base", f"{TOKENS}test_a_resized_vocabulary",
+         "new rows are a file of their own"),
     Kind("nn.MultiheadAttention", f"{LORA}test_attention", "in_proj_weight is stored whole"),
     Kind("target_parameters, stacked experts", f"{EXPERTS}test_stacked_parameters",
          f"{EXPERTS}test_extracted_from_stacked_parameters"),
@@ -68,6 +72,13 @@ REFUSED = (
             f"{CONFIG}test_initialisations_that_change_the_base_are_refused_by_name"),
     Refusal("layer replication, KaSA, Arrow, activated LoRA", "not ΔW on this base alone",
             f"{CONFIG}test_variants_are_refused_by_name"),
+    Refusal("VeLoRA, MonteCLoRA", "tensors beside the factors", f"{EDGES}test_variants_with_tensors_of_their_own"),
+    Refusal("an attention and its out_proj, both targeted", "two updates of one weight",
+            f"{EDGES}test_an_attention_and_its_projection_targeted_apart"),
+    Refusal("lora_bias on an attention", "PEFT stores it and uses it nowhere",
+            f"{EDGES}test_lora_bias_of_an_attention"),
+    Refusal("TRAINABLE_TOKENS on both of two tied modules", "PEFT cannot run it",
+            f"{TOKENS}test_tied_modules_that_were_targeted_both"),
     Refusal("VeRA without its projections", "they would have to be drawn again",
             f"{TUNERS}test_vera_without_its_projections"),
     Refusal("every other peft_type", "not read yet", f"{CONFIG}test_other_types_are_refused_by_name"),
