@@ -146,7 +146,7 @@ def _add_term(source: str, path: str, update: AbstractUpdate, site: Site, weight
         term |= {"expert": site.expert, "rows": list(site.rows) if site.rows else None}
     change.terms.append(term)
     change.transposed, change.experts = site.transposed, site.experts
-    change.factor_elements += sum(ref.spec.numel for ref in update.factors)
+    change.factor_elements += update.effort * sum(ref.spec.numel for ref in update.factors)
     if not update.terms and site.experts is None and site.expert is None:
         change.needs(update.span)
 

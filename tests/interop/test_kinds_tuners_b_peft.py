@@ -15,7 +15,7 @@ from loratools.errors import LoratoolsError, MalformedError, MismatchError, NonF
 from loratools.files import save
 from loratools.formats.peft.tuners.oft import adjusted
 from loratools.verbs.inspect import inspect
-from loratools.verbs.merge import merge
+from loratools.verbs.merge import merge, plan_merge
 from loratools.verbs.rescale import rescale
 from loratools.verbs.stack import stack
 from loratools.verbs.unmerge import unmerge
@@ -197,6 +197,16 @@ def test_threads_and_tiles_do_not_show(made, tmp_path, monkeypatch, name):
         seen.add(str(models.tensor_hashes(tmp_path / f"{threads}")))
         monkeypatch.undo()
     assert len(seen) == 1
+
+
+def test_plans_know_what_needs_the_whole_weight(made, tmp_path):
+    """FourierFT holds W, the sum, the spectrum, its half and ΔW in float64; one block of OFT takes seven of its own."""
+    for name, held in (("fourierft", 5 * 8 * 24 * 36), ("oft", 7 * 8 * 6 * 4 * 4)):
+        base, adapter, _ = made(name)
+        units = {unit.target: unit for unit in plan_merge(base, [adapter], tmp_path / "out").units}
+        unit = units["block.up.weight"]
+        assert unit.parameters["at_once"] is (name == "fourierft")
+        assert unit.peak_bytes >= held
 
 
 def test_without_the_base_nothing_is_taken_out(made, tmp_path):
