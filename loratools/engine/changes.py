@@ -128,8 +128,6 @@ def _gather_parts(
         change.rows = {"source": source, "module": path, "parameter": parameter, "count": ref.shape[0]}
     for kind, parameters in (("patches", update.patches), ("offsets", update.offsets)):
         for parameter in parameters:
-            if kind == "offsets" and target.module is not None and parameter not in target.module.parameters:
-                continue
             change = tensors.setdefault(target.tensor(parameter), TensorChange())
             getattr(change, kind).append({"source": source, "module": path, "parameter": parameter, "weight": weight})
 

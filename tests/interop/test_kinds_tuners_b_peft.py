@@ -25,6 +25,7 @@ from tests.interop.judge import load_cleanly
 from tests.tiny import rounded
 
 SAID_BY_PEFT = {
+    "ia3-others": (),
     "ia3": ("Setting fan_in_fan_out to",),  # it has one flag, and corrects it layer by layer
     "oft-adjusted": ("Adjusted `oft_block_size`",),
     "boft": ("CUDA extension", "Setting boft_n_butterfly_factor to 1"),
