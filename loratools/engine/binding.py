@@ -6,6 +6,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint, Module
@@ -204,6 +205,25 @@ def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adap
             adapter=adapter.name,
         )
     return turned
+
+
+def shaped(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """The adapter with every update told the shape of the weight that it is for, where its tensors do not say it.
+
+    Raises:
+        MismatchError, UnsupportedError: see `bind`.
+    """
+    if not any(update.takes_shape for update in adapter.values()):
+        return adapter
+    known = {}
+    for path, target in bind(adapter, base).targets.items():
+        update = adapter[path]
+        for site in target.sites if update.takes_shape else ():
+            stored = matrix_shape(base[site.tensor].shape)
+            rows, columns = reversed(stored) if site.transposed else stored
+            update = update.of_shape((rows, columns))
+        known[path] = update
+    return dataclasses.replace(adapter, updates=MappingProxyType(known))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

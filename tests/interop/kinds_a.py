@@ -1,5 +1,7 @@
 """A tiny network of every sort of layer, AdaLoRA, MiSS, LoHa, LoKr and VeRA on it as PEFT writes them, and formulas."""
 
+import contextlib
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -62,8 +64,8 @@ def wrapped(config, dtype="fp32", *, seed=1, size=0.3):
         model = get_peft_model(net(dtype), config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "ranknum" not in name:
                 parameter.copy_(size * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
@@ -75,20 +77,12 @@ def write_by_peft(model, path):
     return Path(path)
 
 
+@contextlib.contextmanager
 def quiet():
-    """PEFT says things about settings that are tested here on purpose."""
-    context = warnings.catch_warnings()
-    context.__enter__()
-    warnings.simplefilter("ignore")
-
-    class _Leaving:
-        def __enter__(self):
-            return self
-
-        def __exit__(self, *args):
-            context.__exit__(*args)
-
-    return _Leaving()
+    """PEFT warns of settings that are tested here on purpose."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def layers_of(model):
@@ -107,6 +101,8 @@ def tensors_of(path):
     """Module path → role → tensor in float64; what belongs to no module is under ``""``."""
     found = {}
     for key, tensor in load_file(Path(path) / "adapter_model.safetensors").items():
+        if ".base_layer." in key:
+            continue
         module, _, role = key.removeprefix("base_model.model.").rpartition(".")
         found.setdefault("" if module == "base_model" else module, {})[role] = tensor.double()
     return found
@@ -184,3 +180,8 @@ def _vera(config, module, held, weight):
     into = weight.numel() // out
     up = torch.diag(held["vera_lambda_b"]) @ held["vera_B"][:out]
     return _stored(up @ torch.diag(held["vera_lambda_d"]) @ held["vera_A"][:, :into], weight)
+
+
+def merged_by_peft(model):
+    """PEFT's default merge of a copy of the model, as a state dict."""
+    return copy.deepcopy(model).merge_and_unload().state_dict()
