@@ -148,17 +148,19 @@ def test_a_weight_goes_that_far_from_the_base(made, tmp_path, name):
 @pytest.mark.parametrize("name", kinds_b.CASES)
 def test_algebra_is_refused_by_name(made, tmp_path, name):
     """A part of a rotation is no rotation: stack, rescale, norms, truncation, restated alphas; nothing is written."""
-    _, adapter, _ = made(name)
+    base, adapter, _ = made(name)
     loaded = load_adapter(adapter)
     kind = min(kinds_b.kinds_of(name))
     named = "replaced whole" if name == "ln" else f"{kind}|replaced whole"
     for attempt in (
         lambda: stack([adapter, adapter], tmp_path / "out"),
+        lambda: stack([adapter, adapter], tmp_path / "out", base=base),
         lambda: rescale(adapter, tmp_path / "out", by=2),
         lambda: loaded + loaded,
     ):
-        with pytest.raises(UnsupportedError, match=named):
+        with pytest.raises(UnsupportedError, match=named) as caught:
             attempt()
+        assert "--base" not in str(caught.value)  # which would not help
     if name != "ln":
         for attempt in (
             lambda: rescale(adapter, tmp_path / "out", restate_alpha=3),
