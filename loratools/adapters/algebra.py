@@ -163,7 +163,8 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
             module=path,
         )
     others = sorted({update.kind for update in updates if not update.terms})
-    open_ended = sorted({update.kind for update in updates if not update.terms and update.takes_shape})
+    told = (update for update in updates if type(update).of_shape is not AbstractUpdate.of_shape)
+    open_ended = sorted({update.kind for update in told if not update.terms and update.takes_shape})
     if open_ended == others and others and not any(update.depends_on_base for update in updates):
         raise UnsupportedError(
             f"The tensors of a {', '.join(others)} update do not say how large ΔW is, and their sum has to.",

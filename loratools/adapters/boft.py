@@ -31,6 +31,7 @@ class Boft(AbstractUpdate):
     """
 
     span: ClassVar[Span] = "rows"
+    effort: ClassVar[int] = 2
 
     boft_R: TensorRef
     boft_s: TensorRef

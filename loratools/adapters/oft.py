@@ -35,6 +35,7 @@ class Oft(AbstractUpdate):
 
     takes_shape: ClassVar[bool] = True
     span: ClassVar[Span] = "rows"
+    effort: ClassVar[int] = 3
 
     oft_R: TensorRef
     block_share: bool = False

@@ -1,9 +1,8 @@
 """What every update of a module has in common, and the three kinds that all others are made of or sit beside.
 
-One convention, PEFT's (Hu et al. 2021, https://arxiv.org/abs/2106.09685): `h = W x + scaling · B (A x)`
-with `A: (r, in)`, `B: (out, r)`, `W: (out, in)`, hence `ΔW = scaling · B A`. An embedding and a Hugging
-Face `Conv1D` keep `W` transposed on disk; that is a fact about the base, not about the update. A convolution's
-kernel (out, in, k, …) is seen as (out, in·k·…).
+One convention, PEFT's (Hu et al. 2021, https://arxiv.org/abs/2106.09685): `h = W x + scaling · B (A x)` with `A: (r, in)`,
+`B: (out, r)`, `W: (out, in)`, hence `ΔW = scaling · B A`. That an embedding and an HF `Conv1D` keep `W` transposed on disk
+is a fact about the base. A convolution's kernel (out, in, k, …) is seen as (out, in·k·…).
 """
 
 from __future__ import annotations
@@ -77,6 +76,7 @@ class AbstractUpdate(abc.ABC):
     Attributes:
         span: the least of the weight that the action can be asked about.
         takes_shape: the tensors do not say how large ΔW is: it takes the shape of the weight that it meets.
+        effort: how much more memory its factors take to prepare than those of a product.
         replaced: parameters given whole, by their name in the module (`bias`, `weight`, `A_log`).
         added_rows: rows appended to a stored parameter (vocabulary that the base does not have).
         patches: rows of a stored parameter given whole.
@@ -84,6 +84,7 @@ class AbstractUpdate(abc.ABC):
 
     span: ClassVar[Span] = "piece"
     takes_shape: ClassVar[bool] = False
+    effort: ClassVar[int] = 1
 
     replaced: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)
     added_rows: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)

@@ -129,8 +129,6 @@ def _gather_parts(
         change.rows = {"source": source, "module": path, "parameter": parameter, "count": ref.shape[0]}
     for kind, parameters in (("patches", update.patches), ("offsets", update.offsets)):
         for parameter in parameters:
-            if kind == "offsets" and target.module is not None and parameter not in target.module.parameters:
-                continue
             change = tensors.setdefault(target.tensor(parameter), TensorChange())
             getattr(change, kind).append({"source": source, "module": path, "parameter": parameter, "weight": weight})
 
@@ -147,7 +145,7 @@ def _add_term(source: str, path: str, update: AbstractUpdate, site: Site, weight
         term |= {"expert": site.expert, "rows": list(site.rows) if site.rows else None}
     change.terms.append(term)
     change.transposed, change.experts = site.transposed, site.experts
-    change.factor_elements += sum(ref.spec.numel for ref in update.factors)
+    change.factor_elements += update.effort * sum(ref.spec.numel for ref in update.factors)
     if not update.terms and site.experts is None and site.expert is None:
         change.needs(update.span)
 

@@ -6,6 +6,7 @@ import pytest
 
 from loratools import load_adapter
 from loratools.errors import UnsupportedError
+from loratools.formats.peft.config import named_pattern
 from loratools.formats.peft.tuners import REFUSED, TUNERS
 from tests import tiny
 
@@ -30,3 +31,11 @@ def test_refused_by_name(tmp_path, kind):
         load_adapter(adapter)
     assert kind in str(caught.value)
     assert REFUSED.get(kind, "not read yet") in str(caught.value)
+
+
+def test_a_pattern_by_names_alone():
+    """The default is the most frequent value that lets the exceptions be told apart; where none does, refused."""
+    assert named_pattern("n", "p", {"a": 7, "b": 7, "c": 5}) == {"n": 7, "p": {"c": 5}}
+    assert named_pattern("n", "p", {"a": 7, "x.c": 7, "c": 5}) == {"n": 5, "p": {"a": 7, "x.c": 7}}
+    with pytest.raises(UnsupportedError, match="end alike"):
+        named_pattern("n", "p", {"a": 5, "x.a": 7, "b": 9, "x.b": 5})

@@ -60,6 +60,7 @@ def case(name):
     boft = {"target_modules": linear, "boft_block_size": 4}
     return {
         "ia3": lambda: peft.IA3Config(target_modules=[*linear, *convs, "old"], feedforward_modules=["down", "point"]),
+        "ia3-others": lambda: peft.IA3Config(target_modules=[*linear, *convs], feedforward_modules=["up", "conv"]),
         "oft": lambda: peft.OFTConfig(**oft),
         "oft-conv": lambda: peft.OFTConfig(target_modules=convs, r=2, oft_block_size=0),
         "oft-embedding": lambda: peft.OFTConfig(target_modules=["emb"], oft_block_size=8),
@@ -86,10 +87,15 @@ def case(name):
 
 
 CASES = (
-    "ia3", "oft", "oft-conv", "oft-embedding", "oft-adjusted", "oft-share", "oft-exact", "oft-coft", "oft-3", "oft-7",
-    "boft", "boft-conv", "hra", "hra-gs", "fourierft", "fourierft-conv1d", "shira", "c3a", "ln",
+    "ia3", "ia3-others", "oft", "oft-conv", "oft-embedding", "oft-adjusted", "oft-share", "oft-exact", "oft-coft",
+    "oft-3", "oft-7", "boft", "boft-conv", "hra", "hra-gs", "fourierft", "fourierft-conv1d", "shira", "c3a", "ln",
 )  # fmt: skip
-KINDS = {"oft-embedding": {"oft-embedding"}, "ia3": {"ia3", "ia3-feedforward"}, "ln": {"ln-tuning"}}
+KINDS = {
+    "oft-embedding": {"oft-embedding"},
+    "ia3": {"ia3", "ia3-feedforward"},
+    "ia3-others": {"ia3", "ia3-feedforward"},
+    "ln": {"ln-tuning"},
+}
 
 
 def kinds_of(name):
@@ -153,8 +159,9 @@ def exact(path, base):
 
 def _ia3(config, tensors, weight):
     vector = tensors["ia3_l"]
-    if vector.dim() == 4:  # `conv` scales its ten outputs, `point` its ten inputs
-        return weight * (vector if weight.shape[0] != 10 else vector.reshape(10, 1, 1, 1))
+    if vector.dim() == 4:  # of two convolutions, (10, 4, 3, 3) and (6, 10, 1, 1), the output or else the input
+        outputs = vector.shape[1] == weight.shape[0]
+        return weight * (vector.reshape(-1, 1, 1, 1) if outputs else vector)
     return weight * (vector.T if weight.shape == (16, 30) else vector)
 
 

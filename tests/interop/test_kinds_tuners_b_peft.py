@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loratools import load_adapter
+from loratools.adapters.actions import Region
 from loratools.engine import planning
 from loratools.engine.context import Settings
 from loratools.errors import LoratoolsError, MalformedError, MismatchError, NonFiniteError, UnsupportedError
 from loratools.files import save
 from loratools.formats.peft.tuners.oft import adjusted
 from loratools.verbs.inspect import inspect
-from loratools.verbs.merge import merge
+from loratools.verbs.merge import merge, plan_merge
 from loratools.verbs.rescale import rescale
 from loratools.verbs.stack import stack
 from loratools.verbs.unmerge import unmerge
@@ -25,6 +26,7 @@ from tests.interop.judge import load_cleanly
 from tests.tiny import rounded
 
 SAID_BY_PEFT = {
+    "ia3-others": (),
     "ia3": ("Setting fan_in_fan_out to",),  # it has one flag, and corrects it layer by layer
     "oft-adjusted": ("Adjusted `oft_block_size`",),
     "boft": ("CUDA extension", "Setting boft_n_butterfly_factor to 1"),
@@ -146,17 +148,19 @@ def test_a_weight_goes_that_far_from_the_base(made, tmp_path, name):
 @pytest.mark.parametrize("name", kinds_b.CASES)
 def test_algebra_is_refused_by_name(made, tmp_path, name):
     """A part of a rotation is no rotation: stack, rescale, norms, truncation, restated alphas; nothing is written."""
-    _, adapter, _ = made(name)
+    base, adapter, _ = made(name)
     loaded = load_adapter(adapter)
     kind = min(kinds_b.kinds_of(name))
     named = "replaced whole" if name == "ln" else f"{kind}|replaced whole"
     for attempt in (
         lambda: stack([adapter, adapter], tmp_path / "out"),
+        lambda: stack([adapter, adapter], tmp_path / "out", base=base),
         lambda: rescale(adapter, tmp_path / "out", by=2),
         lambda: loaded + loaded,
     ):
-        with pytest.raises(UnsupportedError, match=named):
+        with pytest.raises(UnsupportedError, match=named) as caught:
             attempt()
+        assert "--base" not in str(caught.value)  # which would not help
     if name != "ln":
         for attempt in (
             lambda: rescale(adapter, tmp_path / "out", restate_alpha=3),
@@ -197,6 +201,38 @@ def test_threads_and_tiles_do_not_show(made, tmp_path, monkeypatch, name):
         seen.add(str(models.tensor_hashes(tmp_path / f"{threads}")))
         monkeypatch.undo()
     assert len(seen) == 1
+
+
+def test_plans_know_what_needs_the_whole_weight(made, tmp_path):
+    """FourierFT holds W, the sum, the spectrum, its half and ΔW in float64; a block of OFT seven of its size."""
+    base, adapter, _ = made("fourierft")
+    units = {unit.target: unit for unit in plan_merge(base, [adapter], tmp_path / "out").units}
+    assert units["block.up.weight"].parameters["at_once"]
+    assert units["block.up.weight"].peak_bytes >= 5 * 8 * 24 * 36
+    n = 300
+    base = models.write_checkpoint(tmp_path / "wide", {"block.up.weight": torch.zeros(2, n)})
+    block = {"base_model.model.block.up.oft_R.weight": torch.zeros(1, n * (n - 1) // 2)}
+    adapter = edited(made("oft")[1], tmp_path, tensors=lambda _: block)
+    (unit,) = [each for each in plan_merge(base, [adapter], tmp_path / "out").units if each.operation == "merge"]
+    assert not unit.parameters["at_once"]
+    assert unit.peak_bytes >= 7 * 8 * n * n
+
+
+@pytest.mark.parametrize("name", ["oft", "oft-share", "boft", "hra", "hra-gs"])
+def test_rows_do_not_depend_on_tiles(made, name):
+    """Not even before they are rounded: the same 64 bits, wherever a tile of rows begins and ends."""
+    update = load_adapter(made(name)[1])["block.up"]
+    base = torch.randn(36, 24, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    if name != "boft":
+        base = base.repeat(9, 1) * torch.arange(1, 325, dtype=torch.float64)[:, None].sqrt()
+    action, columns = update.action(), slice(0, 24)
+    whole = action.change(base, Region(slice(0, len(base)), columns))
+    for step in (1, 5, 17, 64, 100):
+        pieces = [
+            action.change(base[first : first + step], Region(slice(first, min(first + step, len(base))), columns))
+            for first in range(0, len(base), step)
+        ]
+        assert torch.equal(torch.cat(pieces), whole), step
 
 
 def test_without_the_base_nothing_is_taken_out(made, tmp_path):
@@ -316,6 +352,44 @@ def test_ia3_feedforward(made, tmp_path):
         load_adapter(edited(adapter, tmp_path, feedforward_modules=["up", "point"]))
     with pytest.raises(MalformedError, match="feedforward_modules"):
         load_adapter(edited(adapter, tmp_path, feedforward_modules=None))
+
+
+class Ends(torch.nn.Module):
+    """Modules whose paths end alike."""
+
+    def __init__(self):
+        super().__init__()
+        self.lin = torch.nn.Linear(3, 5)
+        self.xlin = torch.nn.Linear(5, 7)
+        self.block = torch.nn.ModuleDict({"lin": torch.nn.Linear(7, 4)})
+
+    def forward(self, x):
+        return self.block["lin"](torch.tanh(self.xlin(torch.tanh(self.lin(x)))))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        lambda peft: peft.IA3Config(target_modules=["lin", "xlin"], feedforward_modules="lin"),
+        lambda peft: peft.FourierFTConfig(
+            target_modules=["lin", "xlin"], n_frequency=5, n_frequency_pattern={"block.lin": 7, "xlin": 7}
+        ),
+    ],
+)
+def test_paths_that_end_alike(tmp_path, config):
+    """What one name in a list or a pattern would catch too is written so that PEFT tells the modules apart."""
+    import peft
+
+    torch.manual_seed(0)
+    net = Ends().eval()
+    model = peft.get_peft_model(copy.deepcopy(net), config(peft)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape) if parameter.requires_grad else 0)
+    model.save_pretrained(tmp_path / "theirs")
+    save(load_adapter(tmp_path / "theirs"), tmp_path / "ours")
+    x = torch.randn(2, 3)
+    assert torch.equal(load_cleanly(copy.deepcopy(net), tmp_path / "ours")(x), model(x))
 
 
 def test_ia3_of_grouped_convolutions(tmp_path):

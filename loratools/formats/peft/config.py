@@ -207,21 +207,21 @@ def named_pattern(name: str, pattern: str, values: Mapping[str, int]) -> dict[st
     The rule of FourierFT and C3A: the first key with `re.match(rf".*\.{key}$", path)`, else the path itself as a key.
 
     Raises:
-        UnsupportedError: a path with another value ends with an exception's path.
+        UnsupportedError: whatever is the default, a path with another value ends with an exception's path.
     """
     if not values:
         return {pattern: {}}
-    common = most_common(list(values.values()))
-    exceptions = {path: value for path, value in values.items() if value != common}
-    keys = ModuleKeys(exceptions, field=pattern)
-    for path, value in values.items():
-        for key in keys.ending(path):
-            if (other := exceptions[key]) != value:
-                raise UnsupportedError(
-                    f"PEFT's format cannot hold: {name} {value} in {path} and {other} in {key}, which it ends with.",
-                    fix="Write the two as adapters of their own (--include, --exclude).",
-                )
-    return {name: tidy(common), pattern: exceptions}
+    counts = Counter(values.values())
+    for common in sorted(counts, key=lambda value: (-counts[value], value)):
+        exceptions = {path: value for path, value in values.items() if value != common}
+        keys = ModuleKeys(exceptions, field=pattern)
+        if all(exceptions[key] == value for path, value in values.items() for key in keys.ending(path)):
+            return {name: tidy(common), pattern: exceptions}
+    raise UnsupportedError(
+        f"PEFT's format cannot hold these {name}: modules with different ones have paths that end alike.",
+        fix="Write them as adapters of their own (--include, --exclude).",
+        first=next(iter(values)),
+    )
 
 
 def exclusion(modules: Sequence[str], targets: Sequence[str]) -> list[str] | str:
