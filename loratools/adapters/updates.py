@@ -1,8 +1,8 @@
 """What every update of a module has in common, and the three kinds that all others are made of or sit beside.
 
-One convention, PEFT's (Hu et al. 2021, https://arxiv.org/abs/2106.09685): `h = W x + scaling · B (A x)` with `A: (r, in)`,
-`B: (out, r)`, `W: (out, in)`, hence `ΔW = scaling · B A`. That an embedding and an HF `Conv1D` keep `W` transposed on disk
-is a fact about the base. A convolution's kernel (out, in, k, …) is seen as (out, in·k·…).
+PEFT's convention (Hu et al. 2021, https://arxiv.org/abs/2106.09685): `h = W x + scaling · B (A x)`, `A: (r, in)`,
+`B: (out, r)`, `W: (out, in)`, hence `ΔW = scaling · B A`. That an embedding and an HF `Conv1D` keep `W` transposed
+on disk is a fact about the base. A convolution's kernel (out, in, k, …) is seen as (out, in·k·…).
 """
 
 from __future__ import annotations
