@@ -9,7 +9,11 @@ from collections.abc import Collection, Iterable, Mapping
 
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint, Module
+from loratools.engine.binding_experts import ParameterBinder
+from loratools.engine.sites import Site, Target
 from loratools.errors import MismatchError, UnsupportedError
+
+__all__ = ["Bindings", "Renaming", "Site", "Target", "bind", "matrix_shape", "reconcile"]
 
 _LISTED = 5
 
@@ -76,43 +80,6 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Site:
-    """A stored tensor that an update's ΔW falls on.
-
-    Attributes:
-        tensor: its name in the checkpoint.
-        transposed: it is stored (in, out).
-        experts: it stacks the matrices of so many experts, each of which has its own part of the update.
-        expert: it is the matrix of this one expert of the update.
-        rows: it is these rows of the update's output alone.
-    """
-
-    tensor: str
-    transposed: bool = False
-    experts: int | None = None
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Target:
-    """The module of the checkpoint that an update is for; `added`, under its own name, where the base has none."""
-
-    name: str
-    module: Module | None
-    sites: tuple[Site, ...] = ()
-
-    @property
-    def added(self) -> bool:
-        """Whether the adapter brings the module along."""
-        return self.module is None
-
-    def tensor(self, parameter: str) -> str:
-        """The tensor name of a parameter; of the target itself, where that is a parameter."""
-        return f"{self.name}.{parameter}" if self.name and parameter else self.name or parameter
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Bindings:
     """Every module path of an adapter with its target."""
 
@@ -131,13 +98,16 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
     modules = base.modules
     head = base.tied_head
     known = set(modules) | ({head[1].removesuffix(".weight")} if head else set())
-    renaming = reconcile(list(adapter), known)
+    parameters = ParameterBinder(adapter, base)
+    renaming = reconcile(list(adapter), known | parameters.known)
     notes = [f"Module paths of {adapter.name} are read {renaming}: the base names them so."] if renaming else []
     targets: dict[str, Target] = {}
     missing: list[str] = []
     for path, update in adapter.items():
         name = renaming.apply(path)
-        if name in known:
+        if parameters.holds(name, update):
+            targets[path] = parameters.target(path, update, name)
+        elif name in known and update.target:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
         elif update.changes_weight or update.added_rows or update.patches or not _declared(path, adapter):
             missing.append(path)

@@ -36,7 +36,6 @@ def test_plain_lora_is_accepted():
     ("use_qalora", True, "QALoRA"),
     ("use_bdlora", {"nblocks": 2}, "block-diagonal"),
     ("layer_replication", [[0, 4], [2, 5]], "layer replication"),
-    ("target_parameters", ["mlp.experts.gate_up_proj"], "target_parameters"),
     ("trainable_token_indices", [1, 2], "trainable tokens"),
     ("kasa_config", {}, ""),
     ("arrow_config", {"top_k": 1}, "Arrow"),

@@ -46,7 +46,7 @@ class PeftCodec(AbstractCodec):
                 f"A PEFT adapter has its alpha in {fields.CONFIG_FILE}, which is not there: its scaling is unknown.",
                 fix="Put the configuration beside the weights.",
             )
-        tuner = tuner_of(config)
+        tuner = tuner_of(config).knowing(contents.shapes)
         tuner.refuse(config)
         notes: list[str] = []
         shared = {key: ref for key, ref in contents.tensors.items() if key in tuner.shared}
@@ -57,7 +57,9 @@ class PeftCodec(AbstractCodec):
             modules.setdefault(module, _Found())
         paths = tuner.paths({path: found.roles for path, found in modules.items()}, config)
         updates = {
-            paths[module]: _update(paths[module], found, tuner, config, (added.get(module, {}), shared), notes)
+            paths[module]: _update(
+                (paths[module], module), found, tuner, config, (added.get(module, {}), shared), notes
+            )
             for module, found in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
         }
         base = config.get("base_model_name_or_path")
@@ -148,13 +150,14 @@ def _grouped(tensors: Mapping[str, TensorRef], tuner: AbstractTuner) -> tuple[di
 
 
 def _update(
-    path: str,
+    paths: tuple[str, str],
     found: _Found,
     tuner: AbstractTuner,
     config: Mapping[str, Any],
     beside: tuple[Mapping[str, TensorRef], Mapping[str, TensorRef]],
     notes: list[str],
 ) -> AbstractUpdate:
+    path, stored = paths
     added, shared = beside
     rest: dict[str, Any] = {
         "replaced": MappingProxyType(found.parameters),
@@ -163,7 +166,7 @@ def _update(
     if not found.roles:
         wrapped = any(path.endswith(name) for name in fields.saved_modules(config))
         return Full(shared=not wrapped, **rest)
-    return tuner.update(Module(path, MappingProxyType({**shared, **found.roles}), config, rest, notes))
+    return tuner.update(Module(path, stored, MappingProxyType({**shared, **found.roles}), config, rest, notes))
 
 
 def _added_rows(side: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, dict[str, TensorRef]]:

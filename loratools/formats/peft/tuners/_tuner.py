@@ -18,7 +18,8 @@ class Module:
     """What a file and its configuration hold of one module.
 
     Attributes:
-        path: the module's path in the base model.
+        path: the path in the base model, of the module or of the parameter.
+        stored: the path in the keys.
         roles: tensors by what follows the path in their keys.
         config: the whole configuration, as read.
         rest: the fields that every update has (`replaced`, `added_rows`, `patches`), ready to be passed on.
@@ -26,6 +27,7 @@ class Module:
     """
 
     path: str
+    stored: str
     roles: Mapping[str, TensorRef]
     config: Mapping[str, Any]
     rest: Mapping[str, Any]
@@ -66,6 +68,11 @@ class AbstractTuner(abc.ABC):
         Raises:
             UnsupportedError: names it.
         """
+
+    def knowing(self, shapes: Mapping[str, tuple[int, ...]]) -> AbstractTuner:
+        """The tuner that knows the shapes of the base's parameters; most need none."""
+        del shapes
+        return self
 
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
         """The module path that each path in the keys stands for; most stand for themselves."""

@@ -13,8 +13,10 @@ from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.dora import Dora
+from loratools.adapters.experts import Stacked
 from loratools.errors import MalformedError, MismatchError, UnsupportedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft.tuners import lora_parameters
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
 
@@ -31,7 +33,6 @@ _REFUSED_WHEN_SET: Final[Mapping[str, str]] = {
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "layer_replication": "layer replication",
-    "target_parameters": "target_parameters (fused experts)",
     "trainable_token_indices": "trainable tokens",
     "kasa_config": "KaSA",
     "arrow_config": "Arrow routing",
@@ -40,8 +41,15 @@ _REFUSED_WHEN_SET: Final[Mapping[str, str]] = {
 _REFUSED_INITIALISATIONS: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
 
+@dataclasses.dataclass(frozen=True)
 class LoraTuner(AbstractTuner):
-    """`ΔW = scaling · B A`, and what PEFT's LoRA layers add to it."""
+    """`ΔW = scaling · B A`, and what PEFT's LoRA layers add to it.
+
+    Attributes:
+        shapes: of the base's parameters, where they are known.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     peft_type = "LORA"
     roles = (_A, _B, _EMBEDDING_A, _EMBEDDING_B, _BIAS, *_MAGNITUDES)
@@ -59,15 +67,20 @@ class LoraTuner(AbstractTuner):
                 field="init_lora_weights",
             )
 
+    def knowing(self, shapes: Mapping[str, tuple[int, ...]]) -> AbstractTuner:
+        """See `AbstractTuner.knowing`."""
+        return LoraTuner(shapes)
+
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
         """See `AbstractTuner.paths`."""
+        parameters, modules = lora_parameters.split(modules, config, self.shapes)
         nested = next((path for path in modules if ".base_layer." in f"{path}."), None)
         if nested is not None:
             raise UnsupportedError(
                 "This adapter uses nested wrappers (MultiheadAttention, target_parameters), which is not read yet.",
                 module=nested,
             )
-        return super().paths(modules, config)
+        return {**parameters, **super().paths(modules, config)}
 
     def update(self, module: Module) -> AbstractUpdate:
         """See `AbstractTuner.update`."""
@@ -75,6 +88,8 @@ class LoraTuner(AbstractTuner):
             module.notes.append(
                 f"{fields.CONFIG_FILE} has no lora_alpha; PEFT's default of {fields.DEFAULT_ALPHA} is taken."
             )
+        if lora_parameters.is_parameter(module):
+            return lora_parameters.update(module)
         low_rank = _embedding(module) if {_EMBEDDING_A, _EMBEDDING_B} & module.roles.keys() else _products(module)
         _compare_rank(low_rank, module)
         magnitude = next((module.roles[role] for role in _MAGNITUDES if role in module.roles), None)
@@ -88,7 +103,8 @@ class LoraTuner(AbstractTuner):
 
     def holds(self, update: AbstractUpdate) -> bool:
         """See `AbstractTuner.holds`."""
-        return isinstance(update, (LowRank, Dora)) and update.target == "weight"
+        layer = isinstance(update, (LowRank, Dora)) and update.target == "weight"
+        return layer or lora_parameters.holds(update)
 
     def tensors(self, update: AbstractUpdate) -> Mapping[str, TensorRef]:
         """See `AbstractTuner.tensors`."""
@@ -113,23 +129,36 @@ class LoraTuner(AbstractTuner):
             tensors[_MAGNITUDES[0]] = update.magnitude.reshaped(shape)
         return tensors
 
+    def keyed(self, updates: Mapping[str, AbstractUpdate]) -> dict[str, dict[str, TensorRef]]:
+        """See `AbstractTuner.keyed`."""
+        parameters = {path: update for path, update in updates.items() if lora_parameters.holds(update)}
+        layers = super().keyed(lora_parameters.without(updates, parameters))
+        return layers | lora_parameters.keyed(parameters)
+
     def fields(self, updates: Mapping[str, AbstractUpdate], siblings: Collection[str]) -> Mapping[str, Any]:
         """See `AbstractTuner.fields`."""
-        low_rank = {path: _low_rank(update) for path, update in updates.items()}
+        parameters = {path: update for path, update in updates.items() if lora_parameters.holds(update)}
+        layers = lora_parameters.without(updates, parameters)
+        low_rank = {path: _scaled(update) for path, update in updates.items()}
         rslora = bool(low_rank) and all(update.use_rslora for update in low_rank.values())
-        ranks = {path: float(update.lora_A.shape[0]) for path, update in low_rank.items()}
+        ranks = {path: float(update.rank or 0) for path, update in low_rank.items()}
         alphas = {
             path: update.alpha if update.use_rslora == rslora else update.scaling * ranks[path]
             for path, update in low_rank.items()
         }
         return {
-            **fields.target_fields(list(updates), siblings),
+            **(fields.target_fields(list(layers), siblings) if layers or not parameters else {"target_modules": []}),
+            **(lora_parameters.target_fields(parameters) if parameters else {}),
             **fields.pattern_fields("r", "rank_pattern", ranks, fields.DEFAULT_RANK),
             **fields.pattern_fields("lora_alpha", "alpha_pattern", alphas, fields.DEFAULT_ALPHA),
             "use_rslora": rslora,
-            **_one_for_all("use_dora", {path: isinstance(update, Dora) for path, update in updates.items()}),
-            **_one_for_all("lora_bias", {path: update.bias is not None for path, update in low_rank.items()}),
+            **_one_for_all("use_dora", {path: isinstance(update, Dora) for path, update in layers.items()}),
+            **_one_for_all("lora_bias", {path: _low_rank(update).bias is not None for path, update in layers.items()}),
         }
+
+
+def _scaled(update: AbstractUpdate) -> LowRank | Stacked:
+    return update if isinstance(update, Stacked) else _low_rank(update)
 
 
 def _low_rank(update: AbstractUpdate) -> LowRank:
