@@ -1,103 +1,96 @@
-"""Which tensors of a checkpoint an update of a parameter means: one that stacks experts, a matrix for each of them."""
+"""Where an update of stacked experts falls: on one stacked tensor, or on the matrices of every expert."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping
+from typing import Any, Final
 
-from loratools.adapters import AbstractUpdate, Adapter
+from loratools.adapters import Adapter
 from loratools.adapters.experts import Stacked
-from loratools.checkpoints import Checkpoint, experts, owner
-from loratools.checkpoints.experts import Fused
-from loratools.engine.sites import Site, Target
+from loratools.checkpoints import Checkpoint
+from loratools.checkpoints.experts import TRANSPOSED_FAMILIES, Stack
+from loratools.engine.sites import Site
 from loratools.errors import MismatchError, UndecidedError, UnsupportedError
 
-_STACK = 3
+_AXES: Final = 3
 
 
-class ParameterBinder:
-    """Finds the sites of one adapter's parameter updates in one base."""
+def stacked_site(path: str, update: Stacked, name: str, base: Checkpoint, adapter: Adapter) -> Site:
+    """The site of an update whose parameter the base holds stacked.
 
-    def __init__(self, adapter: Adapter, base: Checkpoint) -> None:
-        self._adapter, self._base = adapter, base
+    PEFT laid the factors out in three ways: up to 0.18 `in` is the parameter's second axis; 0.19.0 mistook which
+    families that is right for; since 0.19.1 `in` is the third axis unless the family stores (experts, in, out). Shapes
+    tell, unless the matrices are square; then the version that wrote the adapter does.
 
-    @functools.cached_property
-    def _fused(self) -> Mapping[str, Fused]:
-        return experts.fused(self._base)
-
-    @functools.cached_property
-    def known(self) -> frozenset[str]:
-        """Names that such an update can have: nothing where the adapter has none."""
-        if all(update.target for update in self._adapter.values()):
-            return frozenset()
-        return frozenset({*self._base, *self._fused})
-
-    def holds(self, name: str, update: AbstractUpdate) -> bool:
-        """Whether the base has a parameter of this name for the update."""
-        return not update.target and name in self.known
-
-    def target(self, path: str, update: AbstractUpdate, name: str) -> Target:
-        """The target of a parameter's update.
-
-        Raises:
-            MismatchError: the base's parameter has another shape.
-            UndecidedError: which axis is which cannot be told.
-            UnsupportedError: a form that is not handled, by name.
-        """
-        found = self._fused.get(name)
-        tensor = name if found is None else found.pieces[0][0]
-        module = self._base.modules[owner(tensor)[0]]
-        shape = self._base[name].shape if found is None else found.shape
-        if not isinstance(update, Stacked):
-            if update.shape != shape:
-                self._refuse(path, update.shape, shape)
-            return Target(name, module, (Site(name),))
-        if len(shape) != _STACK or shape[0] != update.experts:
-            self._refuse(path, (update.experts, *update.matrix), shape)
-        crossed = self._crossed(path, update, shape, stored=found is None)
-        if found is None:
-            return Target(name, module, (Site(name, crossed, experts=update.experts),))
-        sites = (Site(each, crossed, expert=expert, rows=rows) for expert, each, rows in found.spans())
-        return Target(name, module, tuple(sites))
-
-    def _refuse(self, path: str, given: tuple[int, ...] | None, shape: tuple[int, ...]) -> None:
-        if len(shape) == _STACK and given is not None and len(given) != _STACK:
-            raise UnsupportedError("A parameter that stacks one expert is not merged into yet.", module=path)
+    Raises:
+        MismatchError: the base's tensor has other experts or another shape.
+        UndecidedError: the matrices are square, and the adapter does not say who wrote it.
+    """
+    stored, wanted = base[name].shape, update.matrix
+    if len(stored) != _AXES or stored[0] != update.experts or stored[1:] not in {wanted, wanted[::-1]}:
         raise MismatchError(
-            f"The update has shape {given} as its factors lie, the base's parameter {shape}.",
-            fix="Is this its base? The number of experts follows from r and rank_pattern.",
+            f"The update is for {update.experts} experts of shape {wanted}, the base's parameter has shape {stored}.",
+            fix="Is this the base that the adapter was made for?",
             module=path,
-            adapter=self._adapter.name,
-            base=self._base.name,
+            adapter=adapter.name,
         )
+    transposed = stored[1:] != wanted if wanted[0] != wanted[1] else _square(path, base, adapter)
+    return Site(name, transposed=transposed, experts=update.experts)
 
-    def _crossed(self, path: str, update: Stacked, shape: tuple[int, ...], *, stored: bool) -> bool:
-        """Whether the parameter's matrices are (B A)ᵀ: by shape, or by layout and family where they are square."""
-        straight, crossed = shape[1:] == update.matrix, shape[1:] == update.matrix[::-1]
-        if not straight and not crossed:
-            self._refuse(path, (update.experts, *update.matrix), shape)
-        if straight != crossed:
-            return crossed
-        config = self._base.config
-        family = experts.family(config)
-        turned = experts.is_transposed(config) if stored else False
-        if update.layout is None:
-            raise UndecidedError(
-                "The experts' matrices are square, and the version of PEFT that wrote the adapter, which says which "
-                "factor is on which side, is not known.",
-                fix='Add "peft_version" to adapter_config.json: versions before 0.19.0, 0.19.0 and later ones differ.',
-                module=path,
-                adapter=self._adapter.name,
-                shape=shape,
-            )
-        if turned is None and update.layout != "0.17":
-            raise UndecidedError(
-                "The experts' matrices are square, and whether the model's class keeps them (in, out) is not known of "
-                "this family.",
-                fix="Add the model_type to the base's config.json.",
-                module=path,
-                base=self._base.name,
-                model_type=family,
-            )
-        held = update.layout == "0.17" or bool(turned) == (update.layout == "0.19.1")
-        return held != (stored and family in experts.STORED_TURNED)
+
+def _square(path: str, base: Checkpoint, adapter: Adapter) -> bool:
+    version = _version(adapter.config.get("peft_version"))
+    family = base.config.get("model_type")
+    if version is None or not isinstance(family, str):
+        raise UndecidedError(
+            "The experts' matrices are square: whether their update is stored straight or turned depends on the PEFT "
+            "that wrote it and on the model family, and one of the two is not said.",
+            fix="Add `peft_version` to adapter_config.json, as pip shows it where the adapter was trained, and see "
+            "that the base has its config.json.",
+            module=path,
+            adapter=adapter.name,
+        )
+    turned = family in TRANSPOSED_FAMILIES
+    if version < (0, 19):
+        return True
+    return not turned if version == (0, 19, 0) else turned
+
+
+def _version(text: Any) -> tuple[int, ...] | None:
+    pieces = str(text).split("@")[0].split(".")
+    numbers = [int(piece) for piece in pieces[:3] if piece.isdigit()]
+    return tuple(numbers) if isinstance(text, str) and len(numbers) > 1 else None
+
+
+def apart_sites(path: str, update: Stacked, stack: Stack, base: Checkpoint, adapter: Adapter) -> tuple[Site, ...]:
+    """The sites of an update whose experts the base holds one by one.
+
+    Raises:
+        MismatchError: other experts, or other shapes.
+        UnsupportedError: an adapter of PEFT before 0.19, whose factors are turned.
+    """
+    sites = []
+    rows = [base[name].shape[0] for name in stack.tensors(0)]
+    inner = base[stack.tensors(0)[0]].shape[1]
+    wanted = (sum(rows), inner)
+    if update.experts == stack.experts and update.matrix == wanted[::-1] != wanted:
+        raise UnsupportedError(
+            "A PEFT before 0.19 adapted these experts, with its factors turned; the base has a matrix an expert.",
+            fix="Save the adapter again with a later PEFT.",
+            module=path,
+        )
+    if update.experts != stack.experts or update.matrix != wanted:
+        raise MismatchError(
+            f"The update is for {update.experts} experts of shape {update.matrix}, the base has {stack.experts} of "
+            f"shape {wanted}.",
+            fix="Is this the base that the adapter was made for?",
+            module=path,
+            adapter=adapter.name,
+        )
+    for expert in range(stack.experts):
+        first = 0
+        for name, count in zip(stack.tensors(expert), rows, strict=True):
+            if name not in base or base[name].shape != (count, inner):
+                raise MismatchError("The base's experts differ in shape, or one is missing.", tensor=name, module=path)
+            sites.append(Site(name, expert=expert, rows=(first, first + count)))
+            first += count
+    return tuple(sites)

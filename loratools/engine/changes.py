@@ -9,8 +9,9 @@ from typing import Any, Final
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint
-from loratools.engine.binding import Bindings, Renaming, Site, Target, bind
-from loratools.engine.tensor_change import TensorChange, factor_elements
+from loratools.engine.binding import Bindings, Renaming, Target, bind
+from loratools.engine.sites import Site
+from loratools.engine.tensor_change import TensorChange
 from loratools.engine.ties import changes_both, mirror, untie
 from loratools.errors import MismatchError, UnsupportedError
 from loratools.tensors import COMPUTABLE, TensorSpec
@@ -144,7 +145,7 @@ def _add_term(source: str, path: str, update: AbstractUpdate, site: Site, weight
         term |= {"expert": site.expert, "rows": list(site.rows) if site.rows else None}
     change.terms.append(term)
     change.transposed, change.experts = site.transposed, site.experts
-    change.factor_elements += factor_elements(update)
+    change.factor_elements += sum(ref.spec.numel for ref in update.factors)
     if not update.terms and site.experts is None and site.expert is None:
         change.needs(update.span)
 
@@ -153,10 +154,19 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
     """Refuse a whole parameter of another shape than the one that it replaces, and rows of another width."""
     for path, target in bindings.targets.items():
         known = target.module.parameters if target.module is not None else {}
-        given = [(name, ref.shape, known[name].shape) for name, ref in adapter[path].replaced.items() if name in known]
+        whole = [(name, ref.spec, known[name]) for name, ref in adapter[path].replaced.items() if name in known]
+        given: list[tuple[str, Any, Any]] = [(name, ref.shape, there.shape) for name, ref, there in whole]
+        given += [(name, ref.dtype, there.dtype) for name, ref, there in whole if there.dtype not in COMPUTABLE]
         given += [(name, ref.shape[1:], known[name].shape[1:]) for name, ref in adapter[path].added_rows.items()]
         given += [(name, each.rows.shape[1:], known[name].shape[1:]) for name, each in adapter[path].patches.items()]
         given += [(name, each.vector.shape, known[name].shape) for name, each in adapter[path].offsets.items()]
+        for name, patch in adapter[path].patches.items():
+            if name in known and max(patch.indices, default=-1) >= known[name].shape[0]:
+                raise MismatchError(
+                    f"The adapter replaces row {max(patch.indices)} of {known[name].shape[0]} of the base's {name}.",
+                    fix="Is this the base that the adapter was made for? A vocabulary may have been resized.",
+                    module=path,
+                )
         for name, shape, wanted in given:
             if shape != wanted:
                 raise MismatchError(
@@ -168,8 +178,8 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
 
 
 def _require_computable(base: Checkpoint, tensors: Mapping[str, TensorChange]) -> None:
-    for name in tensors:
-        if name in base and base[name].dtype not in COMPUTABLE:
+    for name, change in tensors.items():
+        if name in base and base[name].dtype not in COMPUTABLE and change.given is None:
             raise UnsupportedError(
                 f"Weights in {base[name].dtype} are not merged into yet.",
                 fix="Merge into the 16-bit checkpoint of this model.",

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 
-from loratools.checkpoints import Module
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Site:
@@ -16,7 +14,7 @@ class Site:
         transposed: it is stored (in, out).
         experts: it stacks the matrices of so many experts, each of which has its own part of the update.
         expert: it is the matrix of this one expert of the update.
-        rows: its rows are these of the expert's matrix alone: of the update's output, of its input if `transposed`.
+        rows: it is these rows of the update's output alone.
     """
 
     tensor: str
@@ -24,21 +22,3 @@ class Site:
     experts: int | None = None
     expert: int | None = None
     rows: tuple[int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Target:
-    """The module of the checkpoint that an update is for; `added`, under its own name, where the base has none."""
-
-    name: str
-    module: Module | None
-    sites: tuple[Site, ...] = ()
-
-    @property
-    def added(self) -> bool:
-        """Whether the adapter brings the module along."""
-        return self.module is None
-
-    def tensor(self, parameter: str) -> str:
-        """The tensor name of a parameter; of the target itself, where that is a parameter."""
-        return f"{self.name}.{parameter}" if self.name and parameter else self.name or parameter

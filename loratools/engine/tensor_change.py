@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
-from loratools.adapters import AbstractUpdate
 from loratools.adapters.actions import Span
-from loratools.adapters.experts import Stacked
-from loratools.engine import memory
 
 _SPANS: Final[tuple[Span, ...]] = ("piece", "rows", "whole")
 
@@ -47,6 +44,13 @@ class TensorChange:
         return not (self.terms or self.wholes or self.patches or self.offsets or self.rows)
 
     @property
+    def given(self) -> dict[str, Any] | None:
+        """The replacement that is all that happens, so that nothing has to be computed; else None."""
+        others = self.terms or self.patches or self.offsets or self.rows
+        alone = len(self.wholes) == 1 and self.wholes[0]["weight"] == 1 and not others
+        return self.wholes[0] if alone else None
+
+    @property
     def at_once(self) -> bool:
         """Whether the tensor cannot be gone through by row tiles."""
         return self.span == "whole" or (self.span == "rows" and self.transposed)
@@ -68,10 +72,3 @@ class TensorChange:
             "experts": self.experts,
             "at_once": self.at_once,
         }
-
-
-def factor_elements(update: AbstractUpdate) -> int:
-    """Elements of the factors that are worked on at a time; of experts one, and what is kept beside it."""
-    if isinstance(update, Stacked):
-        return update.rank * sum(update.matrix) + -(-update.kept_bytes // memory.FACTOR_BYTES)
-    return sum(ref.spec.numel for ref in update.factors)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from loratools.adapters import Adapter
-from loratools.checkpoints import Checkpoint
-from loratools.checkpoints.experts import parameter_shapes
 from loratools.errors import MalformedError
 from loratools.files import locate
-from loratools.files._open_checkpoint import open_checkpoint
 from loratools.formats import Contents, codec_named, detect
 from loratools.formats.peft.config import CONFIG_FILE
 from loratools.formats.peft.keys import ADDED_ROWS_FILE
@@ -23,28 +21,27 @@ from loratools.storage.shards import open_weights
 def load_adapter(
     source: locate.Source | Adapter,
     format: str | None = None,
-    base: locate.Source | Checkpoint | None = None,
+    base: object | None = None,
 ) -> Adapter:
     """Load the adapter at `source`.
 
     Args:
         source: a directory with `adapter_config.json`, or the weights file in it.
         format: the dialect, where it shall not be detected.
-        base: the checkpoint that it is for, for dialects whose names need it; of PEFT's, parameters of modules whose
-            classes are not known (`target_parameters`).
+        base: accepted for dialects whose names need a base to be resolved; PEFT's do not.
 
     Raises:
         MalformedError: the files contradict each other, or hold several adapters (named).
         UnsupportedError: a kind or a file type that is not handled, by name.
     """
+    del base
     if isinstance(source, Adapter):
         return source
     with locate.readable(source):
-        shapes = parameter_shapes(open_checkpoint(base)) if base is not None else {}
-        return _loaded(locate.local(source).absolute(), format, shapes)
+        return _loaded(locate.local(source).absolute(), format)
 
 
-def _loaded(path: Path, format: str | None, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+def _loaded(path: Path, format: str | None) -> Adapter:
     _refuse_ambiguous(path)
     weights = open_weights(path, locate.ADAPTER_STEMS)
     directory = path if path.is_dir() else path.parent
@@ -53,7 +50,6 @@ def _loaded(path: Path, format: str | None, shapes: Mapping[str, tuple[int, ...]
         config=locate.read_object(directory / CONFIG_FILE) or None,
         metadata=weights.shards[0].metadata if weights.shards else {},
         side_tensors=_side(directory),
-        shapes=shapes,
     )
     codec = codec_named(format) if format is not None else detect(contents, file=path.name)
     decoded = codec.decode(contents)
@@ -92,7 +88,7 @@ def _refuse_ambiguous(path: Path) -> None:
 
 def _side(directory: Path) -> dict[str, Any]:
     side = directory / ADDED_ROWS_FILE
-    return {ADDED_ROWS_FILE: open_safetensors(side).tensors} if side.is_file() else {}
+    return {ADDED_ROWS_FILE: open_safetensors(side).tensors} if os.path.lexists(side) else {}
 
 
 def _files(directory: Path, path: Path, shards: Sequence[str]) -> tuple[Path, ...]:

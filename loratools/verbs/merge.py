@@ -15,6 +15,7 @@ from loratools.engine.execute import Execution, execute
 from loratools.engine.merge_units import MergePlanner
 from loratools.engine.plan import Plan, Unit
 from loratools.engine.planning import Run, RunOptions
+from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.errors import UsageError
 from loratools.files import load_adapter, open_checkpoint
@@ -117,7 +118,7 @@ def _prepare(  # noqa: PLR0917
     run: Run,
 ) -> _Prepared:
     checkpoint = open_checkpoint(base)
-    loaded = [load_adapter(adapter, base=checkpoint) for adapter in planning.as_list(adapters)]
+    loaded = [load_adapter(adapter) for adapter in planning.as_list(adapters)]
     wanted = planning.dtype_named(dtype)
     factors = planning.weights_for(len(loaded), weights)
     if not loaded and wanted is None and max_shard_size is None:
@@ -173,12 +174,13 @@ def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
             counts["merged"] += 1
             modules.append(_module(unit, outcome.facts, plan))
     touched = [unit.inputs[0].name for unit in plan.units if unit.operation == "merge"]
+    inputs = execution.inputs(plan)
     return MergeReport(
-        inputs=execution.inputs(plan),
+        inputs=inputs,
         parameters=plan.options,
         files=execution.files,
         base={"name": prepared.base.name, "fingerprint": _fingerprints(prepared.base, touched)},
-        notes=(*plan.notes, *execution.notes),
+        notes=(*plan.notes, *repeated(inputs)),
         modules=tuple(modules),
         tensors=counts,
         totals={

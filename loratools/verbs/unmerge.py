@@ -116,7 +116,7 @@ def _prepare(
     run: Run,
 ) -> _Prepared:
     checkpoint = open_checkpoint(merged)
-    loaded = [load_adapter(adapter, base=checkpoint) for adapter in planning.as_list(adapters)]
+    loaded = [load_adapter(adapter) for adapter in planning.as_list(adapters)]
     recorded = Recorded.of(checkpoint)
     if base is None:
         if not loaded:
@@ -258,7 +258,7 @@ def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:
         parameters=plan.options,
         files=execution.files,
         base={},
-        notes=(*plan.notes, *execution.notes),
+        notes=plan.notes,
         method=str(plan.options["method"]),
         modules=tuple(modules),
         totals={

@@ -1,291 +1,306 @@
-"""PEFT's `target_parameters` on the experts of real models: PEFT writes, we merge on disk; PEFT and float64 judge."""
+"""`target_parameters`: experts as PEFT adapts them, on stacked parameters and on files with a matrix an expert."""
+
+import copy
+import json
 
 import pytest
 import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
 
 import loratools as lt
-from loratools.adapters.experts import Stacked
 from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from tests import models
-from tests.interop import judge, moe
+from tests.interop.kinds import Case, randomise, require_rounded
 
-PARAMETERS = [f"model.layers.{layer}.mlp.experts.{name}" for layer in (0, 1) for name in ("gate_up_proj", "down_proj")]
-BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-COMMON = {"r": 3, "lora_alpha": 5, "target_modules": ["q_proj"], "target_parameters": BOTH}
-VARIANTS = {
-    "plain": COMMON,
-    "rslora": {**COMMON, "use_rslora": True},
-    "patterns": {
-        **COMMON,
-        "rank_pattern": {"layers.1.mlp.experts.gate_up_proj": 5},
-        "alpha_pattern": {"down_proj": 7},
-    },
-    "one": {**COMMON, "target_parameters": ["mlp.experts.down_proj"], "target_modules": []},
-}
+E, H, WIDE = 3, 10, 14
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    """family, variant, dtype → (base, adapter, PEFT's model), made once each."""
-    made = {}
-
-    def get(family, variant="plain", dtype="fp32", **changes):
-        key = (family, variant, dtype, tuple(changes.items()))
-        if key not in made:
-            place = tmp_path_factory.mktemp("moe")
-            base = moe.base(family, place / "base", dtype, **changes)
-            wrapped = moe.write_by_peft(models.load(base), place / "adapter", **VARIANTS[variant])
-            made[key] = base, place / "adapter", wrapped
-        return made[key]
-
-    return get
-
-
-def targeted(variant):
-    return [each for each in PARAMETERS if any(each.endswith(name) for name in VARIANTS[variant]["target_parameters"])]
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", moe.FAMILIES)
-def test_merge_is_one_rounding_and_near_pefts(family, variant, written, tmp_path):
-    """Every expert's piece is W + ΔW in float64 rounded once; PEFT's own merge, saved by transformers, has the same
-    names and the same values to its rounding of ΔW; all that is not targeted keeps its bits."""
-    base, adapter, wrapped = written(family, variant)
-    lt.merge(base, [adapter], tmp_path / "ours")
-    ours, theirs = models.tensors_of(tmp_path / "ours"), moe.merged_on_disk(wrapped, tmp_path / "theirs")
-    assert set(ours) == set(theirs) == set(models.tensors_of(base))
-    moe.assert_one_rounding(ours, family, wrapped, targeted(variant))
-    for name, tensor in theirs.items():
-        assert torch.allclose(ours[name], tensor, rtol=0, atol=1e-6), name
-    if family in moe.STORED_APART:
-        assert any(name.endswith(moe.STORED_APART[family]) for name in ours)
-
-
-@pytest.mark.parametrize("family", moe.FAMILIES)
-def test_bf16_is_rounded_once_and_comes_back(family, written, tmp_path):
-    """In bf16 too, where PEFT rounds ΔW first; the base comes back bit for bit, with it and checked."""
-    base, adapter, wrapped = written(family, "patterns", "bf16")
-    lt.merge(base, [adapter], tmp_path / "ours")
-    moe.assert_one_rounding(models.tensors_of(tmp_path / "ours"), family, wrapped, PARAMETERS)
-    lt.unmerge(tmp_path / "ours", tmp_path / "back", adapters=[adapter], base=base)
-    assert models.tensor_hashes(tmp_path / "back") == models.tensor_hashes(base)
-
-
-@pytest.mark.parametrize("family", moe.FAMILIES)
-def test_unmerge_without_the_base_subtracts(family, written, tmp_path):
-    base, adapter, _ = written(family, "plain")
-    lt.merge(base, [adapter], tmp_path / "ours", weights=[-0.5])
-    lt.unmerge(tmp_path / "ours", tmp_path / "back", adapters=[adapter], weights=[-0.5])
-    before, after = models.tensors_of(base), models.tensors_of(tmp_path / "back")
-    assert all(torch.allclose(before[name], after[name], rtol=0, atol=1e-6) for name in before)
-
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", moe.FAMILIES)
-def test_what_we_write_peft_loads(family, variant, written, tmp_path):
-    """Read and written again: PEFT loads it without a missing or unexpected key or a word, and computes the same.
-
-    PEFT 0.21 says of every pattern for a parameter that it matches no module, of its own files too, and applies it.
-    """
-    base, adapter, wrapped = written(family, variant)
-    lt.save(lt.load_adapter(adapter), tmp_path / "again")
-    expected = ("rank_pattern keys did not", "alpha_pattern keys did not") if variant == "patterns" else ()
-    if expected:
-        judge.load_cleanly(models.load(base), adapter, expected=expected)
-    loaded = judge.load_cleanly(models.load(base), tmp_path / "again", expected=expected)
-    assert torch.equal(models.output_of(loaded), models.output_of(wrapped))
-    assert models.factors_of(tmp_path / "again").keys() == models.factors_of(adapter).keys()
-
-
-def test_inspect_tells_ranks_and_experts(written):
-    _, adapter, _ = written("qwen2_moe", "patterns")
-    rows = {row.name: row for row in lt.inspect(adapter).modules}
-    gate_up, down = rows[PARAMETERS[2]], rows[PARAMETERS[1]]
-    assert (gate_up.kind, gate_up.rank, gate_up.alpha) == ("experts", 5, 5)
-    assert gate_up.shape == (moe.EXPERTS, 2 * moe.INTERMEDIATE, moe.HIDDEN)
-    assert (down.rank, down.alpha) == (3, 7)
-    assert down.shape == (moe.EXPERTS, moe.HIDDEN, moe.INTERMEDIATE)
-
-
-def test_delta_weight_is_pefts(written):
-    base, adapter, wrapped = written("mixtral")
-    update = lt.load_adapter(adapter)[PARAMETERS[1]]
-    layer = dict(wrapped.named_modules())["base_model.model.model.layers.0.mlp.experts"]
-    assert layer.parameter_name == "down_proj"
-    assert torch.allclose(update.delta_weight(), layer.get_delta_weight("default"), atol=1e-7)
-    del base
-
-
-class TestEras:
-    """The layouts of PEFT 0.17–0.18, 0.19.0 and since."""
-
-    def prefixes(self):
-        start = "base_model.model.model.layers"
-        return {f"{start}.{layer}.mlp.experts{level}": moe.EXPERTS for layer in (0, 1) for level in ("", ".base_layer")}
-
-    @pytest.mark.parametrize("version", [None, "0.17.0", "0.18.1", "0.19.0"])
-    @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
-    def test_shapes_tell_the_old_layout(self, family, version, written, tmp_path):
-        base, adapter, _ = written(family)
-        old = moe.other_era(adapter, tmp_path / "old", self.prefixes(), version)
-        lt.merge(base, [adapter], tmp_path / "new-merged")
-        lt.merge(base, [old], tmp_path / "old-merged")
-        assert models.tensor_hashes(tmp_path / "new-merged") == models.tensor_hashes(tmp_path / "old-merged")
-
-    @pytest.mark.parametrize("version", ["0.17.0", "0.18.1", "0.19.0"])
-    def test_the_version_tells_where_matrices_are_square(self, version, written, tmp_path):
-        """hidden = 2 · intermediate makes gate_up_proj square; down_proj is not."""
-        base, adapter, wrapped = written("mixtral", hidden_size=32, intermediate_size=16)
-        old = moe.other_era(adapter, tmp_path / "old", self.prefixes(), version)
-        lt.merge(base, [old], tmp_path / "merged")
-        moe.assert_one_rounding(models.tensors_of(tmp_path / "merged"), "mixtral", wrapped, PARAMETERS)
-
-    def test_square_without_a_version_is_undecided(self, written, tmp_path):
-        base, adapter, _ = written("mixtral", hidden_size=32, intermediate_size=16)
-        for version in (None, "0.19.1.dev0", "who knows"):
-            odd = moe.other_era(adapter, tmp_path / str(version), self.prefixes(), version)
-            with pytest.raises(UndecidedError, match="peft_version"):
-                lt.merge(base, [odd], tmp_path / "merged")
-
-    @pytest.mark.parametrize("version", ["0.18.1", "0.19.1"])
-    def test_square_and_transposed(self, version, written, tmp_path):
-        """GPT-OSS keeps (in, out): 0.17–0.18 and 0.19.1 agree on it, 0.19.0 has the sides exchanged."""
-        base, adapter, wrapped = written("gpt_oss", hidden_size=32, intermediate_size=32)
-        models.write_adapter(tmp_path / "said", models.factors_of(adapter),
-                             {**models.config_of(adapter), "peft_version": version})  # fmt: skip
-        lt.merge(base, [tmp_path / "said"], tmp_path / "merged")
-        moe.assert_one_rounding(models.tensors_of(tmp_path / "merged"), "gpt_oss", wrapped, PARAMETERS)
-        turned = moe.other_era(adapter, tmp_path / "turned", self.prefixes(), "0.19.0")
-        lt.merge(base, [turned], tmp_path / "again")
-        assert models.tensor_hashes(tmp_path / "again") == models.tensor_hashes(tmp_path / "merged")
-
-    def test_square_in_an_unknown_family_is_undecided(self, written, tmp_path):
-        base, adapter, _ = written("gpt_oss", hidden_size=32, intermediate_size=32)
-        unknown = models.write_checkpoint(tmp_path / "base", models.tensors_of(base), {"model_type": "new"})
-        with pytest.raises(UndecidedError, match="model_type"):
-            lt.merge(unknown, [adapter], tmp_path / "merged")
-
-    def test_an_old_layout_is_written_as_one(self, written, tmp_path):
-        """Without a base nothing says how the module keeps its matrices: the layout stays, and the version with it."""
-        _, adapter, _ = written("mixtral")
-        old = moe.other_era(adapter, tmp_path / "old", self.prefixes(), "0.18.1")
-        lt.save(lt.load_adapter(old), tmp_path / "again")
-        again = lt.load_adapter(tmp_path / "again")
-        assert {update.layout for update in again.values() if isinstance(update, Stacked)} == {"0.17"}
-        before, after = models.factors_of(old), models.factors_of(tmp_path / "again")
-        assert all(torch.equal(before[key], after[key]) for key in before)
-
-
-class Blocks(torch.nn.Module):
-    """Parameters of three and of two axes, under names that no model of transformers has."""
-
-    def __init__(self, zeta=(3, 5, 7), alpha=(3, 9, 4), *, square=False):
+class Experts(torch.nn.Module):
+    def __init__(self):
         super().__init__()
-        inner = torch.nn.Module()
-        inner.zeta = torch.nn.Parameter(torch.randn(*zeta))
-        inner.alpha = torch.nn.Parameter(torch.randn(*(zeta if square else alpha)))
-        inner.flat = torch.nn.Parameter(torch.randn(6, 11))
-        self.inner = inner
+        self.gate_up_proj = torch.nn.Parameter(torch.zeros(E, WIDE, H))
+        self.down_proj = torch.nn.Parameter(torch.zeros(E, H, WIDE // 2))
+
+
+class Net(torch.nn.Module):
+    """Stacked experts, a single matrix that is no layer's weight, and a layer beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.mlp = torch.nn.Module()
+        self.mlp.experts = Experts()
+        self.mlp.router = torch.nn.Module()
+        self.mlp.router.table = torch.nn.Parameter(torch.zeros(5, H))
+        self.q = torch.nn.Linear(H, 6)
 
     def forward(self, x):
         return x
 
 
-@pytest.fixture
-def plain(tmp_path):
-    """A plain module, its checkpoint, and what PEFT wrote for it."""
+def config(**options):
+    """Both parameters of the experts, of different rank and alpha, a matrix and a layer."""
+    return LoraConfig(
+        **{
+            "target_modules": ["q"],
+            "target_parameters": ["mlp.experts.down_proj", "mlp.experts.gate_up_proj", "router.table"],
+            "r": 2,
+            "lora_alpha": 5,
+            "lora_dropout": 0.0,
+            "rank_pattern": {"mlp.experts.down_proj": 3},
+            "alpha_pattern": {"mlp.experts.gate_up_proj": 7},
+            **options,
+        }
+    )
 
-    def make(names, **shapes):
-        torch.manual_seed(3)
-        model = Blocks(**shapes)
-        base = models.write_checkpoint(tmp_path / "base", model.state_dict())
-        wrapped = moe.write_by_peft(model, tmp_path / "adapter", r=2, lora_alpha=3, target_modules=[],
-                                    target_parameters=names)  # fmt: skip
-        return base, tmp_path / "adapter", wrapped
 
-    return make
+def products(A, B, scale, experts=E):
+    """ΔW_e = s · B_e A_e in float64, (experts, out, in): rows of A by expert, columns of B in turn."""
+    rank = A.shape[0] // experts
+    a, b = A.double().reshape(experts, rank, -1), B.double().reshape(B.shape[0], rank, experts)
+    return scale * torch.einsum("ore,eri->eoi", b, a)
 
 
-def test_names_nobody_knows_are_told_by_shapes(plain, tmp_path):
-    """zeta is registered first and sorts last; with the base, shapes tell which wrapper is whose."""
-    base, adapter, wrapped = plain(["inner.alpha", "inner.zeta", "inner.flat"])
-    with pytest.raises(UndecidedError, match="base"):
-        lt.load_adapter(adapter)
-    lt.merge(base, [adapter], tmp_path / "merged")
-    theirs = wrapped.merge_and_unload().state_dict()
-    ours = models.tensors_of(tmp_path / "merged")
-    before = models.tensors_of(base)
-    for name, tensor in theirs.items():
-        assert torch.allclose(ours[name], tensor, rtol=0, atol=1e-6), name
-        assert not torch.equal(ours[name], before[name])
-    loaded = lt.load_adapter(adapter, base=base)
-    assert loaded["inner.flat"].kind == "low-rank"
-    lt.save(loaded, tmp_path / "again")
-    model = judge.load_cleanly(Blocks(), tmp_path / "again")
-    written = models.factors_of(adapter)
-    assert {key: tensor.shape for key, tensor in models.factors_of(tmp_path / "again").items()} == {
-        key: tensor.shape for key, tensor in written.items()
+def exact(case, settings):
+    """Name of the stacked parameter → ΔW, from the file that PEFT wrote."""
+    tensors = load_file(case.adapter / "adapter_model.safetensors")
+    prefix = "base_model.model.mlp.experts"
+    pairs = {"down_proj": prefix, "gate_up_proj": f"{prefix}.base_layer"}
+    return {
+        name: products(tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"], settings[name])
+        for name, key in pairs.items()
     }
-    del model
 
 
-def test_equal_shapes_and_unknown_names_are_undecided(plain, tmp_path):
-    base, adapter, _ = plain(["inner.alpha", "inner.zeta"], square=True)
-    with pytest.raises(UndecidedError, match="alpha"):
-        lt.merge(base, [adapter], tmp_path / "merged")
+PATTERNS = ("rank_pattern keys did not match", "alpha_pattern keys did not match")
+"""What PEFT 0.21 says of patterns for parameters although it heeds them: it looks at modules only."""
+SCALES = {"down_proj": 5 / 3, "gate_up_proj": 7 / 2}
 
 
-def test_a_listed_parameter_that_the_module_lacks(plain, tmp_path):
-    """PEFT skips it in silence, as long as something matches; the base tells that it is not there."""
-    base, adapter, wrapped = plain(["inner.zeta", "inner.missing"])
-    lt.merge(base, [adapter], tmp_path / "merged")
-    theirs = wrapped.merge_and_unload().state_dict()
-    assert torch.allclose(models.tensors_of(tmp_path / "merged")["inner.zeta"], theirs["inner.zeta"], atol=1e-6)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_stacked_parameters(tmp_path, dtype):
+    """Read as PEFT nests them, merged expert by expert in one rounding, taken out, written back."""
+    case = Case(tmp_path, config(), dtype=dtype, net=Net)
+    kinds = {path: update.kind for path, update in case.loaded.items()}
+    assert kinds == {"q": "low-rank", "mlp.router.table": "low-rank",
+                     "mlp.experts.down_proj": "experts", "mlp.experts.gate_up_proj": "experts"}  # fmt: skip
+    merged, theirs = case.merged(), case.by_peft()
+    for name, change in exact(case, SCALES).items():
+        before = case.before[f"mlp.experts.{name}"]
+        require_rounded(merged[f"mlp.experts.{name}"], before.double() + change, before, ulps=0.501)
+    if dtype == "fp32":
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(merged[key], tensor, rtol=1e-5, atol=1e-5)
+    case.require_way_back()
+    case.require_written_back(expected=PATTERNS)
+    written = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
+    assert set(written["target_parameters"]) == set(kinds) - {"q"}
 
 
-class TestRefused:
-    def damaged(self, adapter, directory, change, **config):
-        tensors = models.factors_of(adapter)
-        change(tensors)
-        return models.write_adapter(directory, tensors, {**models.config_of(adapter), **config})
+def turned(case, target):
+    """The same ΔW in the layout of PEFT 0.17 and 0.18: `in` is the second axis of the parameter."""
+    tensors = load_file(case.adapter / "adapter_model.safetensors")
+    for key in ("mlp.experts", "mlp.experts.base_layer"):
+        names = [f"base_model.model.{key}.lora_{side}.weight" for side in "AB"]
+        A, B = (tensors[name] for name in names)
+        rank = A.shape[0] // E
+        a, b = A.reshape(E, rank, -1), B.reshape(B.shape[0], rank, E)
+        tensors[names[0]] = b.permute(2, 1, 0).reshape(E * rank, -1).contiguous()
+        tensors[names[1]] = a.permute(2, 1, 0).reshape(a.shape[2], rank * E).contiguous()
+    target.mkdir()
+    save_file(tensors, target / "adapter_model.safetensors", metadata={"format": "pt"})
+    (target / "adapter_config.json").write_text(json.dumps(case.config | {"peft_version": "0.18.0"}))
+    return target
 
-    def test_a_rank_that_does_not_divide(self, written, tmp_path):
-        _, adapter, _ = written("mixtral")
-        odd = self.damaged(adapter, tmp_path / "odd", lambda tensors: None, r=7)
-        with pytest.raises(MismatchError, match="experts"):
-            lt.load_adapter(odd)
 
-    def test_another_number_of_experts(self, written, tmp_path):
-        """A wrong r that divides gives another number of experts, which the base does not have."""
-        base, adapter, _ = written("mixtral", "one")
-        odd = self.damaged(adapter, tmp_path / "odd", lambda tensors: None, r=6)
-        with pytest.raises(MismatchError, match="experts"):
-            lt.merge(base, [odd], tmp_path / "merged")
+def test_layout_of_older_versions(tmp_path):
+    """Told by the shapes: the same merge."""
+    both = ["experts.down_proj", "experts.gate_up_proj"]
+    case = Case(tmp_path, config(target_modules=[], target_parameters=both), net=Net)
+    lt.merge(case.base, [turned(case, tmp_path / "old")], tmp_path / "merged-old")
+    old, new = load_file(tmp_path / "merged-old" / "model.safetensors"), case.merged()
+    for name in ("gate_up_proj", "down_proj"):
+        torch.testing.assert_close(old[f"mlp.experts.{name}"], new[f"mlp.experts.{name}"], rtol=1e-6, atol=1e-6)
 
-    def test_a_wrapper_that_is_missing(self, written, tmp_path):
-        _, adapter, _ = written("mixtral")
 
-        def drop(tensors):
-            for key in [key for key in tensors if "layers.0.mlp.experts.lora_" in key]:
-                del tensors[key]
+class Square(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = torch.nn.Module()
+        self.experts.w = torch.nn.Parameter(torch.zeros(E, H, H))
 
-        with pytest.raises(MalformedError, match="wrapper"):
-            lt.load_adapter(self.damaged(adapter, tmp_path / "odd", drop))
+    def forward(self, x):
+        return x
 
-    def test_a_magnitude_on_a_parameter(self, written, tmp_path):
-        _, adapter, _ = written("mixtral")
 
-        def add(tensors):
-            tensors["base_model.model.model.layers.0.mlp.experts.lora_magnitude_vector"] = torch.ones(3)
+@pytest.mark.parametrize(("version", "family", "straight"), [
+    ("0.17.1", "mixtral", False), ("0.18.0", "gpt_oss", False), ("0.19.0", "mixtral", False),
+    ("0.19.0", "gpt_oss", True), ("0.19.1", "mixtral", True), ("0.21.2", "mixtral", True), ("0.21.2", "gpt_oss", False),
+    ("0.20.1.dev0@5d6", "mixtral", True),
+])  # fmt: skip
+def test_square_experts_by_version(tmp_path, version, family, straight):
+    """PEFT loads the other layout silently wrong; here the version that wrote it decides."""
+    case = Case(tmp_path, LoraConfig(target_modules=[], target_parameters=["experts.w"], r=2, lora_alpha=3), net=Square)
+    (case.adapter / "adapter_config.json").write_text(json.dumps(case.config | {"peft_version": version}))
+    (case.base / "config.json").write_text(json.dumps({"model_type": family}))
+    tensors = load_file(case.adapter / "adapter_model.safetensors")
+    A, B = (tensors[f"base_model.model.experts.lora_{side}.weight"] for side in "AB")
+    change = products(A, B, 1.5)
+    before = case.before["experts.w"]
+    wanted = before.double() + (change if straight else change.transpose(1, 2))
+    require_rounded(case.merged()["experts.w"], wanted, before, ulps=0.501)
 
-        with pytest.raises(UnsupportedError, match="magnitude"):
-            lt.load_adapter(self.damaged(adapter, tmp_path / "odd", add))
 
-    def test_one_expert_is_another_checkpoints(self, written, tmp_path):
-        """The factors of another number of experts, or a base whose experts are not all there."""
-        base, adapter, _ = written("qwen2_moe")
-        tensors = models.tensors_of(base)
-        fewer = {name: tensor for name, tensor in tensors.items() if ".experts.3." not in name}
-        small = models.write_checkpoint(tmp_path / "small", fewer, models.config_of(base, "config.json"))
-        with pytest.raises(MismatchError, match="experts"):
-            lt.merge(small, [adapter], tmp_path / "merged")
+@pytest.mark.parametrize("missing", ["version", "family"])
+def test_square_experts_that_cannot_be_told(tmp_path, missing):
+    """Asked, not guessed."""
+    case = Case(tmp_path, LoraConfig(target_modules=[], target_parameters=["experts.w"], r=2, lora_alpha=3), net=Square)
+    if missing == "version":
+        kept = {key: value for key, value in case.config.items() if key != "peft_version"}
+        (case.adapter / "adapter_config.json").write_text(json.dumps(kept))
+        (case.base / "config.json").write_text(json.dumps({"model_type": "mixtral"}))
+    with pytest.raises(UndecidedError, match="peft_version"):
+        case.merged()
+    assert not (tmp_path / "merged").exists()
+
+
+def mixture(family):
+    """A tiny mixture of experts of transformers 5, whose files have a matrix an expert."""
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    sizes = {"vocab_size": 32, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 2, "max_position_embeddings": 32}  # fmt: skip
+    torch.manual_seed(0)
+    if family == "mixtral":
+        experts = {"intermediate_size": 12, "num_local_experts": 4, "num_experts_per_tok": 2}
+        return MixtralForCausalLM(MixtralConfig(**sizes, **experts))
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, intermediate_size=20, moe_intermediate_size=12, num_experts=4,
+                                              num_experts_per_tok=2, decoder_sparse_step=1, head_dim=8))  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_a_matrix_an_expert(tmp_path, family):
+    """gate above up, by the names of the family: what PEFT merges in memory and transformers saves."""
+    from peft import get_peft_model
+
+    with models.quiet():
+        model = mixture(family)
+        model.save_pretrained(tmp_path / "base")
+        both = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+        settings = LoraConfig(target_modules=["q_proj"], target_parameters=both, r=2, lora_alpha=5)
+        adapted = get_peft_model(copy.deepcopy(model), settings)
+        randomise(adapted, 0.2)
+        adapted.save_pretrained(tmp_path / "adapter")
+        adapted.merge_and_unload().save_pretrained(tmp_path / "theirs")
+    names = load_file(tmp_path / "base" / "model.safetensors").keys()
+    assert sum(".experts." in name for name in names) == 2 * 4 * 3
+    lt.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "ours")
+    ours, theirs = (load_file(tmp_path / each / "model.safetensors") for each in ("ours", "theirs"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        torch.testing.assert_close(ours[key], tensor, rtol=2e-5, atol=2e-6, msg=key)
+    lt.unmerge(tmp_path / "ours", tmp_path / "back", adapters=[tmp_path / "adapter"], base=tmp_path / "base")
+    before, back = (load_file(tmp_path / each / "model.safetensors") for each in ("base", "back"))
+    assert all(torch.equal(before[key], back[key]) for key in before)
+
+
+def test_experts_that_do_not_fit(tmp_path):
+    """Another number of experts, a rank that does not divide the rows, wrappers without a name: nothing is guessed."""
+    case = Case(tmp_path, config(), net=Net)
+    file = case.adapter / "adapter_config.json"
+    for changes, error in (
+        ({"rank_pattern": {"mlp.experts.down_proj": 9}}, MismatchError),
+        ({"rank_pattern": {"mlp.experts.down_proj": 2}}, MalformedError),
+        ({"target_parameters": ["mlp.experts.down_proj"]}, UndecidedError),
+        ({"target_parameters": ["mlp.experts.down_proj", "mlp.experts.other", "router.table"]}, UndecidedError),
+        ({"target_parameters": None}, (UnsupportedError, MismatchError)),
+    ):
+        file.write_text(json.dumps(case.config | changes))
+        with pytest.raises(error):
+            case.merged()
+        assert not (tmp_path / "merged").exists()
+        file.write_text(json.dumps(case.config | {key: json.loads(config_text(case))[key] for key in changes}))
+
+
+def config_text(case):
+    """The configuration as PEFT would write it again."""
+    settings = copy.deepcopy(case.model.peft_config["default"])
+    return json.dumps({"rank_pattern": settings.rank_pattern, "target_parameters": list(settings.target_parameters)})
+
+
+def test_experts_are_scaled_and_not_summed(tmp_path):
+    """`rescale --by` is another alpha; a sum of two is refused by name."""
+    case = Case(tmp_path, config(), net=Net)
+    lt.rescale(case.adapter, tmp_path / "half", by=0.5)
+    lt.merge(case.base, [tmp_path / "half"], tmp_path / "halved")
+    halved = load_file(tmp_path / "halved" / "model.safetensors")
+    for name, change in exact(case, SCALES).items():
+        before = case.before[f"mlp.experts.{name}"]
+        require_rounded(halved[f"mlp.experts.{name}"], before.double() + 0.5 * change, before, ulps=0.501)
+    with pytest.raises(UnsupportedError, match="experts"):
+        lt.stack([case.adapter, case.adapter], tmp_path / "x")
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_extracted_from_a_matrix_an_expert(tmp_path, family):
+    """mergekit's failure b: experts become updates of the stacked parameters, which PEFT loads on transformers 5."""
+    from transformers import AutoModelForCausalLM
+
+    from tests.interop.judge import load_cleanly
+
+    with models.quiet():
+        model = mixture(family)
+        model.save_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.add_(0.05 * torch.randn(parameter.shape))
+        model.save_pretrained(tmp_path / "tuned")
+    report = lt.extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=64)
+    stacked = [module for module in report.modules if ".experts." in module["name"]]
+    assert len(stacked) == 4
+    assert all(module["captured"] > 1 - 1e-6 for module in stacked)
+    tokens = torch.arange(12).view(1, -1)
+    with models.quiet():
+        fresh = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    adapted = load_cleanly(fresh, tmp_path / "adapter", expected=PATTERNS)
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(tokens).logits, model.eval()(tokens).logits, rtol=1e-4, atol=1e-4)
+    lt.merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    merged, tuned = (load_file(tmp_path / each / "model.safetensors") for each in ("merged", "tuned"))
+    for key, tensor in tuned.items():
+        torch.testing.assert_close(merged[key], tensor, rtol=1e-5, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_extracted_from_stacked_parameters(tmp_path, dtype):
+    """A truncated SVD for every expert: each is within 0.1 % of Eckart and Young's bound, at one rank for all."""
+    case = Case(tmp_path, config(), dtype=dtype, net=Net)
+    change = {name: 0.1 * torch.randn(tensor.shape) for name, tensor in case.before.items() if ".experts." in name}
+    tuned = {name: (tensor.float() + change.get(name, 0)).to(tensor.dtype) for name, tensor in case.before.items()}
+    (tmp_path / "tuned").mkdir()
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors", metadata={"format": "pt"})
+    report = lt.extract(case.base, tmp_path / "tuned", tmp_path / "extracted", rank=3)
+    assert {module["name"] for module in report.modules} == set(change)
+    adapter = lt.load_adapter(tmp_path / "extracted")
+    for name, update in adapter.items():
+        delta = tuned[name].double() - case.before[name].double()
+        for expert in range(E):
+            part = update.part(expert)
+            rest = (delta[expert] - part.delta_weight().double()).norm()
+            assert rest <= 1.001 * torch.linalg.svdvals(delta[expert])[3:].norm()
+    load_cleanly_on(case, tmp_path / "extracted")
+
+
+def load_cleanly_on(case, adapter):
+    """PEFT loads it on the base."""
+    from tests.interop.judge import load_cleanly
+
+    return load_cleanly(copy.deepcopy(case.net), adapter)
+
+
+def test_unchanged_experts_are_identical(tmp_path):
+    """Named, and not stored."""
+    case = Case(tmp_path, config(), net=Net)
+    report = lt.extract(case.base, case.base, tmp_path / "none")
+    assert set(case.before) == set(report.identical)
