@@ -14,6 +14,7 @@ from typing import Any, Final
 from loratools.tensors import TensorRef
 
 _FIRST: Final = re.compile(r"^(?P<head>.*?)(?P<block>\w+)\.experts\.0\.(?P<name>\w+)\.weight$")
+_ONE: Final = re.compile(r"^(?P<head>.*\bexperts)\.(?P<expert>\d{1,6})\.(?P<name>\w+)$")
 _STACKS: Final = (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",)),
                   ("gate_up_proj", ("w1", "w3")), ("down_proj", ("w2",)))  # fmt: skip
 """A stacked parameter, and the matrices of one expert that lie in it below one another."""
@@ -85,6 +86,29 @@ class Stack:
     def tensors(self, expert: int) -> list[str]:
         """The names of one expert's tensors, in the order of their rows."""
         return [f"{self.head}{expert}.{name}.weight" for name in self.names]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Piece:
+    """One expert's matrix in a stored stack: the `at`-th of `of` that lie below one another."""
+
+    tensor: str
+    expert: int
+    at: int
+    of: int
+
+
+def piece_of(name: str, known: Collection[str]) -> Piece | None:
+    """Where a stack among the `known` names holds the matrix that other files call `name`, a module path."""
+    found = _ONE.match(name)
+    if found is None:
+        return None
+    for parameter, parts in _STACKS:
+        for head in (found["head"], in_memory_path(found["head"]), *on_disk_paths(found["head"])):
+            tensor = f"{head}.{parameter}"
+            if found["name"] in parts and tensor in known:
+                return Piece(tensor, int(found["expert"]), parts.index(found["name"]), len(parts))
+    return None
 
 
 def parameter_shapes(base: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:

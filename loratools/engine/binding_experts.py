@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from loratools.adapters import Adapter
+from typing import Final
+
+from loratools.adapters import AbstractUpdate, Adapter
 from loratools.adapters.experts import Stacked
 from loratools.checkpoints import Checkpoint, experts
 from loratools.engine.sites import Site
-from loratools.errors import MismatchError, UndecidedError
+from loratools.errors import MismatchError, UndecidedError, UnsupportedError
+
+_AXES: Final = 3
 
 
 def stacked_site(path: str, update: Stacked, name: str, base: Checkpoint, adapter: Adapter) -> Site:
@@ -84,3 +88,34 @@ def apart_sites(
             sites.append(Site(name, crossed, expert=expert, rows=(first, first + count)))
             first += count
     return tuple(sites)
+
+
+def piece_site(path: str, update: AbstractUpdate, name: str, base: Checkpoint) -> Site | None:
+    """The site of one expert's own update, as adapters from before transformers 5 have them, in a stacked parameter.
+
+    Raises:
+        MismatchError: the base has no such expert, or another shape.
+        UnsupportedError: the family keeps (experts, in, out), or the update is no sum of products.
+    """
+    piece = experts.piece_of(name, base)
+    if piece is None or not update.changes_weight:
+        return None
+    shape = base[piece.tensor].shape
+    if len(shape) != _AXES or experts.is_transposed(base.config) or update.offsets or not update.terms:
+        raise UnsupportedError(
+            f"A {update.kind} update of one expert is not merged into this stacked parameter.",
+            fix="Merge it into the checkpoint that keeps a matrix an expert.",
+            module=path,
+            tensor=piece.tensor,
+        )
+    rows = shape[1] // piece.of
+    if piece.expert >= shape[0] or shape[1] % piece.of or update.shape != (rows, shape[2]):
+        raise MismatchError(
+            f"The update is for expert {piece.expert} and of shape {update.shape}, the base's parameter has shape "
+            f"{shape}.",
+            fix="Is this the base that the adapter was made for?",
+            module=path,
+            tensor=piece.tensor,
+        )
+    first = piece.at * rows
+    return Site(piece.tensor, experts=shape[0], expert=piece.expert, rows=(first, first + rows))

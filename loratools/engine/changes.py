@@ -141,7 +141,9 @@ def _add_term(source: str, path: str, update: AbstractUpdate, site: Site, weight
             module=path,
         )
     term: dict[str, Any] = {"source": source, "module": path, "weight": weight}
-    if site.expert is not None:
+    if site.expert is not None and site.experts is not None:
+        term |= {"only": site.expert, "at": list(site.rows or ())}
+    elif site.expert is not None:
         term |= {"expert": site.expert, "rows": list(site.rows) if site.rows else None}
     change.terms.append(term)
     change.transposed, change.experts = site.transposed, site.experts

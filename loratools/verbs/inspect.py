@@ -274,7 +274,7 @@ def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
 def _unused(adapter: Adapter) -> list[str]:
     """What the configuration names and no tensor is for."""
     low_rank = [path for path, update in adapter.items() if update.changes_weight]
-    named = {"target_modules": low_rank, "modules_to_save": list(adapter)}
+    named = {"target_modules": low_rank, "target_parameters": low_rank, "modules_to_save": list(adapter)}
     idle = [
         (field, name)
         for field, paths in named.items()

@@ -289,3 +289,166 @@ class TestRefused:
         small = models.write_checkpoint(tmp_path / "small", fewer, models.config_of(base, "config.json"))
         with pytest.raises(MismatchError, match="experts"):
             lt.merge(small, [adapter], tmp_path / "merged")
+
+
+SHAPES = {"gate_proj": (24, 32), "up_proj": (24, 32), "down_proj": (32, 24)}
+
+
+class TestOneByOne:
+    """Adapters from before transformers 5, a LoRA layer for every expert's matrix, on a base that stacks them."""
+
+    def made(self, directory, names=("gate_proj", "up_proj", "down_proj"), experts=(0, 2), **changes):
+        generator = torch.Generator().manual_seed(5)
+        base = {"model.layers.0.mlp.experts.gate_up_proj": torch.randn(4, 48, 32, generator=generator).bfloat16(),
+                "model.layers.0.mlp.experts.down_proj": torch.randn(4, 32, 24, generator=generator).bfloat16(),
+                "model.norm.weight": torch.ones(32)}  # fmt: skip
+        factors = {}
+        for expert in experts:
+            for name in names:
+                out, into = SHAPES.get(name, (24, 32))
+                key = f"base_model.model.model.layers.0.mlp.experts.{expert}.{name}"
+                factors[f"{key}.lora_A.weight"] = torch.randn(3, into, generator=generator)
+                factors[f"{key}.lora_B.weight"] = 0.1 * torch.randn(out, 3, generator=generator)
+        config = {"r": 3, "lora_alpha": 5, "target_modules": list(names)}
+        stored = models.write_checkpoint(directory / "base", base, {"model_type": "qwen2_moe", **changes})
+        return stored, models.write_adapter(directory / "adapter", factors, config), base, factors
+
+    def test_each_falls_on_its_rows(self, tmp_path):
+        """gate above up; the others' bits stay; the base comes back."""
+        base, adapter, before, factors = self.made(tmp_path)
+        lt.merge(base, [adapter], tmp_path / "merged", weights=[0.5])
+        after = models.tensors_of(tmp_path / "merged")
+        start = "model.layers.0.mlp.experts"
+        wanted = {name: tensor.double() for name, tensor in before.items()}
+        for expert in (0, 2):
+            for name, (parameter, rows) in {"gate_proj": ("gate_up_proj", slice(0, 24)), "up_proj": (
+                "gate_up_proj", slice(24, 48)), "down_proj": ("down_proj", slice(0, 32))}.items():  # fmt: skip
+                key = f"base_model.model.{start}.{expert}.{name}"
+                product = factors[f"{key}.lora_B.weight"].double() @ factors[f"{key}.lora_A.weight"].double()
+                wanted[f"{start}.{parameter}"][expert, rows] += 0.5 * 5 / 3 * product
+        for name, judged in wanted.items():
+            off = (after[name].double() - judged).abs()
+            assert bool((off <= 0.5 * models.ulp(after[name], after[name].dtype) + 1e-7).all()), name
+        for parameter in ("gate_up_proj", "down_proj"):
+            for expert in (1, 3):
+                assert torch.equal(after[f"{start}.{parameter}"][expert], before[f"{start}.{parameter}"][expert])
+        lt.unmerge(tmp_path / "merged", tmp_path / "back", adapters=[adapter], weights=[0.5], base=base)
+        assert models.tensor_hashes(tmp_path / "back") == models.tensor_hashes(base)
+
+    @pytest.mark.parametrize(("changes", "error"), [
+        ({"experts": (0, 4)}, MismatchError),
+        ({"names": ("w9",)}, MismatchError),
+        ({"model_type": "gpt_oss"}, UnsupportedError),
+    ])  # fmt: skip
+    def test_what_does_not_fit(self, tmp_path, changes, error):
+        """An expert too many, a name that no family has, a family that interleaves and transposes."""
+        base, adapter, _, _ = self.made(tmp_path, **changes)
+        with pytest.raises(error, match="expert"):
+            lt.merge(base, [adapter], tmp_path / "merged")
+
+
+class TestExtracted:
+    """What `extract` makes of changed experts, judged by PEFT on transformers' classes and by the SVD in float64."""
+
+    def pair(self, family, directory, change, **changes):
+        base = moe.base(family, directory / "base", **changes)
+        tuned = models.load(base)
+        change(tuned)
+        return base, models.save(tuned, directory / "tuned"), tuned
+
+    @pytest.mark.parametrize("family", moe.FAMILIES)
+    @pytest.mark.parametrize("square", [False, True])
+    def test_full_rank_is_the_tuned_model(self, family, square, tmp_path):
+        """In PEFT and by our merge; where gate_up_proj, or GPT-OSS's down_proj, is square too."""
+        shapes = {"hidden_size": 32}
+        if square:
+            name = "moe_intermediate_size" if family == "qwen2_moe" else "intermediate_size"
+            shapes[name] = 32 if family == "gpt_oss" else 16
+        base, tuned, model = self.pair(
+            family, tmp_path, lambda live: models.disturbed(live, 0.05, only=lambda name: ".experts." in name
+                                                            and "bias" not in name), **shapes)  # fmt: skip
+        report = lt.extract(base, tuned, tmp_path / "adapter", rank=64)
+        assert {module["name"] for module in report.modules} == set(PARAMETERS)
+        loaded = judge.load_cleanly(models.load(base), tmp_path / "adapter", expected=self.said(tmp_path / "adapter"))
+        assert torch.allclose(models.output_of(loaded), models.output_of(model), rtol=1e-3, atol=1e-3)
+        lt.merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+        merged, wanted = models.tensors_of(tmp_path / "merged"), models.tensors_of(tuned)
+        assert all(torch.allclose(merged[name], tensor, rtol=0, atol=1e-5) for name, tensor in wanted.items())
+
+    def said(self, adapter):
+        """PEFT's warning that patterns for parameters match no module, where there are patterns."""
+        config = models.config_of(adapter)
+        return tuple(f"{name} keys did not" for name in ("rank_pattern", "alpha_pattern") if config[name])
+
+    def test_the_joint_svd_of_gate_and_up_and_zeros_where_a_rank_is_less(self, tmp_path):
+        """One expert of rank 1 and one of rank 3 in a change that gate and up share: rank 3 for all, not 6; unchanged
+        experts are zero, and the captured share is that of all together."""
+        generator = torch.Generator().manual_seed(2)
+
+        def change(live):
+            with torch.no_grad():
+                stack = live.model.layers[0].mlp.experts.gate_up_proj
+                for expert, rank in ((1, 1), (2, 3)):
+                    left = torch.randn(stack.shape[1], rank, generator=generator)
+                    stack[expert] += 0.1 * left @ torch.randn(rank, stack.shape[2], generator=generator)
+
+        base, tuned, _ = self.pair("mixtral", tmp_path, change)
+        report = lt.extract(base, tuned, tmp_path / "adapter", energy=0.9999)
+        (module,) = report.modules
+        assert (module["name"], module["rank"], module["experts"]) == (PARAMETERS[0], 3, 4)
+        update = lt.load_adapter(tmp_path / "adapter")[PARAMETERS[0]]
+        delta = update.delta_weight()
+        assert not delta[0].any()
+        assert not delta[3].any()
+        assert torch.linalg.matrix_rank(delta[1].double(), rtol=1e-5) == 1
+        assert module["captured"] > 0.9999
+        assert models.config_of(tmp_path / "adapter")["peft_version"] == "0.19.1"
+
+    def test_some_experts_alone_are_layers_of_the_file(self, tmp_path):
+        """A pattern that names some: no stacked parameter can leave the others out of the comparison."""
+        base, tuned, _ = self.pair("mixtral", tmp_path, lambda live: models.disturbed(live, 0.05))
+        lt.extract(base, tuned, tmp_path / "adapter", rank=2, include=["experts.1.w2"])
+        names = {f"model.layers.{layer}.block_sparse_moe.experts.1.w2" for layer in (0, 1)}
+        assert set(lt.load_adapter(tmp_path / "adapter")) == names
+        lt.merge(base, [tmp_path / "adapter"], tmp_path / "merged")
+
+    def test_another_base_of_the_same_shapes_is_caught(self, tmp_path):
+        """By the first matrix of each stack; the same base with stacked experts cannot be compared."""
+
+        def experts(live):
+            return models.disturbed(live, 0.05, only=lambda name: ".experts." in name)
+
+        base, tuned, _ = self.pair("mixtral", tmp_path, experts)
+        lt.extract(base, tuned, tmp_path / "adapter", rank=64)
+        with pytest.raises(MismatchError, match="not the base"):
+            lt.merge(tuned, [tmp_path / "adapter"], tmp_path / "merged")
+        live = models.load(base)
+        stacked = models.write_checkpoint(tmp_path / "stacked", live.state_dict(), {"model_type": "mixtral"})
+        report = lt.merge(stacked, [tmp_path / "adapter"], tmp_path / "merged")
+        assert any("another dtype or form" in note for note in report.notes)
+        wanted = models.load(tuned).state_dict()
+        merged = models.tensors_of(tmp_path / "merged")
+        assert all(torch.allclose(merged[name], tensor, rtol=0, atol=1e-5) for name, tensor in wanted.items())
+
+
+def test_inspect_names_parameters_that_no_tensor_is_for(written, tmp_path):
+    _, adapter, _ = written("mixtral")
+    config = models.config_of(adapter)
+    config["target_parameters"] = [*config["target_parameters"], "router.missing"]
+    odd = models.write_adapter(tmp_path / "odd", models.factors_of(adapter), config)
+    assert any("router.missing" in note for note in lt.inspect(odd).notes)
+
+
+def test_a_thread_needs_no_more_than_planned_for_hundreds_of_experts():
+    """The bound of a matrix is one expert's factors and what is kept, not all experts' in float64."""
+    from loratools.engine.tensor_change import factor_elements
+    from loratools.tensors import in_memory
+
+    count, rank = 256, 16
+    lora_A = in_memory("A", torch.zeros(count * rank, 48))
+    lora_B = in_memory("B", torch.zeros(64, rank * count))
+    update = Stacked(lora_A=lora_A, lora_B=lora_B, experts=count, alpha=1.0)
+    everything = lora_A.spec.numel + lora_B.spec.numel
+    kept = 4 * lora_B.nbytes
+    assert kept <= 48 * factor_elements(update) <= kept + 48 * (rank * (48 + 64) + 1)
+    assert factor_elements(update) < everything / 3
