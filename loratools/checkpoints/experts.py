@@ -50,7 +50,19 @@ TRANSPOSED_FAMILIES: Final = frozenset({"gpt_oss", "aria", "aria_text", "openai_
 """`model_type` of classes whose stacked parameters are (experts, in, out) (`is_transposed` in transformers)."""
 
 TURNED_IN_FILES: Final = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
-"""`model_type` of families whose files hold (experts, in, out), and whose classes (experts, out, in)."""
+"""`model_type` of families whose files hold (experts, in, out) or (experts, out, in), and whose classes the latter."""
+
+
+def is_turned(parameter: str, shape: tuple[int, ...], config: Mapping[str, Any]) -> bool:
+    """Whether a file holds a stacked parameter of this shape as (experts, in, out).
+
+    Classes that transformers marks `is_transposed` hold it so too; of a family whose files differ, it turns what has
+    not the class's shape when it loads them (class Transpose, `core_model_loading.py`).
+    """
+    family, inner = model_type(config), config.get("text_config")
+    hidden = (inner if isinstance(inner, Mapping) else config).get("hidden_size")
+    straight = shape[1 if parameter.startswith("down") else 2] == hidden
+    return family in TRANSPOSED_FAMILIES or (family in TURNED_IN_FILES and not straight)
 
 
 def is_transposed(config: Mapping[str, Any]) -> bool | None:

@@ -22,9 +22,7 @@ def stacked_site(path: str, update: Stacked, name: str, base: Checkpoint, adapte
     """
     transposed = _crossed(path, update, base[name].shape, base, adapter)
     if transposed is None:
-        turned = experts.is_transposed(base.config)
-        transposed = _by_layout(path, update, adapter, turned)
-        transposed ^= experts.model_type(base.config) in experts.TURNED_IN_FILES
+        transposed = _by_layout(path, update, adapter, experts.is_transposed(base.config))
     return Site(name, transposed=transposed, experts=update.experts)
 
 

@@ -37,8 +37,20 @@ def _gpt_oss(**changes):
     return GptOssForCausalLM(GptOssConfig(**{**sizes, "head_dim": 8, **changes}))
 
 
-BUILDERS = {"mixtral": _mixtral, "qwen2_moe": _qwen2_moe, "gpt_oss": _gpt_oss}
-FAMILIES = tuple(BUILDERS)
+def _qwen3_vl_moe(moe_intermediate_size=INTERMEDIATE):
+    from transformers import Qwen3VLMoeConfig, Qwen3VLMoeForConditionalGeneration
+
+    sizes = {name: value for name, value in SIZES.items() if not name.endswith("token_id")}
+    text = {**sizes, "intermediate_size": 40, "moe_intermediate_size": moe_intermediate_size, "num_experts": EXPERTS,
+            "num_experts_per_tok": 2, "head_dim": 8, "decoder_sparse_step": 1,
+            "rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1]}}  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN,
+              "deepstack_visual_indexes": [0]}  # fmt: skip
+    return Qwen3VLMoeForConditionalGeneration(Qwen3VLMoeConfig(text_config=text, vision_config=vision))
+
+
+FAMILIES = ("mixtral", "qwen2_moe", "gpt_oss")
+BUILDERS = {"mixtral": _mixtral, "qwen2_moe": _qwen2_moe, "gpt_oss": _gpt_oss, "qwen3_vl_moe": _qwen3_vl_moe}
 STORED_APART = {"mixtral": "block_sparse_moe.experts.0.w1.weight", "qwen2_moe": "mlp.experts.0.gate_proj.weight"}
 
 

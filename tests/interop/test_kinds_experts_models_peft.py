@@ -356,6 +356,31 @@ class TestExtracted:
         change(tuned)
         return base, models.save(tuned, directory / "tuned"), tuned
 
+    @pytest.mark.parametrize(("form", "width"), [("as-saved", 24), ("as-saved", 16), ("as-released", 24)])
+    def test_stacks_that_files_may_hold_turned(self, form, width, tmp_path):
+        """Qwen3-VL-MoE was released with (experts, in, out); transformers 5 saves (experts, out, in), and takes either
+        by its shape, square ones as they are. An extraction, and an adapter of PEFT's, on both forms."""
+        base, tuned, model = self.pair(
+            "qwen3_vl_moe", tmp_path, lambda live: models.disturbed(live, 0.05, only=lambda name: ".experts." in name),
+            moe_intermediate_size=width)  # fmt: skip
+        if form == "as-released":
+            for directory in (base, tuned):
+                turned = {name: tensor.transpose(1, 2) if ".experts." in name else tensor
+                          for name, tensor in models.tensors_of(directory).items()}  # fmt: skip
+                (directory / "model.safetensors").unlink()
+                models.write_checkpoint(directory, turned, models.config_of(directory, "config.json"))
+        lt.extract(base, tuned, tmp_path / "extracted", rank=64)
+        said = self.said(tmp_path / "extracted")
+        loaded = judge.load_cleanly(models.load(base), tmp_path / "extracted", expected=said)
+        lt.merge(base, [tmp_path / "extracted"], tmp_path / "merged")
+        for each in (loaded, models.load(tmp_path / "merged")):
+            assert torch.allclose(models.output_of(each), models.output_of(model), rtol=1e-3, atol=1e-5)
+        wrapped = moe.write_by_peft(models.load(base), tmp_path / "adapter", **{**COMMON, "target_modules": []})
+        lt.merge(base, [tmp_path / "adapter"], tmp_path / "ours")
+        found = models.output_of(models.load(tmp_path / "ours"))
+        assert torch.allclose(found, models.output_of(wrapped), rtol=1e-3, atol=1e-5)
+        assert not torch.allclose(found, models.output_of(models.load(base)), rtol=1e-3, atol=1e-3)
+
     @pytest.mark.parametrize("family", moe.FAMILIES)
     @pytest.mark.parametrize("square", [False, True])
     def test_full_rank_is_the_tuned_model(self, family, square, tmp_path):
