@@ -181,7 +181,7 @@ def header_names(file):
 def write_checkpoint(directory, tensors, config=None):
     """A checkpoint by hand: one file, and a configuration."""
     directory = Path(directory)
-    directory.mkdir(parents=True)
+    directory.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / "model.safetensors",
               metadata={"format": "pt"})  # fmt: skip
     (directory / "config.json").write_text(json.dumps(config or {}))

@@ -12,7 +12,7 @@ from loratools.adapters import AbstractUpdate, Adapter
 from loratools.adapters.experts import Stacked
 from loratools.checkpoints import Checkpoint, Module, owner
 from loratools.checkpoints.experts import on_disk_paths, stacks_of
-from loratools.engine.binding_experts import apart_sites, stacked_site
+from loratools.engine.binding_experts import apart_sites, piece_site, stacked_site
 from loratools.engine.sites import Site
 from loratools.errors import MismatchError, UnsupportedError
 
@@ -132,6 +132,8 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
             targets[path] = Target(name, module, apart_sites(path, update, stacks[name], base, adapter))
         elif (name := next((each for each in (name, *on_disk_paths(name)) if each in known), name)) in known:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
+        elif site := piece_site(path, update, renaming.apply(path), base):
+            targets[path] = Target(site.tensor, base.modules[owner(site.tensor)[0]], (site,))
         elif update.changes_weight or update.added_rows or update.patches or not _declared(path, adapter):
             missing.append(path)
         else:

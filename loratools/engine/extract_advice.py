@@ -29,8 +29,9 @@ def advice(pairing: Pairing, adapter: Adapter | None) -> list[str]:
         )
     if any(isinstance(update, Stacked) for update in updates.values()):
         notes.append(
-            "Experts are stored as updates of the stacked parameters that the model class has (target_parameters): "
-            "PEFT 0.19.1 and later loads them with transformers 5."
+            "Experts are stored as updates of the stacked parameters that the model class has (target_parameters), "
+            "gate and up by one SVD, at the largest rank that any expert needs: PEFT 0.19.1 and later loads them with "
+            "transformers 5."
         )
     notes += low_rank_forms.advice(known, pairing.tuned_module, pairing.tuned.config)
     if any(pairing.is_tied_embedding(path) for path in updates):

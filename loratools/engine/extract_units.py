@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from loratools.adapters import Adapter, Selection
 from loratools.adapters.selection import matches_any
 from loratools.checkpoints import Checkpoint, Module
-from loratools.checkpoints.experts import in_memory_path, is_router, on_disk_paths
+from loratools.checkpoints.experts import Stack, in_memory_path, is_router, on_disk_paths, stacks_of
 from loratools.engine import expert_units, fingerprint, low_rank_forms, memory
 from loratools.engine.binding import matrix_shape
 from loratools.engine.cards import is_hub_id
@@ -255,11 +256,17 @@ class ExtractPlanner:
         return found
 
     def _weight(self, path: str) -> Pair | None:
-        """The pair that stands for a path of the adapter: a module's weight, or the stacked parameter itself."""
+        """The pair that stands for a path of the adapter: a module's weight, a stack or its first matrix."""
         module, _, parameter = path.rpartition(".")
         modules = self.pairing.modules
         stored = next((each for each in (path, *on_disk_paths(path)) if each in modules), path)
-        return modules.get(stored, {}).get("weight") or modules.get(module, {}).get(parameter)
+        first = next(iter(self._stacks[path].tensors(0))).removesuffix(".weight") if path in self._stacks else ""
+        pairs = modules.get(stored, {}) or modules.get(first, {})
+        return pairs.get("weight") or modules.get(module, {}).get(parameter)
+
+    @functools.cached_property
+    def _stacks(self) -> Mapping[str, Stack]:
+        return stacks_of([f"{path}.weight" for path, pairs in self.pairing.modules.items() if "weight" in pairs])
 
 
 def _is_packed(parameter: str, pair: Pair) -> bool:

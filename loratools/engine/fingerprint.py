@@ -2,7 +2,8 @@
 
 `DTYPE:ROWSxCOLS:HEX`, where HEX is the first 16 digits of the SHA-256 over the first, middle and last 4 KiB of the
 weight's bytes. It costs no pass over the base, does not depend on shards or on other tensors, and differs for
-another base of the same shapes. A base in another dtype cannot be compared.
+another base of the same shapes. A base in another dtype, or with experts stacked and not one by one, cannot be
+compared.
 """
 
 from __future__ import annotations
@@ -33,6 +34,12 @@ def of(ref: TensorRef) -> str:
     return f"{ref.dtype}:{shape}:{digest.hexdigest()[:16]}"
 
 
+def _form(fingerprint: str) -> tuple[str, int]:
+    """Dtype and axes: the first matrix of experts that are stored one by one is no match for all of them stacked."""
+    dtype, shape, _ = (*fingerprint.split(":"), "", "")[:3]
+    return dtype, shape.count("x")
+
+
 def compare(adapter: Adapter, bindings: Bindings, base: Checkpoint) -> tuple[str, ...]:
     """Notes on whether `base` is what `adapter` was made for.
 
@@ -48,7 +55,7 @@ def compare(adapter: Adapter, bindings: Bindings, base: Checkpoint) -> tuple[str
             continue
         found = of(ref)
         compared += 1
-        if found.split(":")[0] != wanted.split(":")[0]:
+        if _form(found) != _form(wanted):
             other_dtype += 1
         elif found != wanted:
             differing.append(path)
@@ -62,5 +69,5 @@ def compare(adapter: Adapter, bindings: Bindings, base: Checkpoint) -> tuple[str
             differing=", ".join(differing[:_LISTED]) + (", …" if len(differing) > _LISTED else ""),
         )
     if other_dtype:
-        return (f"{adapter.name} was made for this base in another dtype: its identity could not be checked.",)
+        return (f"{adapter.name} was made for this base in another dtype or form: its identity could not be checked.",)
     return ()

@@ -278,7 +278,7 @@ def _unused(adapter: Adapter) -> list[str]:
     changed = {path: update for path, update in adapter.items() if update.changes_weight or update.patches}
     low_rank = [path if update.target else path.rpartition(".")[0] for path, update in changed.items()]
     low_rank += [path for path, update in changed.items() if not update.target]
-    named = {"target_modules": low_rank, "modules_to_save": list(adapter)}
+    named = {"target_modules": low_rank, "target_parameters": low_rank, "modules_to_save": list(adapter)}
     idle: list[tuple[str, str]] = []
     for field, paths in named.items():
         ends = {end for path in paths for end in suffixes(path)}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from loratools.adapters import AbstractUpdate
+from loratools.adapters import AbstractUpdate, Sum
 from loratools.adapters.actions import AbstractAction, Region
 from loratools.adapters.algebra import finite
 from loratools.adapters.experts import Stacked
@@ -15,7 +16,7 @@ from loratools.engine.context import Context
 from loratools.engine.operations.tiles import row_bytes, row_ranges
 from loratools.engine.plan import Input, Unit
 from loratools.errors import InternalError
-from loratools.tensors import TensorRef
+from loratools.tensors import TensorRef, computed
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +62,9 @@ class Change:
 
         products, actions = [], []
         for term in unit.parameters.get("terms", ()):
-            update = _update(term, context, expert)
+            if term.get("only", expert) != expert:
+                continue
+            update = _update(term, unit, context, expert)
             if not update.terms:
                 actions.append((float(term["weight"]), update.action()))
             for product in update.terms:
@@ -167,8 +170,10 @@ def matrices(ref: TensorRef, unit: Unit) -> Iterator[tuple[TensorRef, int | None
         yield ref.rows(expert, expert + 1).reshaped(ref.shape[1:]), expert
 
 
-def _update(term: Mapping[str, Any], context: Context, expert: int | None) -> AbstractUpdate:
+def _update(term: Mapping[str, Any], unit: Unit, context: Context, expert: int | None) -> AbstractUpdate:
     update = context.update(Input(term["source"], term["module"]))
+    if "only" in term:
+        return _placed(update, *term["at"], rows=context.tensor(unit.inputs[0]).shape[1])
     if expert is None:
         expert = term.get("expert")
     if expert is None:
@@ -176,7 +181,26 @@ def _update(term: Mapping[str, Any], context: Context, expert: int | None) -> Ab
     if not isinstance(update, Stacked):
         raise InternalError("An expert's part was asked of an update that has none.", module=term["module"])
     rows = term.get("rows")
-    return update.part(expert, (int(rows[0]), int(rows[1])) if rows else None)
+    return update.part(
+        expert, (int(rows[0]), int(rows[1])) if rows else None, columns=bool(unit.parameters.get("transposed"))
+    )
+
+
+def _placed(update: AbstractUpdate, first: int, last: int, *, rows: int) -> AbstractUpdate:
+    """The update as one of a matrix of so many rows, whose rows first:last it is about."""
+
+    def lower(ref: TensorRef) -> torch.Tensor:
+        given = ref.load().double()
+        whole = given.new_zeros(rows, given.shape[1])
+        whole[first:last] = given
+        return whole
+
+    terms = (
+        dataclasses.replace(term, lora_B=computed(term.lora_B.name, (rows, term.rank), (term.lora_B,),
+                                                  partial(lower, term.lora_B)))
+        for term in update.terms
+    )  # fmt: skip
+    return Sum(parts=tuple(terms), parameter="")
 
 
 def _wholes(unit: Unit, context: Context, expert: int | None) -> Iterator[tuple[float, TensorRef]]:

@@ -47,7 +47,7 @@ class PeftCodec(AbstractCodec):
                 f"A PEFT adapter has its alpha in {fields.CONFIG_FILE}, which is not there: its scaling is unknown.",
                 fix="Put the configuration beside the weights.",
             )
-        tuner = tuner_of(config)
+        tuner = tuner_of(config).knowing(contents.shapes)
         limits.refuse_absurd(config)
         tuner.refuse(config)
         config = prepared(config, fields.CONFIG_FILE)
@@ -179,7 +179,7 @@ def _update(
         wrapped = path.endswith(tuple(fields.saved_modules(config)))
         return Full(shared=not wrapped, **rest)
     roles = MappingProxyType({**shared, **found.roles})
-    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes))
+    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes, raw))
 
 
 def _require_one_each(paths: Mapping[str, str]) -> None:
