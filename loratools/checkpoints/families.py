@@ -109,6 +109,9 @@ EMBEDDINGS: Final = frozenset(
 )
 """Last name components of `nn.Embedding` modules."""
 
+EXPERT_STACKS: Final = frozenset({"input_linear", "output_linear"})
+"""Last name components of modules whose three-axis `weight` stacks experts' matrices without `expert` in the path."""
+
 INPUT_EMBEDDINGS: Final = (
     "embed_tokens",
     "wte",

@@ -20,7 +20,8 @@ class Module:
     Attributes:
         name: the module path.
         kind: `linear`, `conv1d` (HF Conv1D: weight stored (in, out)), `embedding`, `norm`, `conv`, `experts`
-            (3-D, fused), `quantised` (a dtype that we do not compute with), `other`.
+            (3-D, fused), `quantised` (a dtype that we do not compute with), `other`. A weight of three axes is a
+            convolution's, (out, in, k), unless its path or its bias says experts.
         parameters: parameter name → spec; `weight`, `bias`, or whatever the model calls it.
         evidence: `confirmed` by shape or config, or `inferred` from the name.
     """
@@ -62,7 +63,7 @@ def modules_of(specs: Mapping[str, TensorSpec], config: Mapping[str, Any]) -> Ma
     found = {}
     for path, parameters in grouped.items():
         facts = [fact for name, spec in parameters.items() for fact in (name, spec.dtype, spec.shape)]
-        sort = (path.rpartition(".")[2], "expert" in path, *facts)
+        sort = (path.rpartition(".")[2], _names_experts(path), *facts)
         if sort not in told:
             told[sort] = _kind(path, parameters, config)
         kind, evidence = told[sort]
@@ -89,16 +90,33 @@ def _kind(
     weight = parameters.get("weight")
     if weight is None:
         three = any(len(spec.shape) == 3 for spec in parameters.values())  # noqa: PLR2004  (experts × out × in)
-        return ("experts", "inferred") if three and "expert" in path else ("other", "confirmed")
+        return ("experts", "inferred") if three and _names_experts(path) else ("other", "confirmed")
     if weight.dtype not in COMPUTABLE:
         return "quantised", "confirmed"
     if len(weight.shape) == 2:  # noqa: PLR2004
         return _matrix_kind(path, parameters, config)
     if len(weight.shape) == 1:
         return "norm", "inferred"
-    if len(weight.shape) == 3 and "expert" in path:  # noqa: PLR2004
-        return "experts", "inferred"
-    return ("conv", "inferred") if len(weight.shape) > 2 else ("other", "confirmed")  # noqa: PLR2004
+    return _kernel_kind(path, weight, parameters.get("bias")) if weight.shape else ("other", "confirmed")
+
+
+def _kernel_kind(
+    path: str, weight: TensorSpec, bias: TensorSpec | None
+) -> tuple[Kind, Literal["confirmed", "inferred"]]:
+    """A weight of three axes or more: a bias of one axis is a convolution's, of two axes that of stacked experts."""
+    axes = len(bias.shape) if bias is not None else 0
+    if len(weight.shape) == 3 and bias is not None and axes == 2 and bias.shape[0] == weight.shape[0]:  # noqa: PLR2004
+        return "experts", "confirmed"
+    if bias is not None and axes == 1 and bias.shape[0] == weight.shape[0]:
+        return "conv", "confirmed"
+    experts = len(weight.shape) == 3 and _names_experts(path)  # noqa: PLR2004
+    return ("experts", "inferred") if experts else ("conv", "inferred")
+
+
+def _names_experts(path: str) -> bool:
+    """Whether what lies at `path` is experts' by name; a convolution of one expert is still a convolution."""
+    last = families.last(path)
+    return "conv" not in last and ("expert" in path or "moe" in path or last in families.EXPERT_STACKS)
 
 
 def _matrix_kind(

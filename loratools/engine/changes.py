@@ -153,7 +153,9 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
     """Refuse a whole parameter of another shape than the one that it replaces, and rows of another width."""
     for path, target in bindings.targets.items():
         known = target.module.parameters if target.module is not None else {}
-        given = [(name, ref.shape, known[name].shape) for name, ref in adapter[path].replaced.items() if name in known]
+        whole = [(name, ref.spec, known[name]) for name, ref in adapter[path].replaced.items() if name in known]
+        given: list[tuple[str, Any, Any]] = [(name, ref.shape, there.shape) for name, ref, there in whole]
+        given += [(name, ref.dtype, there.dtype) for name, ref, there in whole if there.dtype not in COMPUTABLE]
         given += [(name, ref.shape[1:], known[name].shape[1:]) for name, ref in adapter[path].added_rows.items()]
         given += [(name, each.rows.shape[1:], known[name].shape[1:]) for name, each in adapter[path].patches.items()]
         given += [(name, each.vector.shape, known[name].shape) for name, each in adapter[path].offsets.items()]
@@ -168,8 +170,8 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
 
 
 def _require_computable(base: Checkpoint, tensors: Mapping[str, TensorChange]) -> None:
-    for name in tensors:
-        if name in base and base[name].dtype not in COMPUTABLE:
+    for name, change in tensors.items():
+        if name in base and base[name].dtype not in COMPUTABLE and change.given is None:
             raise UnsupportedError(
                 f"Weights in {base[name].dtype} are not merged into yet.",
                 fix="Merge into the 16-bit checkpoint of this model.",

@@ -9,7 +9,8 @@ from typing import Any
 from loratools.adapters import Adapter, Selection
 from loratools.adapters.selection import matches_any
 from loratools.checkpoints import Checkpoint, Module
-from loratools.engine import fingerprint, memory
+from loratools.engine import fingerprint, low_rank_forms, memory
+from loratools.engine.binding import matrix_shape
 from loratools.engine.cards import is_hub_id
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
@@ -147,7 +148,7 @@ class ExtractPlanner:
                 "rules": rules,
                 "svd": svd,
                 "transposed": module.stored_transposed,
-                "layer": "embedding" if module.kind == "embedding" else "linear",
+                "layer": module.kind if module.kind in {"embedding", "conv"} else "linear",
                 "shared": shared,
                 "together": weight in {"whole", "added"} and not shared,
             },
@@ -172,15 +173,16 @@ class ExtractPlanner:
             if parameter == "weight" and not shared and not keep:
                 return "rows"
             return "rows-whole" if keep or not self.only_low_rank else "left-out"
-        if parameter == "weight" and module.kind in {"linear", "conv1d", "embedding"} and not keep:
-            return whole if shared else "low-rank"
-        if module.kind in {"conv", "experts", "quantised"} and len(pair.tuned.shape) > 1 and not keep:
+        if parameter == "weight" and module.kind in {"linear", "conv1d", "embedding", "conv"} and not keep:
+            none = shared or low_rank_forms.why_none(module, self.pairing.tuned.config) is not None
+            return whole if none else "low-rank"
+        if module.kind in {"experts", "quantised"} and len(pair.tuned.shape) > 1 and not keep:
             return f"refused:{module.kind}"
         return "whole" if keep else whole
 
     def _write_bytes(self, rule: str, pair: Pair) -> int:
         if rule == "low-rank":
-            rows, columns = pair.tuned.shape
+            rows, columns = matrix_shape(pair.tuned.shape)
             return min(self.svd.cap, rows, columns) * (rows + columns) * 4
         if rule == "rows":
             rows, columns = pair.tuned.shape
@@ -194,7 +196,7 @@ class ExtractPlanner:
         from loratools.linalg import workspace_bytes
 
         assert pair.base is not None
-        rows, columns = pair.base.shape
+        rows, columns = matrix_shape(pair.base.shape)
         rank = min(self.svd.cap, rows, columns)
         workspace = workspace_bytes(rows, columns, rank, preset=self.svd.preset)
         return 4 * tiles + 4 * rows * columns + workspace
@@ -242,6 +244,7 @@ class ExtractPlanner:
                 f"Parameters of {whole} module{'s' if whole != 1 else ''} are stored whole. PEFT loads them; servers "
                 "such as vLLM refuse such adapters: --only-low-rank leaves them out."
             )
+        notes += low_rank_forms.advice(updates, self.pairing.tuned_module, self.pairing.tuned.config)
         if any(self.pairing.is_tied_embedding(path) for path in updates):
             notes.append(
                 "The tied embedding is stored once and whole: no low-rank form of PEFT merges it right. PEFT sets both "

@@ -142,6 +142,8 @@ def _relation(tuned: TensorRef, base: TensorRef, checkpoint: Checkpoint) -> Rela
         return "same"
     if len(tuned.shape) != len(base.shape) or not tuned.shape or tuned.shape[1:] != base.shape[1:]:
         return "reshaped"
+    if len(tuned.shape) > _MATRIX:  # a kernel is no vocabulary
+        return "reshaped"
     embedding = families.input_embedding(checkpoint)
     vocabulary = checkpoint[embedding].shape[0] if embedding is not None else None
     grown = tuned.shape[0] > base.shape[0]

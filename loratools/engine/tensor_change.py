@@ -44,6 +44,13 @@ class TensorChange:
         return not (self.terms or self.wholes or self.patches or self.offsets or self.rows)
 
     @property
+    def given(self) -> dict[str, Any] | None:
+        """The replacement that is all that happens, so that nothing has to be computed; else None."""
+        others = self.terms or self.patches or self.offsets or self.rows
+        alone = len(self.wholes) == 1 and self.wholes[0]["weight"] == 1 and not others
+        return self.wholes[0] if alone else None
+
+    @property
     def at_once(self) -> bool:
         """Whether the tensor cannot be gone through by row tiles."""
         return self.span == "whole" or (self.span == "rows" and self.transposed)

@@ -228,9 +228,8 @@ def test_identical_damage_is_identical(tmp_path):
 
 
 def test_kinds_that_are_not_handled_are_refused_by_name(tmp_path):
-    """Convolutions, fused experts, quantised weights: the tensor and the way round; unchanged ones do not matter."""
+    """Fused experts, quantised weights: the tensor and the way round; unchanged ones do not matter."""
     kinds = {
-        "conv.weight": (normal(1, 4, 3, 3, 3), "conv"),
         "mlp.experts.weight": (normal(2, 2, 4, 3), "experts"),
         "q.weight": (torch.arange(16, dtype=torch.uint8).reshape(4, 4), "quantised"),
     }

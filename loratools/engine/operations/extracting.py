@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import Full, LowRank
+from loratools.engine.binding import matrix_shape
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes, same_values
 from loratools.engine.plan import Unit
@@ -106,6 +107,9 @@ def _factors(
     from loratools.linalg import balanced_factors, truncated_svd
 
     assert base is not None
+    kernel = tuned.shape[2:] if unit.parameters["layer"] == "conv" else ()
+    if kernel:  # (out, in, k, …) is the matrix (out, in·k·…)
+        base, tuned = (ref.reshaped(matrix_shape(ref.shape)) for ref in (base, tuned))
     difference, weight_norm = _difference(base, tuned, context)
     options: Mapping[str, Any] = unit.parameters["svd"]
     try:
@@ -126,6 +130,7 @@ def _factors(
         "lora_B": context.sink.keep(f"{unit.target}.{parameter}.lora_B", lora_B),
         "alpha": float(S.numel()),
         "of": unit.parameters["layer"],
+        "kernel": kernel,
     }
 
 

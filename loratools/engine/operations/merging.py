@@ -11,10 +11,10 @@ from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.bounds import Bound
 from loratools.engine.operations.change import Change, matrices
 from loratools.engine.operations.copying import write_cast
-from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges
+from loratools.engine.operations.tiles import differing_bytes, require_all_finite, row_bytes, row_ranges
 from loratools.engine.plan import Input, Unit
 from loratools.errors import MismatchError, NonFiniteError
-from loratools.tensors import TensorRef, TensorSpec, torch_dtype
+from loratools.tensors import COMPUTABLE, TensorRef, TensorSpec, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,10 @@ def merge(unit: Unit, context: Context) -> Outcome:
     Raises:
         NonFiniteError: an input holds NaN or infinity, or the sum overflows the output's dtype.
     """
-    dtype = torch_dtype(str(unit.parameters["dtype"]))
     ref = context.tensor(unit.inputs[0])
+    if ref.dtype not in COMPUTABLE:
+        return _merge_given(unit, ref, context)
+    dtype = torch_dtype(str(unit.parameters["dtype"]))
     written = changed = 0
     bound = Bound.of(unit, context) if unit.parameters.get("bound") else None
     for tile, result, require_finite in _recomputed(unit, ref, dtype, context):
@@ -43,6 +45,19 @@ def merge(unit: Unit, context: Context) -> Outcome:
         written += result.numel() * result.element_size()
     facts = {"changed": changed, "entries": ref.spec.numel}
     return Outcome(unit.target, "merge", "merged", facts | ({"bound": bound.value} if bound else {}))
+
+
+def _merge_given(unit: Unit, ref: TensorRef, context: Context) -> Outcome:
+    """A tensor of integers (a counter, a table) that an adapter gives whole: its bytes."""
+    given = _given(unit, context)
+    context.sink.copy(unit.file, [unit.target], [given])
+    context.advance(unit.read_bytes, unit.target)
+    return Outcome(unit.target, "merge", "merged", {"changed": differing_bytes(ref, given), "entries": ref.spec.numel})
+
+
+def _given(unit: Unit, context: Context) -> TensorRef:
+    (whole,) = unit.parameters["wholes"]
+    return context.update(Input(whole["source"], whole["module"])).replaced[whole["parameter"]]
 
 
 def _recomputed(
@@ -132,6 +147,8 @@ def restore(unit: Unit, context: Context) -> Outcome:
     from loratools.linalg import ulp
 
     merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
+    if base.dtype not in COMPUTABLE:
+        return _restored(unit, base, differing_bytes(merged, _given(unit, context)), context)
     dtype = torch_dtype(merged.dtype)
     read = differing = 0
     for before, expected, _ in _recomputed(unit, base, dtype, context):
@@ -142,6 +159,10 @@ def restore(unit: Unit, context: Context) -> Outcome:
             largest = torch.maximum(torch.maximum(found.abs(), expected.abs()), before.to(dtype).abs())
             differing += int((~((found.double() - expected.double()).abs() <= 2 * ulp(largest))).sum())
         context.advance(2 * found.numel() * found.element_size(), unit.target)
+    return _restored(unit, base, differing, context)
+
+
+def _restored(unit: Unit, base: TensorRef, differing: int, context: Context) -> Outcome:
     if differing:
         raise MismatchError(
             f"The merged tensor is not this base plus these adapters: {differing} of {base.spec.numel} entries differ.",

@@ -56,6 +56,18 @@ def same_bytes(one: TensorRef, other: TensorRef, chunk_bytes: int) -> bool:
     return True
 
 
+def differing_bytes(one: TensorRef, other: TensorRef) -> int:
+    """How many entries of two tensors differ (bytes, in dtypes narrower than one); both are read whole."""
+    import torch
+
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return max(one.spec.numel, other.spec.numel)
+    if not one.nbytes:
+        return 0
+    left, right = (torch.frombuffer(ref.read(), dtype=torch.uint8) for ref in (one, other))
+    return int((left != right).view(-1, max(one.nbytes // one.spec.numel, 1)).any(1).sum())
+
+
 def same_values(one: TensorRef, other: TensorRef, tile_bytes: int) -> bool:
     """Whether two tensors of equal shape hold the same numbers in different dtypes; stops at the first difference."""
     if one.shape != other.shape:
