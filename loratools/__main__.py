@@ -5,9 +5,12 @@ from __future__ import annotations
 
 def main() -> None:
     """Run the command line; never returns normally."""
-    from loratools.cli.main import run
+    from loratools.cli import signals
 
-    run()
+    with signals.heard():
+        from loratools.cli.main import run
+
+        run()
 
 
 if __name__ == "__main__":

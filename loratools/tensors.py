@@ -271,11 +271,15 @@ class ComputedBytes(AbstractBytes):
 
 
 def computed(
-    name: str, shape: tuple[int, ...], inputs: tuple[TensorRef, ...], compute: Callable[[], torch.Tensor]
+    name: str,
+    shape: tuple[int, ...],
+    inputs: tuple[TensorRef, ...],
+    compute: Callable[[], torch.Tensor],
+    dtype: str = "F64",
 ) -> TensorRef:
-    """A reference to a float64 tensor that `compute` makes of `inputs` whenever it is read.
+    """A reference to a tensor that `compute` makes of `inputs` whenever it is read, in float64 unless said otherwise.
 
     Lets a factor that a format stores in another form (scaled, pruned, spread over groups) stand wherever a stored one
     can, unread and exact.
     """
-    return TensorRef(TensorSpec(name, "F64", shape), ComputedBytes(compute, inputs), 0)
+    return TensorRef(TensorSpec(name, dtype, shape), ComputedBytes(compute, inputs), 0)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.low_rank import LowRank
 from loratools.adapters.updates import AbstractUpdate, Sum, Term
@@ -48,6 +49,15 @@ def require_finite(tensor: torch.Tensor, ref: TensorRef) -> None:
         )
 
 
+def times(ref: TensorRef, weight: float) -> TensorRef:
+    """`weight · tensor`, computed in float64 when it is read."""
+
+    def compute() -> torch.Tensor:
+        return finite(ref).double() * weight
+
+    return computed(ref.name, ref.shape, (ref,), compute)
+
+
 def scaled(path: str, update: AbstractUpdate, weight: float) -> AbstractUpdate:
     """`weight · ΔW`.
 
@@ -72,6 +82,9 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
         return held[0][1]
     if len(held) == 1 and (scaled := held[0][1].scaled(held[0][0])) is not None:
         return scaled
+    if (native := of_one_kind(path, held)) is not None:
+        return native
+    held = _of_known_shape(held)
     _require_summable(path, [update for _, update in held])
     terms = [
         Term(term.lora_A, term.lora_B, weight * term.scale)
@@ -87,6 +100,60 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     return Sum(parts=tuple(terms), of=first.layer, parameter=first.target, kernel=kernel, bias=bias)
 
 
+def of_one_kind(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate | None:
+    """`Σ weight · ΔW` of updates that differ only in the tensor that ΔW is linear in; None for any others."""
+    first, field = held[0][1], held[0][1].linear_in
+    if field is None or first.replaced or first.added_rows or first.patches:
+        return None
+    tensors: list[TensorRef] = []
+    for _, update in held:
+        if type(update) is not type(first) or not isinstance(tensor := getattr(update, field), TensorRef):
+            return None
+        tensors.append(tensor)
+    shape = tensors[0].shape
+    if any(tensor.shape != shape for tensor in tensors):
+        return None
+    if any(_with_tensor(update, field, tensors[0]) != first for _, update in held):
+        return None
+
+    def compute() -> torch.Tensor:
+        import torch
+
+        total = torch.zeros(shape, dtype=torch.float64)
+        for (weight, _), tensor in zip(held, tensors, strict=True):
+            total += weight * finite(tensor).double()
+        return total
+
+    return _with_tensor(first, field, computed(f"{path}.{field}", shape, tuple(tensors), compute))
+
+
+def _with_tensor(update: AbstractUpdate, field: str, tensor: TensorRef) -> AbstractUpdate:
+    fresh: dict[str, Any] = {field: tensor}
+    return dataclasses.replace(update, **fresh)
+
+
+def as_products(update: AbstractUpdate) -> AbstractUpdate:
+    """The same ΔW as a plain sum of products, where it is one; anything else stays as it is."""
+    if not update.terms or isinstance(update, (LowRank, Sum)):
+        return update
+    return Sum(
+        parts=update.terms,
+        of=update.layer,
+        parameter=update.target,
+        replaced=update.replaced,
+        added_rows=update.added_rows,
+        patches=update.patches,
+    )
+
+
+def _of_known_shape(held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[float, AbstractUpdate]]:
+    """Tell updates that do not know the shape of the weight what others of the same module know."""
+    known = next((update.shape for _, update in held if update.shape is not None), None)
+    if known is None:
+        return list(held)
+    return [(weight, update.of_shape(known) if update.takes_shape else update) for weight, update in held]
+
+
 def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
     """Refuse a weighted sum that depends on the base, or of kinds that are no sums of products."""
     names = {name for update in updates for name in (*update.replaced, *update.added_rows, *update.patches)}
@@ -97,11 +164,18 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
             module=path,
         )
     others = sorted({update.kind for update in updates if not update.terms})
+    open_ended = sorted({update.kind for update in updates if not update.terms and update.takes_shape})
+    if open_ended == others and others and not any(update.depends_on_base for update in updates):
+        raise UnsupportedError(
+            f"The tensors of a {', '.join(others)} update do not say how large ΔW is, and their sum has to.",
+            fix="Name the base (--base), or merge into it one adapter at a time.",
+            module=path,
+        )
     if others:
         why = "depends on the base" if any(update.depends_on_base for update in updates) else "is not formed yet"
         raise UnsupportedError(
             f"A weighted sum with a {', '.join(others)} update {why}.",
-            fix="Merge into the base one adapter at a time.",
+            fix="Merge into the base: all of them at once, or one adapter at a time.",
             module=path,
         )
     shapes = {(update.shape, update.layer, update.target) for update in updates}

@@ -32,7 +32,6 @@ class Stacked(AbstractUpdate):
         experts: how many.
         alpha: the numerator of the scaling.
         use_rslora: divide by √r rather than by r.
-        turned: the layout of PEFT before 0.19.1, where `in` is the parameter's second axis and `out` its third.
     """
 
     lora_A: TensorRef
@@ -40,7 +39,6 @@ class Stacked(AbstractUpdate):
     experts: int
     alpha: float
     use_rslora: bool = False
-    turned: bool = False
 
     def __post_init__(self) -> None:
         require_product(self.lora_A, self.lora_B)

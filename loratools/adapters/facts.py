@@ -9,6 +9,7 @@ from typing import Any
 
 from loratools.adapters.adapter import Adapter
 from loratools.adapters.updates import AbstractUpdate
+from loratools.tensors import TensorRef
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +83,12 @@ def row_of(path: str, update: AbstractUpdate) -> UpdateRow:
         whole=tuple(update.replaced),
         added_rows=tuple(update.added_rows),
     )
+
+
+def tensors_of(adapter: Adapter, paths: Iterable[str]) -> list[TensorRef]:
+    """Every tensor of these modules; what several of them share once."""
+    refs = [ref for path in paths for ref in adapter[path].tensors]
+    return list({(id(ref.source), ref.offset, ref.name): ref for ref in refs}.values())
 
 
 def _weight_shape(update: AbstractUpdate) -> tuple[int, ...] | None:

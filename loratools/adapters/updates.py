@@ -68,12 +68,14 @@ class AbstractUpdate(abc.ABC):
 
     Attributes:
         span: the least of the weight that the action can be asked about.
+        takes_shape: the tensors do not say how large ΔW is: it takes the shape of the weight that it meets.
         replaced: parameters given whole, by their name in the module (`bias`, `weight`, `A_log`).
         added_rows: rows appended to a stored parameter (vocabulary that the base does not have).
         patches: rows of a stored parameter given whole.
     """
 
     span: ClassVar[Span] = "piece"
+    takes_shape: ClassVar[bool] = False
 
     replaced: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)
     added_rows: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)
@@ -121,6 +123,25 @@ class AbstractUpdate(abc.ABC):
         return self.terms[0].lora_B.shape[0], self.terms[0].lora_A.shape[1]
 
     @property
+    def divisor(self) -> float | None:
+        """What alpha is divided by to give the scaling; None for kinds without an alpha."""
+        return None
+
+    @property
+    def linear_in(self) -> str | None:
+        """The field of a tensor that ΔW is proportional to, which takes a factor that alpha cannot; None: no such."""
+        return None
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether ΔW can have this shape, (out, in)."""
+        return shape == self.shape
+
+    def of_shape(self, shape: tuple[int, int]) -> AbstractUpdate:
+        """The same update, told the (out, in) of the weight that it is for; see `takes_shape`."""
+        del shape
+        return self
+
+    @property
     def offsets(self) -> Mapping[str, Offset]:
         """What is added to parameters of one axis, by their name in the module."""
         return {}
@@ -140,7 +161,7 @@ class AbstractUpdate(abc.ABC):
     @property
     def changes_weight(self) -> bool:
         """Whether `target` becomes another matrix by a formula (rather than by being given whole)."""
-        return self.shape is not None
+        return self.takes_shape or self.shape is not None
 
     def action(self) -> AbstractAction:
         """The change of a kind that is no sum of products; reads the factors.
@@ -158,24 +179,30 @@ class AbstractUpdate(abc.ABC):
         """ΔW = W' − W, materialised: float32, (out, in); a convolution's as (out, in·k·…).
 
         Args:
-            base: W, (out, in), for kinds whose change depends on it (DoRA, OFT, IA3, …).
+            base: W, (out, in), for kinds whose change depends on it (DoRA, OFT, IA3, …) or takes its shape.
 
         Raises:
-            UnsupportedError: the change depends on a base that is not given, or the weight is replaced whole.
+            UnsupportedError: the change or its shape depends on a base that is not given; or the weight is given
+                whole.
         """
         import torch
 
-        if self.shape is None:
+        shape = self.shape
+        if shape is None and self.takes_shape:
+            if base is None:
+                raise UnsupportedError(f"A {self.kind} update does not say how large ΔW is.", fix="Pass the weight.")
+            shape = (base.shape[0], base.shape[1])
+        if shape is None:
             raise UnsupportedError("This update replaces parameters whole: its ΔW depends on the base.")
         if self.terms:
-            total = torch.zeros(self.shape, dtype=torch.float64)
+            total = torch.zeros(shape, dtype=torch.float64)
             for term in self.terms:
                 total += term.scale * (term.lora_B.load().double() @ term.lora_A.load().double())
             return total.float()
         if base is None and self.depends_on_base:
             raise UnsupportedError(f"The change of a {self.kind} update depends on the base.", fix="Pass the weight.")
-        weight = torch.zeros(self.shape) if base is None else base
-        action, region = self.action(), everything(self.shape)
+        weight = torch.zeros(shape) if base is None else base
+        action, region = self.action(), everything(shape)
         if action.looks:
             action.look(weight.double(), region)
         return action.change(weight.double(), region).float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import signal
 from collections.abc import Mapping
 from typing import Final
 
@@ -16,8 +15,6 @@ NO: Final = 1
 """The question was answered, and the answer is no."""
 USAGE: Final = 2
 BUG: Final = 70
-INTERRUPTED: Final = 128 + signal.SIGINT
-TERMINATED: Final = 128 + signal.SIGTERM
 
 EXIT_CODES: Final[Mapping[type[errors.LoratoolsError], int]] = {
     errors.UsageError: USAGE,
@@ -36,10 +33,6 @@ EXIT_CODES: Final[Mapping[type[errors.LoratoolsError], int]] = {
 _ACCESS: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _MISSING: Final = frozenset({errno.ENOENT, errno.ENOTDIR})
 _FULL: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived: everything that cleans up after Ctrl-C does so now."""
 
 
 def exit_code(error: errors.LoratoolsError) -> int:
@@ -87,4 +80,5 @@ def _from_system(error: OSError) -> errors.LoratoolsError:
         return errors.AccessError(reason, fix="Change the permissions, or choose another place.", **where)
     if error.errno in _MISSING:
         return errors.InputMissingError(reason, **where)
-    return errors.StorageError(reason, fix="Make room there." if error.errno in _FULL else "", **where)
+    fix = "Make room there." if error.errno in _FULL else "Check the disk and the mount, then run again."
+    return errors.StorageError(reason, fix=fix, **where)

@@ -9,6 +9,8 @@ from loratools.errors import printable
 
 _STEP: Final = 1024
 _SHOWN: Final = 3
+_ONE_LINE: Final = {ord("\n"): "\\n", ord("\t"): "\\t"}
+"""A name in a note may hold a line break; it must not look like a line of ours."""
 
 
 def size(nbytes: float) -> str:
@@ -44,7 +46,7 @@ def page(headline: str, rows: Iterable[tuple[str, str]], notes: Sequence[str] = 
     filled = [(label, text) for label, text in rows if text]
     width = max((len(label) for label, _ in filled), default=0)
     lines = [headline, *(f"  {label:<{width}}  {text}" for label, text in filled)]
-    return [*lines, *(f"  note: {note}" for note in notes)]
+    return [*lines, *(f"  note: {note.translate(_ONE_LINE)}" for note in notes)]
 
 
 def table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import importlib
 import os
-import signal
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from types import FrameType
 from typing import Any, Final
 
 import click
 
-from loratools.cli import options
-from loratools.cli.errors import OK, USAGE, Terminated
+from loratools.cli import options, signals
+from loratools.cli.errors import OK, USAGE
 from loratools.cli.output import Output, finish
 
 PROGRAM: Final = "loratools"
 COMPLETION: Final = "_LORATOOLS_COMPLETE"
-_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "inspect": ("Look", "What is in a checkpoint or an adapter, from its headers."),
@@ -73,6 +70,7 @@ class LazyGroup(click.Group):
         except Exception as error:  # noqa: BLE001  (every one becomes a paragraph and an exit code)
             code = output.failed(error)
         except KeyboardInterrupt as error:
+            signals.ignore()
             code = output.failed(error)
         with suppress(OSError):
             finish()
@@ -109,24 +107,4 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError):  # a console that holds no Δ still shows the rest
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    for number in _SIGNALS:
-        if signal.getsignal(number) in {signal.SIG_DFL, signal.default_int_handler}:  # `nohup` ignores SIGHUP
-            signal.signal(number, _stop)
-    try:
-        main.main()
-    finally:
-        for number in _SIGNALS:
-            if signal.getsignal(number) is _stopping:  # while it shuts down, Python forgets handlers, not this
-                signal.signal(number, signal.SIG_IGN)
-
-
-def _stop(number: int, frame: FrameType | None) -> None:
-    """Stop as after Ctrl-C, once: signals that follow must not cut the cleaning up short."""
-    del frame
-    for each in _SIGNALS:
-        signal.signal(each, _stopping)  # not SIG_IGN: Python complains of signals that were under way
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-
-
-def _stopping(number: int, frame: FrameType | None) -> None:
-    del number, frame
+    main.main()

@@ -119,6 +119,9 @@ adapters = click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=T
 any_adapters = click.argument("adapters", metavar="[ADAPTER...]", nargs=-1)
 repo_id = click.argument("repo_id")
 path = click.argument("path")
+shapes = click.option(
+    "--base", metavar="MODEL", help="What the adapters are for, where their tensors do not say how large ΔW is."
+)
 original = click.option("--base", metavar="BASE", help="What was merged into; the result is exact then, bit for bit.")
 revision = click.option("--revision", metavar="R", help="A branch, a tag, a commit, or refs/pr/N.")
 

@@ -13,7 +13,7 @@ from typing import IO, Any, Protocol, TypeVar
 
 import click
 
-from loratools.cli import errors
+from loratools.cli import errors, signals
 
 
 class Document(Protocol):
@@ -24,6 +24,7 @@ class Document(Protocol):
 
 
 Answer = TypeVar("Answer", bound=Document)
+_LINES = frozenset({"Zl", "Zp"})  # what some terminals and editors break lines at
 Lines = Iterable[str]
 
 
@@ -71,7 +72,7 @@ class Output:
             _complain("".join(traceback.format_exception(error)).rstrip())
         if isinstance(error, KeyboardInterrupt):
             self._failure({"code": "interrupted", "message": "Interrupted."}, "Interrupted.")
-            return errors.TERMINATED if isinstance(error, errors.Terminated) else errors.INTERRUPTED
+            return signals.exit_code(error)
         found = errors.understood(error)
         self._failure(found.to_json(), str(found))
         return errors.exit_code(found)
@@ -112,12 +113,12 @@ def _complain(text: str, label: str = "") -> None:
 
 
 def safe(text: str) -> str:
-    """`text` with everything escaped that could steer a terminal; line breaks stay."""
+    """`text` with everything escaped that could steer a terminal; plain line breaks stay."""
     if text.isprintable():
         return text
     return "".join(
         character
-        if character in "\n\t" or unicodedata.category(character)[0] != "C"
+        if character in "\n\t" or ((category := unicodedata.category(character))[0] != "C" and category not in _LINES)
         else character.encode("unicode_escape", "surrogatepass").decode("ascii")
         for character in text
     )

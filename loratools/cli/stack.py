@@ -21,6 +21,7 @@ from loratools.cli.progress import bytes_done
 @options.method
 @options.selecting
 @options.adapter_format
+@options.shapes
 @options.writing
 def command(out: Output, adapters: tuple[str, ...], output: str, *, dry_run: bool, **asked: Any) -> None:
     """Write the adapter whose ΔW is Σ w ΔW of the given ones: ranks are concatenated, nothing is lost."""

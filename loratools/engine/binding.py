@@ -6,9 +6,14 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 
 from loratools.adapters import AbstractUpdate, Adapter
-from loratools.checkpoints import Checkpoint, Module
+from loratools.adapters.experts import Stacked
+from loratools.checkpoints import Checkpoint, Module, owner
+from loratools.checkpoints.experts import on_disk_paths, stacks_of
+from loratools.engine.binding_experts import apart_sites, stacked_site
+from loratools.engine.sites import Site
 from loratools.errors import MismatchError, UnsupportedError
 
 _LISTED = 5
@@ -76,25 +81,6 @@ def _prefixes(names: Iterable[str]) -> set[str]:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Site:
-    """A stored tensor that an update's ΔW falls on.
-
-    Attributes:
-        tensor: its name in the checkpoint.
-        transposed: it is stored (in, out).
-        experts: it stacks the matrices of so many experts, each of which has its own part of the update.
-        expert: it is the matrix of this one expert of the update.
-        rows: it is these rows of the update's output alone.
-    """
-
-    tensor: str
-    transposed: bool = False
-    experts: int | None = None
-    expert: int | None = None
-    rows: tuple[int, int] | None = None
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
 class Target:
     """The module of the checkpoint that an update is for; `added`, under its own name, where the base has none."""
 
@@ -131,13 +117,20 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
     modules = base.modules
     head = base.tied_head
     known = set(modules) | ({head[1].removesuffix(".weight")} if head else set())
-    renaming = reconcile(list(adapter), known)
+    parameters = any(not update.target for update in adapter.values())
+    stacks = stacks_of(list(base)) if parameters else {}
+    renaming = reconcile(list(adapter), known | set(base) | set(stacks) if parameters else known)
     notes = [f"Module paths of {adapter.name} are read {renaming}: the base names them so."] if renaming else []
     targets: dict[str, Target] = {}
     missing: list[str] = []
     for path, update in adapter.items():
         name = renaming.apply(path)
-        if name in known:
+        if not update.target and name in base:
+            targets[path] = _parameter_target(path, update, name, base, adapter)
+        elif isinstance(update, Stacked) and name in stacks:
+            module = Module(name, "experts", {}, "inferred")
+            targets[path] = Target(name, module, apart_sites(path, update, stacks[name], base, adapter))
+        elif (name := next((each for each in (name, *on_disk_paths(name)) if each in known), name)) in known:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
         elif update.changes_weight or update.added_rows or update.patches or not _declared(path, adapter):
             missing.append(path)
@@ -181,27 +174,60 @@ def _target(path: str, update: AbstractUpdate, name: str, module: Module, adapte
     return dataclasses.replace(target, sites=(Site(target.tensor(update.target), transposed),))
 
 
+def _parameter_target(path: str, update: AbstractUpdate, name: str, base: Checkpoint, adapter: Adapter) -> Target:
+    """The target of an update whose path is that of a parameter."""
+    stored, module = base[name].shape, base.modules[owner(name)[0]]
+    if isinstance(update, Stacked):
+        return Target(name, module, (stacked_site(path, update, name, base, adapter),))
+    if update.shape is None or stored != update.shape:
+        raise MismatchError(
+            f"The update has shape {update.shape}, the base's parameter {stored}.",
+            fix="Is this the base that the adapter was made for?",
+            module=path,
+        )
+    return Target(name, module, (Site(name),))
+
+
 def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adapter, notes: list[str]) -> bool:
     """Whether the stored weight is (in, out): told by shapes, then by the base's facts, then by the flag."""
     shape = update.shape
     weight = update.replaced.get(update.target, module.parameters.get(update.target))
-    if shape is None or weight is None or module.kind in {"experts", "quantised"}:
+    if (shape is None and not update.takes_shape) or weight is None or module.kind in {"experts", "quantised"}:
         raise UnsupportedError(f"A {update.kind} update of {module.kind} weights is not merged yet.", module=path)
     stored = matrix_shape(weight.shape)
     if update.layer == "embedding":
-        straight, turned = False, stored == shape[::-1]
+        straight, turned = False, update.fits(stored[::-1])
     else:
-        straight, turned = stored == shape, stored == shape[::-1] and len(weight.shape) == len(shape)
+        straight, turned = update.fits(stored), update.fits(stored[::-1]) and len(weight.shape) == 2  # noqa: PLR2004
     if straight and turned:
         return _square(path, module, adapter, notes)
     if not straight and not turned:
         raise MismatchError(
-            f"The update has shape {shape}, the base's weight {tuple(weight.shape)}.",
+            f"The {update.kind} update has shape {shape or 'unknown'}, the base's weight {tuple(weight.shape)}.",
             fix="Is this the base that the adapter was made for?",
             module=path,
             adapter=adapter.name,
         )
     return turned
+
+
+def shaped(adapter: Adapter, base: Checkpoint) -> Adapter:
+    """The adapter with every update told the shape of the weight that it is for, where its tensors do not say it.
+
+    Raises:
+        MismatchError, UnsupportedError: see `bind`.
+    """
+    if not any(update.takes_shape for update in adapter.values()):
+        return adapter
+    known = {}
+    for path, target in bind(adapter, base).targets.items():
+        update = adapter[path]
+        for site in target.sites if update.takes_shape else ():
+            stored = matrix_shape(base[site.tensor].shape)
+            rows, columns = reversed(stored) if site.transposed else stored
+            update = update.of_shape((rows, columns))
+        known[path] = update
+    return dataclasses.replace(adapter, updates=MappingProxyType(known))
 
 
 def matrix_shape(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -9,7 +9,8 @@ from typing import Any, Final
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint
-from loratools.engine.binding import Bindings, Renaming, Site, Target, bind
+from loratools.engine.binding import Bindings, Renaming, Target, bind
+from loratools.engine.sites import Site
 from loratools.engine.tensor_change import TensorChange
 from loratools.engine.ties import changes_both, mirror, untie
 from loratools.errors import MismatchError, UnsupportedError
@@ -159,6 +160,13 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
         given += [(name, ref.shape[1:], known[name].shape[1:]) for name, ref in adapter[path].added_rows.items()]
         given += [(name, each.rows.shape[1:], known[name].shape[1:]) for name, each in adapter[path].patches.items()]
         given += [(name, each.vector.shape, known[name].shape) for name, each in adapter[path].offsets.items()]
+        for name, patch in adapter[path].patches.items():
+            if name in known and max(patch.indices, default=-1) >= known[name].shape[0]:
+                raise MismatchError(
+                    f"The adapter replaces row {max(patch.indices)} of {known[name].shape[0]} of the base's {name}.",
+                    fix="Is this the base that the adapter was made for? A vocabulary may have been resized.",
+                    module=path,
+                )
         for name, shape, wanted in given:
             if shape != wanted:
                 raise MismatchError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import AbstractUpdate, Adapter
@@ -13,6 +14,7 @@ from loratools.engine import memory
 from loratools.engine.plan import Input
 from loratools.engine.sinks import AbstractSink
 from loratools.errors import InternalError
+from loratools.storage.files import ReadOnlyFile
 from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -50,16 +52,32 @@ class Stopped(Exception):  # noqa: N818  (not an error: another unit failed, or 
     """Raised inside units once the run is being given up."""
 
 
+def stopped_if(event: threading.Event) -> None:
+    """Give up where the run is being given up.
+
+    Raises:
+        Stopped: it is.
+    """
+    if event.is_set():
+        raise Stopped
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
-    """Handed to every operation."""
+    """Handed to every operation; `opened` are the weights files behind the sources, by source and base name."""
 
     sources: Mapping[str, Checkpoint | Adapter]
     sink: AbstractSink
     settings: Settings
     stop: threading.Event
     advance: Callable[[int, str], None]
+    opened: Mapping[tuple[str, str], ReadOnlyFile] = dataclasses.field(default_factory=dict)
     buffers: threading.local = dataclasses.field(default_factory=threading.local)
+
+    def input_file(self, source: str, name: str) -> ReadOnlyFile | Path:
+        """A file of an input: the open one that tensors are read from, whatever its name leads to by now."""
+        found = self.opened.get((source, name))
+        return found or next(path for path in self.sources[source].files if path.name == name)
 
     def tensor(self, address: Input) -> TensorRef:
         """A tensor of a checkpoint."""
@@ -77,8 +95,7 @@ class Context:
 
     def check(self) -> None:
         """Give up where the run is being given up; called between tiles."""
-        if self.stop.is_set():
-            raise Stopped
+        stopped_if(self.stop)
 
     def buffer(self, name: str, nbytes: int) -> torch.Tensor:
         """A flat uint8 tensor of at least `nbytes` that this thread keeps for `name`.

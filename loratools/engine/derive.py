@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
-from loratools.adapters import Adapter, Selection
+from loratools.adapters import Adapter, LowRank, Selection
 from loratools.adapters.adapter import merged_config, merged_provenance
+from loratools.adapters.algebra import of_one_kind
 from loratools.engine import planning
 from loratools.engine.changes import source_id
 from loratools.engine.execute import Execution, execute
+from loratools.engine.operations.deriving import LEFT_OUT
 from loratools.engine.plan import Input, Plan, Unit
 from loratools.engine.planning import Run
+from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
 from loratools.files.locate import Source, require_directory_name
@@ -23,6 +26,7 @@ from loratools.formats import codec_named
 RULES: Final = {
     "keep": "one adapter times a weight keeps its factors' bytes, alpha is multiplied; several are concatenated, "
     "with alpha = r and the scaling in lora_B where scalings differ",
+    "products": "sums of other kinds become plain LoRA where they are products; those of one tensor stay what they are",
     "bake": "the scaling goes into lora_B and alpha = r",
     "restate": "alpha becomes the given number and lora_B takes the quotient",
     "dtype": "a factor keeps its dtype where the multiplication is exact in it (a power of two), else float32",
@@ -85,11 +89,12 @@ def plan_of(request: Request, run: Run) -> Plan:
     paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
     selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))
     chosen = set(selection.selected(paths))
+    products = _products(request, chosen)
     units = [
         unit
         for path in paths
         if path in chosen or request.verb == "rescale"
-        for unit in [_unit(path, request, changed=path in chosen)]
+        for unit in [_unit(path, request, changed=path in chosen, products=products)]
     ]
     written = sum(unit.write_bytes for unit in units)
     work = planning.hash_units(dict(sources)) + units
@@ -126,7 +131,18 @@ def _format_notes(request: Request) -> tuple[str, ...]:
     return ()
 
 
-def _unit(path: str, request: Request, *, changed: bool) -> Unit:
+def _products(request: Request, chosen: Collection[str]) -> bool:
+    """Whether the output is plain LoRA whatever the inputs: where modules of other kinds are added or meet others."""
+    held = [[adapter[path] for adapter in request.adapters if path in adapter] for path in chosen]
+    changing = [updates for each in held if (updates := [update for update in each if update.changes_weight])]
+    if {type(update) for updates in changing for update in updates} <= {LowRank}:
+        return False
+    added = [updates for updates in changing if len(updates) > 1]
+    alike = len({type(update) for updates in changing for update in updates}) == 1
+    return not alike or any(of_one_kind("", [(1.0, update) for update in updates]) is None for updates in added)
+
+
+def _unit(path: str, request: Request, *, changed: bool, products: bool) -> Unit:
     held = [(index, adapter[path]) for index, adapter in enumerate(request.adapters) if path in adapter]
     size = sum(ref.nbytes for _, update in held for ref in update.tensors)
     elements = sum(ref.spec.numel for _, update in held for ref in update.tensors)
@@ -137,6 +153,7 @@ def _unit(path: str, request: Request, *, changed: bool) -> Unit:
         parameters={
             "weights": [request.weights[index] if changed else 1.0 for index, _ in held],
             "alpha": request.alpha if changed else "keep",
+            "products": products,
         },
         read_bytes=size,
         write_bytes=4 * elements + size,
@@ -173,13 +190,16 @@ def _template(request: Request) -> Adapter:
 def _report(report: type[Report], plan: Plan, request: Request, template: Adapter, execution: Execution) -> Report:
     outcomes = execution.of("derive")
     kept = {outcome.target for outcome in outcomes}
-    left = {path: "excluded by the patterns" for adapter in request.adapters for path in adapter if path not in kept}
+    left = {each.target: "its rank is 0" for each in outcomes if each.what == LEFT_OUT}
+    outcomes = [outcome for outcome in outcomes if outcome.target not in left]
+    left |= {path: "excluded by the patterns" for adapter in request.adapters for path in adapter if path not in kept}
+    inputs = execution.inputs(plan)
     return report(
-        inputs=execution.inputs(plan),
+        inputs=inputs,
         parameters=plan.options,
         files=execution.files,
         base=template.provenance,
-        notes=(*plan.notes, *execution.notes),
+        notes=(*plan.notes, *repeated(inputs)),
         modules=tuple({"name": outcome.target, "kind": outcome.what, **outcome.facts} for outcome in outcomes),
         left_out=MappingProxyType(left),
         totals={

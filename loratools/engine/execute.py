@@ -16,15 +16,16 @@ from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import memory
 from loratools.engine.cards import card
-from loratools.engine.context import Context, Outcome, Settings, Stopped
-from loratools.engine.events import Advanced, Listener, Stage, Started
+from loratools.engine.context import Context, Outcome, Stopped, stopped_if
+from loratools.engine.events import Advanced, Stage, Started
 from loratools.engine.operations import OPERATIONS
 from loratools.engine.plan import Plan, Unit, canonical
 from loratools.engine.planning import Run
 from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
 from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink
-from loratools.storage.files import sha256_of
-from loratools.storage.outputs import OutputDirectory, OutputFiles, stale_partials
+from loratools.storage.files import ReadOnlyFile, sha256_of
+from loratools.storage.outputs import OutputDirectory, OutputFiles
+from loratools.storage.partials import stale_partials
 from loratools.storage.scratch import copy_durably, write_bytes_durably
 from loratools.storage.writer import WrittenFile
 
@@ -40,13 +41,11 @@ class Execution:
         outcomes: one per unit, in the plan's order.
         files: base name, bytes, SHA-256 of every file written so far.
         adapter: the adapter as written, where one comes out.
-        notes: what the run itself has to say.
     """
 
     outcomes: tuple[Outcome, ...]
     files: tuple[Mapping[str, Any], ...]
     adapter: Adapter | None
-    notes: tuple[str, ...]
 
     def inputs(self, plan: Plan) -> tuple[dict[str, Any], ...]:
         """Role, base name and hashes of every input."""
@@ -83,28 +82,37 @@ def execute(
         computes: whether there are numbers to compute, which is what a device is for.
         assembly: for adapters, what they are put together with.
 
+    The report that is returned also names what killed runs left beside the output; the one that is written does
+    not, so that the same inputs give the same bytes.
+
     Raises:
         MemoryLimitError: the plan exceeds the limit; nothing was written.
+        StorageError: an input was changed meanwhile, or the disk failed.
         LoratoolsError: whatever a unit raised; nothing is left.
     """
     memory.require(plan, run.max_memory)
-    settings, listener = run.settings(computes=computes), run.listener
-    notes = tuple(
+    listener = run.listener
+    left = tuple(
         f"A run that was killed left {path.name} beside the output." for path in stale_partials(Path(plan.output))
     )
     listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
     with _output(plan) as out:
-        sink = _sink(plan, out.path, assembly)
-        outcomes = _run(plan, sources, sink, settings, listener)
+        stop = threading.Event()
+        sink = _sink(plan, out.path, assembly, stop)
+        opened = _opened(sources)
+        early = Context(sources, sink, run.settings(computes=False), stop, _progress(run), opened)
+        outcomes = _run(plan, early, run, computes=computes)
         listener(Stage("verifying"))
         written = sink.finish()
         _copy_companions(plan, sources, out.path)
         adapter = sink.adapter if isinstance(sink, AdapterSink) else None
         files = _files(out.path, written)
-        report = describe(Execution(tuple(outcomes), files, adapter, notes))
+        report = describe(Execution(tuple(outcomes), files, adapter))
         report = _describe(report, out)
+        for file in opened.values():
+            file.require_unchanged()
         out.publish()
-    return report
+    return dataclasses.replace(report, notes=(*report.notes, *left))
 
 
 def _output(plan: Plan) -> OutputDirectory | OutputFiles:
@@ -114,39 +122,63 @@ def _output(plan: Plan) -> OutputDirectory | OutputFiles:
     return OutputDirectory(path, overwrite=plan.overwrite)
 
 
-def _sink(plan: Plan, directory: Path, assembly: Assembly | None) -> AbstractSink:
+def _opened(sources: Sources) -> dict[tuple[str, str], ReadOnlyFile]:
+    """The weights files that tensors are read from, by source and base name."""
+    found: dict[tuple[str, str], ReadOnlyFile] = {}
+    for key, source in sources.items():
+        kept = [source.values()] if isinstance(source, Checkpoint) else [each.tensors for each in source.values()]
+        files = {ref.source for refs in kept for ref in refs if isinstance(ref.source, ReadOnlyFile)}
+        found |= {(key, file.path.name): file for file in files if file.path in source.files}
+    return found
+
+
+def _sink(plan: Plan, directory: Path, assembly: Assembly | None, stop: threading.Event) -> AbstractSink:
     if plan.kind == "adapter":
         assert assembly is not None
-        order = [unit.target for unit in plan.units if unit.operation in {"extract", "derive"}]
+        order = [unit.target for unit in plan.units if unit.operation in {"extract", "extract-experts", "derive"}]
         return AdapterSink(directory, assembly, str(plan.options["format"]), order)
     counts = Counter(unit.file for unit in plan.units if unit.file)
-    return CheckpointSink(directory, plan.files, counts)
+    return CheckpointSink(directory, plan.files, counts, lambda: stopped_if(stop))
 
 
-def _run(plan: Plan, sources: Sources, sink: AbstractSink, settings: Settings, listener: Listener) -> list[Outcome]:
+def _progress(run: Run) -> Callable[[int, str], None]:
     lock = threading.Lock()
 
     def advance(nbytes: int, target: str) -> None:
         with lock:
-            listener(Advanced(nbytes, target))
+            run.listener(Advanced(nbytes, target))
 
-    context = Context(sources, sink, settings, threading.Event(), advance)
-    tensors = sum(len(source) for source in sources.values())
-    gate = memory.Gate(memory.room(plan.units, tensors, settings.max_memory))
+    return advance
 
-    worker = _Worker(context, sink, gate)
-    with _one_thread_each(plan), ThreadPoolExecutor(settings.threads, "loratools") as pool:
+
+def _run(plan: Plan, early: Context, run: Run, *, computes: bool) -> list[Outcome]:
+    """Run all units. Those that hash come first in a plan: they start while torch, a second's work, is imported."""
+    tensors = sum(len(source) for source in early.sources.values())
+    gate = memory.Gate(memory.room(plan.units, tensors, run.max_memory))
+    failed: list[int] = []
+    with ThreadPoolExecutor(early.settings.threads, "loratools") as pool:
         futures: list[Future[Outcome]] = []
         try:
-            futures += (pool.submit(worker, index, unit) for index, unit in enumerate(plan.units))
-            wait(futures, return_when=FIRST_EXCEPTION)
-            if worker.failed:  # those before it have been started; the first error of all is the one to tell
-                wait(futures[: min(worker.failed)])
-            return _results(futures)
+            for index, unit in enumerate(plan.units):
+                if unit.operation != "hash":
+                    break
+                futures.append(pool.submit(_Worker(early, gate, failed), index, unit))
+            worker = _Worker(dataclasses.replace(early, settings=run.settings(computes=computes)), gate, failed)
+            with _one_thread_each(plan):
+                start = len(futures)
+                futures += (pool.submit(worker, start + index, unit) for index, unit in enumerate(plan.units[start:]))
+                return _results_of(futures, failed)
         except BaseException:
-            context.stop.set()
+            early.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _results_of(futures: Sequence[Future[Outcome]], failed: Sequence[int]) -> list[Outcome]:
+    wait(futures, return_when=FIRST_EXCEPTION)
+    if failed:  # those before it have been started; the first error of all is the one to tell
+        wait(futures[: min(failed)])
+    return _results(futures)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -154,9 +186,8 @@ class _Worker:
     """Runs units, from several threads; once one has failed, only those that come before it in the plan."""
 
     context: Context
-    sink: AbstractSink
     gate: memory.Gate
-    failed: list[int] = dataclasses.field(default_factory=list)
+    failed: list[int]
 
     def __call__(self, index: int, unit: Unit) -> Outcome:
         with self.gate.held(unit.peak_bytes + memory.BUFFERS):
@@ -165,7 +196,7 @@ class _Worker:
                 raise Stopped
             try:
                 outcome = OPERATIONS[unit.operation](unit, self.context)
-                self.sink.unit_done(unit.file)
+                self.context.sink.unit_done(unit.file)
             except Exception:
                 self.failed.append(index)
                 raise

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from loratools.adapters import Adapter, Selection
 from loratools.adapters.selection import matches_any
 from loratools.checkpoints import Checkpoint, Module
-from loratools.engine import fingerprint, low_rank_forms, memory
+from loratools.checkpoints.experts import in_memory_path, is_router, on_disk_paths
+from loratools.engine import expert_units, fingerprint, low_rank_forms, memory
 from loratools.engine.binding import matrix_shape
 from loratools.engine.cards import is_hub_id
+from loratools.engine.expert_units import stacked_pairs
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
 from loratools.errors import UnsupportedError, UsageError
+from loratools.tensors import COMPUTABLE
 
 _MATRIX = 2
 
@@ -101,10 +104,11 @@ class ExtractPlanner:
         paths = list(pairing.modules)
         chosen = tuple(selection.selected(paths))
         Selection(save_full).selected(paths)
+        compared = set(chosen)
         left = {
             pair.tuned_name: "excluded by the patterns, not compared"
             for path in paths
-            if path not in set(chosen)
+            if path not in compared
             for pair in pairing.modules[path].values()
         }
         left |= dict.fromkeys(pairing.only_in_base, "only the base has it")
@@ -120,11 +124,26 @@ class ExtractPlanner:
 
     def units(self) -> list[Unit]:
         """A unit per module; those that may refuse come first, so that a run that fails fails early."""
-        units = [self._unit(path) for path in self.chosen]
+        kept = [path for path in self.chosen if matches_any(self.save_full, path)]
+        stacked = stacked_pairs(self.pairing, self.chosen, kept)
+        taken = {member for each in stacked for member in each.members}
+        units = [unit for path in self.chosen for unit in self._units(path, taken)]
+        units += [expert_units.unit(each, self._svd(), self.svd.cap, self.svd.preset) for each in stacked]
         return sorted(units, key=lambda unit: not _may_refuse(unit))
 
-    def _unit(self, path: str) -> Unit:
-        pairs = self.pairing.modules[path]
+    def _units(self, path: str, taken: Collection[tuple[str, str]]) -> Iterator[Unit]:
+        """The unit of a module, if anything of it is left."""
+        pairs = {name: pair for name, pair in self.pairing.modules[path].items() if (path, name) not in taken}
+        if pairs:
+            yield self._unit(path, pairs)
+
+    def _svd(self) -> dict[str, Any]:
+        svd = dataclasses.asdict(self.svd)
+        if self.svd.rank is not None:
+            svd["max_rank"] = max(self.svd.max_rank, self.svd.rank)
+        return svd
+
+    def _unit(self, path: str, pairs: Mapping[str, Pair]) -> Unit:
         module = self.pairing.tuned_module(path)
         shared = self.pairing.is_tied_embedding(path)
         inputs: list[Input] = []
@@ -137,27 +156,24 @@ class ExtractPlanner:
                 rules[parameter]["base"] = len(inputs)
                 inputs.append(Input("base", pair.base_name))
         weight = rules.get("weight", {}).get("rule")
-        svd = dataclasses.asdict(self.svd)
-        if self.svd.rank is not None:
-            svd["max_rank"] = max(self.svd.max_rank, self.svd.rank)
         return Unit(
             "extract",
-            path,
+            in_memory_path(path) if self._is_router(path) else path,
             inputs=tuple(inputs),
             parameters={
                 "rules": rules,
-                "svd": svd,
+                "svd": self._svd(),
                 "transposed": module.stored_transposed,
                 "layer": module.kind if module.kind in {"embedding", "conv"} else "linear",
-                "shared": shared,
-                "together": weight in {"whole", "added"} and not shared,
+                "shared": shared or not pairs.keys() <= {"weight", "bias"},  # PEFT wraps weight and bias alone
+                "together": weight in {"whole", "added"} and not shared and pairs.keys() <= {"weight", "bias"},
             },
             read_bytes=sum(pair.nbytes for pair in pairs.values()),
             write_bytes=sum(self._write_bytes(rules[name]["rule"], pair) for name, pair in pairs.items()),
             peak_bytes=max((self._peak(rules[name]["rule"], pair) for name, pair in pairs.items()), default=0),
         )
 
-    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:
+    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:  # noqa: PLR0911
         whole = "left-out" if self.only_low_rank else "whole"
         if pair.base is None or pair.relation == "reshaped":
             if pair.relation == "new-parameter" and not self.only_low_rank:
@@ -169,16 +185,28 @@ class ExtractPlanner:
                 )
             return "left-out" if self.only_low_rank else "added"
         keep = matches_any(self.save_full, path)
+        if _is_packed(parameter, pair) and not keep:
+            return "refused:quantised"
         if pair.relation == "rows":
             if parameter == "weight" and not shared and not keep:
                 return "rows"
             return "rows-whole" if keep or not self.only_low_rank else "left-out"
         if parameter == "weight" and module.kind in {"linear", "conv1d", "embedding", "conv"} and not keep:
-            none = shared or low_rank_forms.why_none(module, self.pairing.tuned.config) is not None
+            none = (
+                shared
+                or self._is_router(path)
+                or low_rank_forms.why_none(module, self.pairing.tuned.config) is not None
+            )
             return whole if none else "low-rank"
         if module.kind in {"experts", "quantised"} and len(pair.tuned.shape) > 1 and not keep:
             return f"refused:{module.kind}"
         return "whole" if keep else whole
+
+    def _is_router(self, path: str) -> bool:
+        return is_router(path, self.pairing.tuned.config.get("model_type"))
+
+    def _why_none(self, module: Module) -> str | None:
+        return low_rank_forms.why_none(module, self.pairing.tuned.config)
 
     def _write_bytes(self, rule: str, pair: Pair) -> int:
         if rule == "low-rank":
@@ -221,40 +249,27 @@ class ExtractPlanner:
         """Fingerprints of the base's weights of these modules."""
         found = {}
         for path in paths:
-            pair = self.pairing.modules[path].get("weight")
+            pair = self._weight(path)
             if pair is not None and pair.base is not None:
                 found[path] = fingerprint.of(pair.base)
         return found
 
-    def advice(self, adapter: Adapter | None) -> list[str]:
-        """What the user should do next, where something does not go the usual way."""
-        notes = []
-        updates = dict(adapter or {})
-        rows = {name: ref for update in updates.values() for name, ref in update.added_rows.items()}
-        if rows:
-            count = max(ref.shape[0] for ref in rows.values())
-            notes.append(
-                f"The tuned vocabulary has {count} more rows. The adapter loads on the base as it is, without them; "
-                "they are in added_rows.safetensors. `loratools merge` puts them back; in Python, merge, call "
-                "resize_token_embeddings, and copy them in."
-            )
-        whole = sum(bool(update.replaced) for update in updates.values())
-        if whole:
-            notes.append(
-                f"Parameters of {whole} module{'s' if whole != 1 else ''} are stored whole. PEFT loads them; servers "
-                "such as vLLM refuse such adapters: --only-low-rank leaves them out."
-            )
-        notes += low_rank_forms.advice(updates, self.pairing.tuned_module, self.pairing.tuned.config)
-        if any(self.pairing.is_tied_embedding(path) for path in updates):
-            notes.append(
-                "The tied embedding is stored once and whole: no low-rank form of PEFT merges it right. PEFT sets both "
-                "uses; after transformers' own load_adapter call model.tie_weights()."
-            )
-        return notes
+    def _weight(self, path: str) -> Pair | None:
+        """The pair that stands for a path of the adapter: a module's weight, or the stacked parameter itself."""
+        module, _, parameter = path.rpartition(".")
+        modules = self.pairing.modules
+        stored = next((each for each in (path, *on_disk_paths(path)) if each in modules), path)
+        return modules.get(stored, {}).get("weight") or modules.get(module, {}).get(parameter)
+
+
+def _is_packed(parameter: str, pair: Pair) -> bool:
+    """Whether the base holds a matrix in a form that is not computed with, and the tuned checkpoint does not."""
+    packed = pair.base is not None and pair.base.dtype not in COMPUTABLE and pair.tuned.dtype in COMPUTABLE
+    return packed and parameter == "weight" and len(pair.tuned.shape) > 1
 
 
 def _may_refuse(unit: Unit) -> bool:
-    return any(rule["rule"].startswith("refused:") for rule in unit.parameters["rules"].values())
+    return any(rule["rule"].startswith("refused:") for rule in unit.parameters.get("rules", {}).values())
 
 
 def _task(config: Mapping[str, Any]) -> str | None:

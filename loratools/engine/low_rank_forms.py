@@ -2,8 +2,8 @@
 
 PEFT's LoRA on a convolution (`peft/tuners/lora/layer.py`) is a convolution A of the same kernel, stride and padding
 from all input channels to r, then one B of kernel 1. Where the base has groups, A mixes them: its ΔW is no kernel of
-the base, PEFT does not merge it, and its A is `groups` times as wide as the stored weight. Transposed convolutions, and
-two modules of state-space models (`tuners_utils.py`), are not wrapped at all. All of these load whole.
+the base, PEFT does not merge it, and its A is `groups` times as wide as the stored weight. A transposed convolution it
+does not wrap at all, nor two modules of state-space models (`tuners_utils.py`). All of these load whole.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def advice(
     if kernels:
         notes.append(
             f"{_some(kernels)}: convolutions in low-rank form. A checkpoint does not say whether a convolution has "
-            "groups, dilation or a padding other than zeros, and PEFT's LoRA has none of them: --save-full keeps such "
-            "a convolution whole. `loratools merge` is right in any case."
+            "groups, dilation or a padding other than zeros, and PEFT's LoRA has none of them: --save-full keeps "
+            "such a convolution whole. `loratools merge` is right in any case."
         )
     return notes
 

@@ -14,6 +14,7 @@ from loratools.adapters import AbstractUpdate, Adapter
 from loratools.engine.plan import OutputFile
 from loratools.errors import InternalError
 from loratools.files import encode_adapter, write_weights
+from loratools.storage.files import Check
 from loratools.storage.scratch import ScratchFile
 from loratools.storage.writer import SafetensorsWriter, WrittenFile
 from loratools.tensors import TensorRef, TensorSpec, bytes_of, dtype_name
@@ -52,8 +53,15 @@ class AbstractSink(abc.ABC):
 class CheckpointSink(AbstractSink):
     """Weights files with known headers; each is finished as soon as its last unit is done."""
 
-    def __init__(self, directory: Path, files: Sequence[OutputFile], counts: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        files: Sequence[OutputFile],
+        counts: Mapping[str, int],
+        check: Check = None,
+    ) -> None:
         self._directory = directory
+        self._check = check
         self._files = {file.name: file for file in files}
         self._left = {file.name: counts.get(file.name, 0) for file in files}
         self._writers: dict[str, SafetensorsWriter] = {}
@@ -64,7 +72,8 @@ class CheckpointSink(AbstractSink):
         with self._lock:
             if file not in self._writers:
                 planned = self._files[file]
-                self._writers[file] = SafetensorsWriter(self._directory / file, planned.tensors, planned.metadata)
+                path = self._directory / file
+                self._writers[file] = SafetensorsWriter(path, planned.tensors, planned.metadata, check=self._check)
             return self._writers[file]
 
     def write(self, file: str, name: str, data: torch.Tensor, start: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from loratools.adapters import AbstractUpdate, Adapter
+from loratools.adapters import AbstractUpdate, Adapter, RowPatch
 from loratools.checkpoints import Checkpoint
 from loratools.engine.binding import Bindings
 from loratools.engine.memory import TILE_BYTES
@@ -44,6 +44,8 @@ def _same(embedding: AbstractUpdate, head: AbstractUpdate) -> bool:
     """Whether a head's update is the embedding's, seen from the other side."""
     if any(update.changes_weight and not update.terms for update in (embedding, head)):
         return False
+    if not _same_rows(embedding.patches.get("weight"), head.patches.get("weight")):
+        return False
     given, mirrored = embedding.replaced.get("weight"), head.replaced.get("weight")
     if len(embedding.terms) != len(head.terms) or (given is None) != (mirrored is None):
         return False
@@ -53,6 +55,12 @@ def _same(embedding: AbstractUpdate, head: AbstractUpdate) -> bool:
         _turned(one.lora_A, other.lora_B) and _turned(one.lora_B, other.lora_A)
         for one, other in zip(embedding.terms, head.terms, strict=True)
     )
+
+
+def _same_rows(one: RowPatch | None, other: RowPatch | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.indices == other.indices and same_bytes(one.rows, other.rows, TILE_BYTES)
 
 
 def _turned(one: TensorRef, other: TensorRef) -> bool:

@@ -3,21 +3,21 @@
 from loratools.files._load_adapter import load_adapter
 from loratools.files._open_checkpoint import open_checkpoint
 from loratools.files._save import (
-    concatenated,
     encode_adapter,
     files_behind,
     save,
     scaled_exactly,
+    settled,
     write_weights,
 )
 
 __all__ = [
-    "concatenated",
     "encode_adapter",
     "files_behind",
     "load_adapter",
     "open_checkpoint",
     "save",
     "scaled_exactly",
+    "settled",
     "write_weights",
 ]

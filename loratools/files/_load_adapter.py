@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -87,7 +88,7 @@ def _refuse_ambiguous(path: Path) -> None:
 
 def _side(directory: Path) -> dict[str, Any]:
     side = directory / ADDED_ROWS_FILE
-    return {ADDED_ROWS_FILE: open_safetensors(side).tensors} if side.is_file() else {}
+    return {ADDED_ROWS_FILE: open_safetensors(side).tensors} if os.path.lexists(side) else {}
 
 
 def _files(directory: Path, path: Path, shards: Sequence[str]) -> tuple[Path, ...]:

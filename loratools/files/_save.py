@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import AbstractUpdate, Adapter, LowRank, Sum
-from loratools.adapters.algebra import finite
+from loratools.adapters.algebra import as_products, finite
 from loratools.errors import NonFiniteError, UsageError
 from loratools.files import locate
 from loratools.formats import Encoded, codec_named
 from loratools.storage.files import ReadOnlyFile
 from loratools.storage.outputs import OutputDirectory
 from loratools.storage.writer import SafetensorsWriter, ScratchFile, WrittenFile, write_bytes_durably
-from loratools.tensors import TensorRef, TensorSpec, bytes_of, dtype_name
+from loratools.tensors import ComputedBytes, TensorRef, TensorSpec, bytes_of, dtype_name, torch_dtype
 
 if TYPE_CHECKING:
     import torch
@@ -43,7 +44,9 @@ def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overw
     with OutputDirectory(path, overwrite=overwrite) as out:
         scratch = ScratchFile(out.path)
         keep = partial(to_scratch, scratch)
-        whole = adapter.with_updates({name: settled(name, update, keep) for name, update in adapter.items()})
+        summed = any(isinstance(update, Sum) for update in adapter.values())
+        alike = {name: as_products(update) if summed else update for name, update in adapter.items()}
+        whole = adapter.with_updates({name: settled(name, update, keep) for name, update in alike.items()})
         write_weights(encode_adapter(whole, format=format), out.path)
         out.publish()
 
@@ -80,8 +83,15 @@ def _write(path: Path, tensors: Mapping[str, TensorRef], metadata: Mapping[str, 
 
 
 def settled(path: str, update: AbstractUpdate, keep: Keeper) -> AbstractUpdate:
-    """`update` with at most one product: sums are concatenated (see `concatenated`)."""
-    return concatenated(path, update, keep) if isinstance(update, Sum) else update
+    """`update` as a file can hold it: sums are concatenated (see `concatenated`), computed tensors are computed."""
+    if isinstance(update, Sum):
+        return concatenated(path, update, keep)
+    fresh: dict[str, Any] = {
+        field.name: keep(f"{path}.{field.name}", scaled_exactly(ref, 1.0))
+        for field in dataclasses.fields(update)
+        if isinstance(ref := getattr(update, field.name), TensorRef) and isinstance(ref.source, ComputedBytes)
+    }
+    return dataclasses.replace(update, **fresh) if fresh else update
 
 
 def concatenated(path: str, update: Sum, keep: Keeper) -> LowRank:
@@ -119,17 +129,23 @@ def concatenated_factors(update: Sum) -> tuple[torch.Tensor, torch.Tensor, float
     scales = {term.scale for term in terms}
     if len(scales) == 1 and update.bias is None:  # a bias holds its scale already: that of the product must be 1
         shared = scales.pop()
-        downs, ups = [finite(term.lora_A) for term in terms], [finite(term.lora_B) for term in terms]
+        downs, ups = [_read(term.lora_A) for term in terms], [_read(term.lora_B) for term in terms]
         return *_of_one_dtype(downs, ups), shared * rank
-    downs = [finite(term.lora_A) for term in terms]
+    downs = [_read(term.lora_A) for term in terms]
     ups = [scaled_exactly(term.lora_B, term.scale) for term in terms]
     lora_A, lora_B = _of_one_dtype(downs, ups)
     assert isinstance(lora_A, torch.Tensor)
     return lora_A, lora_B, float(rank)
 
 
+def _read(ref: TensorRef) -> torch.Tensor:
+    return scaled_exactly(ref, 1.0)
+
+
 def scaled_exactly(ref: TensorRef, scale: float) -> torch.Tensor:
     """`scale · tensor` in its own dtype where that is exact (a power of two, mostly), else in float32.
+
+    A computed tensor's own dtype is that of what it is made of first.
 
     Raises:
         NonFiniteError: the tensor holds NaN or infinity, or the product does.
@@ -139,7 +155,9 @@ def scaled_exactly(ref: TensorRef, scale: float) -> torch.Tensor:
     from loratools.linalg import non_finite_count
 
     tensor = finite(ref)
-    dtype, wide = tensor.dtype, tensor.double().mul_(scale)
+    if scale == 1 and not isinstance(ref.source, ComputedBytes):
+        return tensor
+    dtype, wide = torch_dtype(_stored(ref).dtype), tensor.double().mul_(scale)
     del tensor  # a factor may be the largest thing in memory
     exact = wide.to(dtype)
     if torch.equal(exact.double(), wide):
@@ -148,6 +166,13 @@ def scaled_exactly(ref: TensorRef, scale: float) -> torch.Tensor:
     if non_finite_count(product):
         raise NonFiniteError(f"Multiplied by {scale:g}, the factor overflows float32.", tensor=ref.name)
     return product
+
+
+def _stored(ref: TensorRef) -> TensorRef:
+    """What a computed tensor is made of first."""
+    while isinstance(ref.source, ComputedBytes):
+        ref = ref.source.inputs[0]
+    return ref
 
 
 def _of_one_dtype(downs: list[torch.Tensor], ups: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

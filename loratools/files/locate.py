@@ -109,12 +109,13 @@ def several_adapters(directory: Path) -> list[str]:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or an empty one where there is no file.
+    """A JSON object from a file, or an empty one where nothing has that name.
 
     Raises:
-        MalformedError: it is not an object.
+        MalformedError: it is not an object, or not even a regular file.
+        LoratoolsError: it cannot be read; see `ReadOnlyFile`.
     """
-    if not path.is_file():
+    if not os.path.lexists(path):
         return {}
     document = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
     if not isinstance(document, dict):

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError
 from loratools.linalg._rounding import non_finite_count, power_of_two
+from loratools.linalg._workspace import CHUNK
 
-CHUNK = 2**18  # entries handled at a time in passes over the matrix
 _SAFE = 30  # largest entry within 2^-30 .. 2^30: used as it is
 
 

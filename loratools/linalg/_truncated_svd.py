@@ -14,14 +14,8 @@ from loratools.linalg._krylov import Effort, block_krylov
 from loratools.linalg._precision import full_float32
 from loratools.linalg._prepare import Prepared, prepare
 from loratools.linalg._ritz import Approximation, residual, triples
+from loratools.linalg._workspace import BLOCKS, LEAST_BLOCK, PRESETS, block_for, uses_dense
 
-PRESETS = ("fast", "default", "certified", "exact")
-
-_SMALL = 256  # up to this smaller side the dense path is as fast
-_OVERSAMPLING = 8
-_BLOCK_STEP = 16  # thin products are fastest for multiples of this
-_LEAST_BLOCK = 32
-BLOCKS = 6
 _FAST_BLOCKS = 2
 _TOLERANCE = 1e-3
 _FAST_TOLERANCE = 1e-2
@@ -93,28 +87,18 @@ def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh, U * root
 
 
-def uses_dense(n: int, block: int) -> bool:
-    """Whether the dense path is the faster one for a smaller side of n."""
-    return n <= max(_SMALL, 4 * block)
-
-
-def block_for(rank: int) -> int:
-    """Width of a Krylov block for a rank."""
-    return max(_LEAST_BLOCK, -(-(rank + _OVERSAMPLING) // _BLOCK_STEP) * _BLOCK_STEP)
-
-
 def _approximate(prepared: Prepared, goal: Goal, seed: int, preset: str) -> Approximation:
     n = prepared.A.shape[1]
     fast = preset == "fast"
     tolerance = _FAST_TOLERANCE if fast else _TOLERANCE
     exact = preset in ("certified", "exact")
     block = block_for(goal.max_rank if goal.rank is None else goal.rank)
-    if exact or uses_dense(n, _LEAST_BLOCK if goal.rank is None else block):
+    if exact or uses_dense(n, LEAST_BLOCK if goal.rank is None else block):
         return dense(prepared, goal)
     if goal.rank is not None:
         effort = Effort(block, _FAST_BLOCKS, None) if fast else Effort(block, BLOCKS, tolerance)
         return block_krylov(prepared, goal, effort, seed)
-    narrow = Effort(_LEAST_BLOCK, 3 + -(-goal.max_rank // _LEAST_BLOCK), tolerance)
+    narrow = Effort(LEAST_BLOCK, 3 + -(-goal.max_rank // LEAST_BLOCK), tolerance)
     found = block_krylov(prepared, goal, narrow, seed)
     if found.reached:
         return found

@@ -12,24 +12,23 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final, NoReturn, final
 
 from loratools.errors import AccessError, InputMissingError, LoratoolsError, MalformedError, StorageError
+from loratools.storage.json_cost import require_affordable
 from loratools.tensors import AbstractBytes
 
 MAX_JSON_BYTES: Final = 16 << 20
 MAX_JSON_DEPTH: Final = 128  # what the safetensors library's own parser accepts
+Check = Callable[[], None] | None  # called between two blocks of whatever takes long; raises to end it
 READ_BYTES: Final = 1 << 20  # stays in the second-level cache between the read and whatever looks at it
 
 _KINDS: Final = (
-    (stat.S_ISDIR, "a directory"),
-    (stat.S_ISFIFO, "a named pipe"),
-    (stat.S_ISSOCK, "a socket"),
-    (stat.S_ISCHR, "a character device"),
-    (stat.S_ISBLK, "a block device"),
-)
+    (stat.S_ISDIR, "a directory"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"), (stat.S_ISBLK, "a block device"),
+)  # fmt: skip
 
 
 @final
@@ -64,6 +63,7 @@ class ReadOnlyFile(AbstractBytes):
             self.close()
             raise _open_failure(error, self.path) from error
         self.size = status.st_size
+        self._modified = status.st_mtime_ns
 
     @property
     def label(self) -> str:
@@ -92,17 +92,25 @@ class ReadOnlyFile(AbstractBytes):
             try:
                 count = os.preadv(descriptor, [view[done:]], offset + done)
             except OSError as error:
-                raise StorageError(
-                    f"Reading failed: {error.strerror}.", fix=_FIX_DISK, file=self.label, offset=offset + done
-                ) from error
+                what = f"Reading failed: {error.strerror}."
+                raise StorageError(what, fix=_FIX_DISK, file=self.label, offset=offset + done) from error
             if count == 0:
                 raise StorageError(
                     f"The file changed or was truncated while being read: {wanted - done} bytes are missing.",
-                    fix="Make sure that nothing writes to it, and run again.",
+                    fix=_FIX_WRITER,
                     file=self.label,
                     offset=offset + done,
                 )
             done += count
+
+    def require_unchanged(self) -> None:
+        """Refuse a file that was written to since it was opened: what was read of it may be half old, half new.
+
+        Raises:
+            StorageError: it was.
+        """
+        if ((status := os.fstat(self.fileno())).st_size, status.st_mtime_ns) != (self.size, self._modified):
+            raise StorageError("The file was changed after it was opened.", fix=_FIX_WRITER, file=self.label)
 
     def close(self) -> None:
         """Release the descriptor; later reads raise `StorageError`."""
@@ -123,6 +131,7 @@ class ReadOnlyFile(AbstractBytes):
         return f"ReadOnlyFile({self.label!r})"
 
 
+_FIX_WRITER: Final = "Make sure that nothing writes to it, and run again."
 _FIX_DISK: Final = "Check the disk and the mount, then run again."
 
 
@@ -147,26 +156,30 @@ def _open_failure(error: OSError | ValueError, path: Path) -> LoratoolsError:
     return StorageError(f"The file cannot be opened: {os.strerror(number or errno.EIO)}.", fix=_FIX_DISK, file=path)
 
 
-def blocks(file: AbstractBytes, start: int, stop: int, block_bytes: int = READ_BYTES) -> Iterator[memoryview]:
+def blocks(
+    file: AbstractBytes, start: int, stop: int, block_bytes: int = READ_BYTES, check: Check = None
+) -> Iterator[memoryview]:
     """Bytes `start:stop` of `file` in order; each view is valid until the next one is asked for."""
     buffer = memoryview(bytearray(min(block_bytes, max(stop - start, 0))))
     for offset in range(start, stop, block_bytes):
+        if check is not None:
+            check()
         view = buffer[: min(block_bytes, stop - offset)]
         file.read_into(view, offset)
         yield view
 
 
-def sha256_of(source: str | os.PathLike[str] | ReadOnlyFile) -> str:
+def sha256_of(source: str | os.PathLike[str] | ReadOnlyFile, check: Check = None) -> str:
     """The SHA-256 of a whole file, in hexadecimal.
 
     Raises:
-        LoratoolsError: as `ReadOnlyFile` and its `read_into` do.
+        LoratoolsError: as `ReadOnlyFile` and its `read_into` do; or whatever `check` raises.
     """
     if not isinstance(source, ReadOnlyFile):
         with ReadOnlyFile(source) as file:
-            return sha256_of(file)
+            return sha256_of(file, check)
     digest = hashlib.sha256()
-    for view in blocks(source, 0, source.size):
+    for view in blocks(source, 0, source.size, check=check):
         digest.update(view)
     return digest.hexdigest()
 
@@ -206,7 +219,8 @@ def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_
 
 
 def decode_json(data: bytes | bytearray, *, file: str) -> object:
-    """`parse_json` without its limits, for callers that have their own."""
+    """`parse_json` without its limits, for callers that have their own; memory is limited here."""
+    require_affordable(data, file=file)
     try:
         value: object = json.loads(
             str(data, "utf-8"),

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import final
 
 from loratools.errors import InternalError, StorageError
-from loratools.storage.files import ReadOnlyFile, blocks
+from loratools.storage.files import Check, ReadOnlyFile, blocks
 from loratools.tensors import TensorRef, TensorSpec
 
 
@@ -75,13 +75,13 @@ class Handed:
                 f"The tensor was not written completely: byte {reached} of {spec.nbytes} is missing.", tensor=spec.name
             )
 
-    def require_same(self, file: ReadOnlyFile, offset: int, spec: TensorSpec, stop: threading.Event) -> None:
+    def require_same(self, file: ReadOnlyFile, offset: int, spec: TensorSpec, check: Check) -> None:
         """Refuse a file whose bytes from `offset` on are not what was handed in.
 
         Raises:
-            StorageError: they are not, or `stop` was set.
+            StorageError: they are not; or whatever `check` raises, between two blocks.
         """
-        reader = _Reader(file, offset, spec.name, stop)
+        reader = _Reader(file, offset, spec.name, check)
         if self.copied_from is not None:
             reader.require_same_as(self.copied_from)
         else:
@@ -95,11 +95,11 @@ class Handed:
 class _Reader:
     """Reads one tensor back."""
 
-    def __init__(self, file: ReadOnlyFile, offset: int, tensor: str, stop: threading.Event) -> None:
+    def __init__(self, file: ReadOnlyFile, offset: int, tensor: str, check: Check) -> None:
         self._file = file
         self._offset = offset
         self._tensor = tensor
-        self._stop = stop
+        self._check = check
 
     def require_same_as(self, ref: TensorRef) -> None:
         pairs = zip(self._blocks(0, ref.nbytes), blocks(ref.source, ref.offset, ref.offset + ref.nbytes), strict=True)
@@ -116,10 +116,7 @@ class _Reader:
                 raise self._differs("those that were written")
 
     def _blocks(self, start: int, stop: int) -> Iterator[memoryview]:
-        for view in blocks(self._file, self._offset + start, self._offset + stop):
-            if self._stop.is_set():
-                raise StorageError("Reading back was stopped.", file=self._file.label)
-            yield view
+        return blocks(self._file, self._offset + start, self._offset + stop, check=self._check)
 
     def _differs(self, what: str) -> StorageError:
         return StorageError(

@@ -14,6 +14,7 @@ from loratools.errors import (
     InputMissingError,
     MalformedError,
     MismatchError,
+    StorageError,
     UnsupportedError,
     UsageError,
 )
@@ -59,8 +60,10 @@ def collect(directory: Path) -> tuple[list[Path], list[tuple[str, str]]]:
         raise InputMissingError("There is no such directory.", fix="Check the path.", path=directory)
     try:
         entries = sorted(directory.iterdir())
-    except OSError as error:
+    except PermissionError as error:
         raise AccessError("The directory cannot be read.", fix="Change its permissions.", path=directory) from error
+    except OSError as error:
+        raise StorageError(f"The directory cannot be read: {error.strerror}.", path=directory) from error
     left_out = [(entry.name, reason) for entry in entries if (reason := _reason(entry))]
     excluded = {name for name, _ in left_out}
     paths = [entry for entry in entries if entry.name not in excluded]

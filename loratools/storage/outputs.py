@@ -1,23 +1,19 @@
 """Output paths: the old bytes or the complete new ones, at a kill at any instant.
 
-Everything is written into one hidden sibling, `.<name>.<random>.partial`, on the same file system,
-flushed, and only then given its name. The sibling is locked for as long as its process lives, so
-that a later run can tell what a killed one left behind.
+Everything is written into one hidden sibling (see `partials`), flushed, and only then given its name.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
-import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, final
 
-from loratools.errors import InternalError
+from loratools.errors import InternalError, LoratoolsError, OutputError
 from loratools.storage import syscalls
+from loratools.storage.partials import AbstractPartial, publishing, stale_partials
 from loratools.storage.targets import (
     absolute,
     check_inputs,
@@ -29,71 +25,13 @@ from loratools.storage.targets import (
 SIBLING_SUFFIXES: Final = (".loratools.json", ".receipt")
 """What may lie beside a single-file output; see `OutputFiles`."""
 
-_NAME_BYTES: Final = 200  # leaves room for the rest of the partial's name in the 255 that a name may have
-
-
-def stale_partials(path: Path) -> list[Path]:
-    """What runs that were killed left beside the output `path`; partials of runs that live are not named."""
-    path = absolute(path)
-    pattern = re.compile(re.escape(_partial_prefix(path)) + r"[0-9a-f]{16}\.partial")
-    try:
-        found = [entry for entry in path.parent.iterdir() if pattern.fullmatch(entry.name)]
-    except OSError:
-        return []
-    return sorted(entry for entry in found if not _is_locked(entry))
-
-
-class _Partial:
-    """The hidden directory that an output is made in; a context manager.
-
-    Args:
-        path: the output.
-        overwrite: whether what has that name may be replaced.
-    """
-
-    def __init__(self, path: Path, *, overwrite: bool = False) -> None:
-        self.target = absolute(path)
-        self.overwrite = overwrite
-        self._partial: Path | None = None
-        self._lock = -1
-
-    @property
-    def path(self) -> Path:
-        """The directory to write into.
-
-        Raises:
-            InternalError: outside of the `with` block, or after `publish`.
-        """
-        if self._partial is None:
-            raise InternalError("The output is not open.", path=self.target)
-        return self._partial
-
-    def _open(self) -> None:
-        partial = self.target.parent / f"{_partial_prefix(self.target)}{secrets.token_hex(8)}.partial"
-        self._partial = partial  # before it exists: an interrupt in between must find it
-        try:
-            syscalls.make_directory(partial)
-            self._lock = _lock(partial)
-        except BaseException:
-            self._discard()
-            raise
-
-    def _discard(self) -> None:
-        partial, self._partial = self._partial, None
-        lock, self._lock = self._lock, -1
-        try:
-            if partial is not None:
-                _remove_tree(partial)
-        finally:
-            if lock >= 0:
-                os.close(lock)
-
-    def __exit__(self, *exception: object) -> None:
-        self._discard()
+_OLD: Final = ".superseded"
+_PLACED: Final = ".placed"
+"""What such a file is called in the partial: the old output's, or a second name of one that was moved into place."""
 
 
 @final
-class OutputDirectory(_Partial):
+class OutputDirectory(AbstractPartial):
     """A directory that appears complete or not at all.
 
     Write into `path`, then call `publish`; leaving the block without it removes everything.
@@ -126,10 +64,14 @@ class OutputDirectory(_Partial):
     def __enter__(self) -> OutputDirectory:
         check_replaceable_directory(self.target, self.overwrite)
         check_parent(self.target, 0)
-        self._open()
-        if self.target.exists():
-            self._probe_exchange()
-        return self
+        try:
+            self._open()
+            if self.target.exists():
+                self._probe_exchange()
+            return self  # noqa: TRY300  (an interrupt before this line must remove the partial too)
+        except BaseException:
+            self._discard()
+            raise
 
     def publish(self) -> None:
         """Flush everything and give it its name; of two runs at once without `overwrite`, one wins.
@@ -141,34 +83,32 @@ class OutputDirectory(_Partial):
         """
         for path in _tree(self.path):
             syscalls.sync_path(path)
-        if self.overwrite and os.path.lexists(self.target):
-            check_replaceable_directory(self.target, self.overwrite)
-            syscalls.exchange(self.path, self.target)  # the partial now is the old output; leaving removes it
-        else:
-            syscalls.move_new(self.path, self.target)
+        with publishing(self.target.parent):
+            if self.overwrite and os.path.lexists(self.target):
+                check_replaceable_directory(self.target, self.overwrite)
+                syscalls.exchange(self.path, self.target)  # the partial now is the old output; leaving removes it
+            else:
+                syscalls.move_new(self.path, self.target)
         syscalls.sync_path(self.target.parent)
         self._discard()
 
     def _probe_exchange(self) -> None:
         """Find out now, not after hours of work, whether directories can be exchanged here."""
         probes = self.path / ".probe-1", self.path / ".probe-2"
-        try:
-            for probe in probes:
-                syscalls.make_directory(probe)
-            syscalls.exchange(*probes)
-        except BaseException:
-            self._discard()
-            raise
         for probe in probes:
-            probe.rmdir()
+            syscalls.make_directory(probe)
+        syscalls.exchange(*probes)
+        for probe in probes:
+            syscalls.remove_directory(probe)
 
 
 @final
-class OutputFiles(_Partial):
+class OutputFiles(AbstractPartial):
     """A single file, and its report and receipt beside it, each of which appears complete or not at all.
 
     Write `path / name` for the weights' own name and `sibling(suffix)` for the others. `publish`
-    moves the others first and the weights last: weights never lie there without their report.
+    moves the others first and the weights last: weights never lie there without their report. A run that
+    is killed in between leaves a report without weights, which the next one may replace.
 
     Args:
         path: the weights file to make.
@@ -183,17 +123,20 @@ class OutputFiles(_Partial):
             LoratoolsError: as there.
         """
         target = absolute(path)
+        left = _left_without_weights(target)
         for each in (target, *_siblings(target)):
             check_inputs(each, inputs)
-            check_replaceable_file(each, overwrite)
+            check_replaceable_file(each, overwrite or each in left)
         check_parent(target, needed_bytes)
 
     def __enter__(self) -> OutputFiles:
-        for each in (self.target, *_siblings(self.target)):
-            check_replaceable_file(each, self.overwrite)
-        check_parent(self.target, 0)
-        self._open()
-        return self
+        OutputFiles.check(self.target, self.overwrite, (), 0)
+        try:
+            self._open()
+            return self  # noqa: TRY300  (an interrupt before this line must remove the partial too)
+        except BaseException:
+            self._discard()
+            raise
 
     @property
     def file(self) -> Path:
@@ -215,52 +158,95 @@ class OutputFiles(_Partial):
 
         Raises:
             OutputExistsError: another run made one of the files meanwhile.
-            StorageError: flushing or moving failed.
+            StorageError: flushing or moving failed; what was there before is there again.
         """
         for path in _tree(self.path):
             syscalls.sync_path(path)
         made = sorted((entry.name for entry in self.path.iterdir()), key=lambda name: (name == self.target.name, name))
         if made[-1:] != [self.target.name]:
             raise InternalError("The weights were not written.", path=self.target)
-        if self.overwrite:
-            self._replace(made)
-        else:
-            self._move_new(made)
+        identities = {name: _identity(self.path / name) for name in made}
+        with publishing(self.target.parent):
+            try:
+                self._place(made)
+            except BaseException:
+                self._take_back(identities)
+                raise
         syscalls.sync_path(self.target.parent)
         self._discard()
 
-    def _replace(self, names: Sequence[str]) -> None:
+    def _place(self, names: Sequence[str]) -> None:
+        """Give every file its name, the weights last, and put away what belongs to the old ones."""
+        left = _left_without_weights(self.target)
         for name in names:
-            syscalls.replace(self.path / name, self.target.with_name(name))
-        for left in _siblings(self.target):
-            if left.name not in names:
-                syscalls.remove(left)
+            target = self.target.with_name(name)
+            if target != self.target:
+                syscalls.link(self.path / name, self.path / (name + _PLACED))
+            elif len(names) > 1:
+                syscalls.sync_path(target.parent)  # after a power cut, too, weights have their report
+            if os.path.lexists(target) and (self.overwrite or target in left):
+                self._put_in_place_of(self.path / name, target)
+            else:
+                syscalls.move_new(self.path / name, target)
+        for old in _siblings(self.target):
+            if old.name not in names and os.path.lexists(old) and self.overwrite:
+                syscalls.replace(old, self.path / (old.name + _OLD))
 
-    def _move_new(self, names: Sequence[str]) -> None:
+    @staticmethod
+    def _put_in_place_of(source: Path, target: Path) -> None:
+        """What had the name lies in the partial then, so that it can be taken back as long as that is there."""
         try:
-            for name in names:
-                syscalls.move_new(self.path / name, self.target.with_name(name))
-        except BaseException:
-            for name in names:
-                if not (self.path / name).exists():  # it was moved, so the file of that name is ours
-                    syscalls.remove(self.target.with_name(name))
-            raise
+            syscalls.exchange(source, target)
+        except OutputError:  # not possible here
+            syscalls.replace(source, target)
+
+    def _take_back(self, identities: Mapping[str, tuple[int, int]]) -> None:
+        """Undo `_place`, however far it came: what lies there and is ours goes, what it took the name of returns."""
+        for old in _siblings(self.target):
+            with suppress(LoratoolsError, OSError):
+                if os.path.lexists(self.path / (old.name + _OLD)):
+                    syscalls.replace(self.path / (old.name + _OLD), old)
+        for name, identity in reversed(list(identities.items())):
+            source, target = self.path / name, self.target.with_name(name)
+            with suppress(LoratoolsError, OSError):
+                if os.path.lexists(target) and _identity(target) == identity:
+                    if os.path.lexists(source):
+                        self._put_back(source, target)
+                    else:
+                        syscalls.remove(target)
+
+    @staticmethod
+    def _put_back(source: Path, target: Path) -> None:
+        """Two calls can do it; that one of them fails is why it is done."""
+        try:
+            syscalls.exchange(source, target)
+        except LoratoolsError:
+            syscalls.replace(source, target)
 
 
-def _remove_tree(partial: Path) -> None:
-    try:
-        syscalls.remove_tree(partial)
-    except KeyboardInterrupt:  # impatience must not leave behind what a first Ctrl-C would have removed
-        syscalls.remove_tree(partial)
-        raise
+def _left_without_weights(target: Path) -> list[Path]:
+    """The report or receipt that a killed run moved into place before its weights: its partial still knows the file."""
+    if os.path.lexists(target):
+        return []
+    partials = stale_partials(target)
+    return [
+        sibling
+        for sibling in _siblings(target)
+        if any(_is_same_file(sibling, partial / (sibling.name + _PLACED)) for partial in partials)
+    ]
 
 
-def _partial_prefix(target: Path) -> str:
-    return f".{os.fsdecode(os.fsencode(target.name)[:_NAME_BYTES])}."
+def _is_same_file(one: Path, other: Path) -> bool:
+    return os.path.lexists(one) and os.path.lexists(other) and _identity(one) == _identity(other)
 
 
 def _siblings(target: Path) -> list[Path]:
     return [target.with_name(target.stem + suffix) for suffix in SIBLING_SUFFIXES]
+
+
+def _identity(path: Path) -> tuple[int, int]:
+    status = path.lstat()
+    return status.st_dev, status.st_ino
 
 
 def _tree(root: Path) -> list[Path]:
@@ -269,28 +255,3 @@ def _tree(root: Path) -> list[Path]:
     entries = [entry for directory in found for entry in directory.iterdir()]
     files = [entry for entry in entries if entry.is_file() and not entry.is_symlink()]
     return files + found[::-1]
-
-
-def _lock(directory: Path) -> int:
-    """A descriptor that holds a lock on `directory` until this process closes it or ends."""
-    with syscalls.reported("Opening the directory", directory):
-        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    with suppress(OSError):  # a file system without locks: the partial may be named as left behind, no more
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _is_locked(directory: Path) -> bool:
-    try:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    finally:
-        os.close(descriptor)
-    return False

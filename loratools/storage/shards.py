@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
-from loratools.errors import AccessError, InputMissingError, MalformedError, UnsupportedError, UsageError
+from loratools.errors import AccessError, InputMissingError, MalformedError, StorageError, UnsupportedError, UsageError
 from loratools.storage.files import read_json
 from loratools.storage.safetensors import SafetensorsFile, open_safetensors
 from loratools.tensors import TensorRef
@@ -86,7 +86,13 @@ def _is_directory(path: Path) -> bool:
     try:
         return path.is_dir()
     except OSError as error:
-        raise AccessError("The path cannot be looked at.", fix=_FIX_ACCESS, path=path) from error
+        raise _unseen("The path cannot be looked at", error, path=path) from error
+
+
+def _unseen(what: str, error: OSError, **where: object) -> AccessError | StorageError:
+    if isinstance(error, PermissionError):
+        return AccessError(f"{what}.", fix="Change its permissions.", **where)
+    return StorageError(f"{what}: {error.strerror}.", fix="Check the disk and the mount, then run again.", **where)
 
 
 def _choose(directory: Path, stems: Sequence[str]) -> tuple[Path, tuple[str, ...]]:
@@ -94,7 +100,7 @@ def _choose(directory: Path, stems: Sequence[str]) -> tuple[Path, tuple[str, ...
     try:
         names = sorted(entry.name for entry in directory.iterdir())
     except OSError as error:
-        raise AccessError("The directory cannot be listed.", fix=_FIX_ACCESS, directory=directory) from error
+        raise _unseen("The directory cannot be listed", error, directory=directory) from error
     known = [name for stem in stems for name in (stem + INDEX_SUFFIX, stem + SUFFIX) if name in names]
     if known:
         return _choose_known(directory, known)
@@ -172,7 +178,6 @@ def _weight_map(index: Path) -> tuple[dict[str, str], object]:
     return weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None
 
 
-_FIX_ACCESS: Final = "Change its permissions."
 _FIX: Final = "Get the index and its shards again from where they came from."
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from loratools.errors import AccessError, LoratoolsError, OutputError, OutputExistsError, StorageError
-from loratools.storage.files import ReadOnlyFile, blocks
+from loratools.storage.files import Check, ReadOnlyFile, blocks
 
 COPY_BYTES: Final = 4 << 20
 WRITE_BYTES: Final = 16 << 20  # a signal is seen between two calls, so that Ctrl-C is answered at once
@@ -116,27 +116,39 @@ def write_at(descriptor: int, data: memoryview, offset: int, path: Path) -> None
             done += os.pwrite(descriptor, data[done : done + WRITE_BYTES], offset + done)
 
 
-def copy_at(source: ReadOnlyFile, start: int, descriptor: int, offset: int, count: int, path: Path) -> None:
+def copy_at(  # noqa: PLR0913, PLR0917  (the system's own call takes as many)
+    source: ReadOnlyFile,
+    start: int,
+    descriptor: int,
+    offset: int,
+    count: int,
+    path: Path,
+    check: Check = None,
+) -> None:
     """Copy `count` bytes of `source` from `start` on; in the kernel where it can, sharing blocks if they align.
 
     Raises:
-        StorageError: the source is shorter than `start + count`, or a call failed.
+        StorageError: the source is shorter than `start + count`, or a call failed; or whatever `check` raises.
     """
     head = min(-start % BLOCK, count) if (start - offset) % BLOCK == 0 else 0  # blocks are shared from a boundary on
-    done = _copy_in_kernel(source.fileno(), start, descriptor, offset, head, path)
+    done = _copy_in_kernel(source.fileno(), start, descriptor, offset, head, path, check)
     if done == head:
-        done += _copy_in_kernel(source.fileno(), start + head, descriptor, offset + head, count - head, path)
-    for view in blocks(source, start + done, start + count, COPY_BYTES):
+        done += _copy_in_kernel(source.fileno(), start + head, descriptor, offset + head, count - head, path, check)
+    for view in blocks(source, start + done, start + count, COPY_BYTES, check):
         write_at(descriptor, view, offset + done, path)
         done += len(view)
 
 
-def _copy_in_kernel(source: int, start: int, descriptor: int, offset: int, count: int, path: Path) -> int:
+def _copy_in_kernel(  # noqa: PLR0913, PLR0917
+    source: int, start: int, descriptor: int, offset: int, count: int, path: Path, check: Check
+) -> int:
     """Bytes copied before the kernel declined or the source ended; the caller's loop does the rest."""
     done = 0
     call = getattr(os, "copy_file_range", None)
     with reported("Copying", path):
         while call is not None and done < count:
+            if check is not None:
+                check()
             try:
                 copied = call(source, descriptor, min(count - done, KERNEL_COPY_BYTES), start + done, offset + done)
             except InterruptedError:
@@ -185,6 +197,22 @@ def make_directory(path: Path) -> None:
     """Create a directory that does not exist yet; its mode follows the umask."""
     with reported("Creating the directory", path):
         path.mkdir()
+
+
+def remove_directory(path: Path) -> None:
+    """Remove an empty directory."""
+    with reported("Removing the directory", path):
+        path.rmdir()
+
+
+def link(source: Path, target: Path) -> None:
+    """Give a file a second name, where the file system has such a thing; elsewhere do nothing."""
+    with reported("Linking", target):
+        try:
+            os.link(source, target)
+        except OSError as error:
+            if error.errno not in _UNABLE | {errno.EPERM, errno.EMLINK}:
+                raise
 
 
 def move_new(source: Path, target: Path) -> None:
@@ -263,6 +291,7 @@ def _renameat2(source: Path, target: Path, flags: int) -> None:
     native = _native("renameat2")
     if native is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    if native(_HERE, os.fsencode(source), _HERE, os.fsencode(target), ctypes.c_uint(flags)) != 0:
+    while native(_HERE, os.fsencode(source), _HERE, os.fsencode(target), ctypes.c_uint(flags)) != 0:
         number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))

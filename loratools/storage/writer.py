@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import MappingProxyType
 from typing import Final, final
 
-from loratools.errors import InternalError, StorageError, UnsupportedError
+from loratools.errors import InternalError, StorageError
 from loratools.storage import syscalls
-from loratools.storage.files import ReadOnlyFile, blocks
+from loratools.storage.files import Check, ReadOnlyFile, blocks
 from loratools.storage.handed import Handed
-from loratools.storage.safetensors import MAX_HEADER_BYTES, METADATA_KEY, PREFIX_BYTES, read_header
+from loratools.storage.headers import header_bytes
+from loratools.storage.safetensors import read_header
 from loratools.storage.scratch import ScratchFile, write_bytes_durably
-from loratools.tensors import DTYPES, TensorRef, TensorSpec
+from loratools.tensors import TensorRef, TensorSpec
 
 __all__ = ["SafetensorsWriter", "ScratchFile", "WrittenFile", "header_bytes", "write_bytes_durably"]
 
-ALIGNMENT: Final = 8
+_PART: Final = 256  # tensors that are verified together: a task for each would take more memory than the tensor
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,45 +40,8 @@ class WrittenFile:
     sha256: str
 
 
-def header_bytes(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], align_like: int | None = None
-) -> tuple[bytes, Mapping[str, int]]:
-    """The first bytes of a file, and where each tensor begins, in bytes from the start of the file.
-
-    Args:
-        specs: the tensors in the order of their bytes.
-        metadata: the `__metadata__` strings.
-        align_like: if given, the tensors' bytes begin at this offset modulo 4096, so that copies
-            from a file whose bytes begin there can share its disk blocks.
-
-    Raises:
-        InternalError: a name comes twice or is reserved.
-        UnsupportedError: the header is longer than the format allows, or a name is not Unicode.
-    """
-    entries: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
-    offsets, reached = {}, 0
-    for spec in specs:
-        if spec.name in entries or spec.name == METADATA_KEY:
-            raise InternalError("A tensor name is used twice or is reserved.", tensor=spec.name)
-        end = reached + spec.nbytes
-        entries[spec.name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": [reached, end]}
-        if spec.numel * DTYPES[spec.dtype].bits % 8:
-            raise UnsupportedError("The tensor does not fill whole bytes.", tensor=spec.name, dtype=spec.dtype)
-        offsets[spec.name] = reached
-        reached = end
-    try:
-        text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    except UnicodeEncodeError as error:
-        raise UnsupportedError("A tensor name or a metadata string is not Unicode text.", text=error.object) from error
-    start = PREFIX_BYTES + len(text)
-    start += -start % ALIGNMENT if align_like is None else (align_like - start) % syscalls.BLOCK
-    length = start - PREFIX_BYTES
-    if length > MAX_HEADER_BYTES:
-        raise UnsupportedError(
-            f"The header would have {length} bytes; the format allows {MAX_HEADER_BYTES}.", fix="Ask for more shards."
-        )
-    data = length.to_bytes(PREFIX_BYTES, "little") + text.ljust(length)
-    return data, MappingProxyType({name: start + offset for name, offset in offsets.items()})
+def _parts(names: Sequence[str]) -> Iterator[Sequence[str]]:
+    return (names[start : start + _PART] for start in range(0, len(names), _PART))
 
 
 @final
@@ -94,6 +56,7 @@ class SafetensorsWriter:
         metadata: the `__metadata__` strings.
         align_like: see `header_bytes`.
         threads: how many threads `finish` hashes with.
+        check: called between two blocks of whatever takes long; raises to end it.
 
     Raises:
         StorageError: the disk cannot hold the file, which is known before a tensor is computed.
@@ -109,6 +72,7 @@ class SafetensorsWriter:
         *,
         align_like: int | None = None,
         threads: int = 2,
+        check: Check = None,
     ) -> None:
         header, self._offsets = header_bytes(specs, metadata, align_like)
         self.path = Path(path)
@@ -119,6 +83,7 @@ class SafetensorsWriter:
         self._lock = threading.Lock()
         self._dirty = 0
         self._stop = threading.Event()
+        self._check = check
         self._threads = max(threads, 1)
         self.size = len(header) + sum(spec.nbytes for spec in specs)
         self._descriptor = syscalls.create(self.path)
@@ -188,7 +153,7 @@ class SafetensorsWriter:
                 flushed = pool.submit(syscalls.sync_data, descriptor, self.path)
                 self._require_header(file)
                 whole = pool.submit(self._digest, file, 0, file.size)
-                for _ in pool.map(lambda name: self._verify(name, file), self._specs):
+                for _ in pool.map(lambda names: self._verify(names, file), _parts(list(self._specs))):
                     pass
                 flushed.result()
                 written = WrittenFile(self.path.name, file.size, whole.result())
@@ -256,7 +221,7 @@ class SafetensorsWriter:
         handed = [self._claim(name, 0, ref.nbytes) for name, ref in pairs]
         count = sum(ref.nbytes for _, ref in pairs)
         offset = self._offsets[pairs[0][0]]
-        syscalls.copy_at(source, pairs[0][1].offset, self._open_descriptor(), offset, count, self.path)
+        syscalls.copy_at(source, pairs[0][1].offset, self._open_descriptor(), offset, count, self.path, self._check)
         for given, (_, ref) in zip(handed, pairs, strict=True):
             given.copied_from = ref
         self._count(count)
@@ -270,15 +235,21 @@ class SafetensorsWriter:
 
     def _digest(self, file: ReadOnlyFile, start: int, stop: int) -> str:
         digest = hashlib.sha256()
-        for view in blocks(file, start, stop):
-            if self._stop.is_set():
-                raise StorageError("Reading back was stopped.", file=file.label)
+        for view in blocks(file, start, stop, check=self._check_reading):
             digest.update(view)
         return digest.hexdigest()
 
-    def _verify(self, name: str, file: ReadOnlyFile) -> None:
-        """Hold a tensor's bytes on the disk against the ones handed in."""
-        self._handed.get(name, Handed()).require_same(file, self._offsets[name], self._specs[name], self._stop)
+    def _verify(self, names: Sequence[str], file: ReadOnlyFile) -> None:
+        """Hold tensors' bytes on the disk against the ones handed in."""
+        for name in names:
+            handed = self._handed.get(name, Handed())
+            handed.require_same(file, self._offsets[name], self._specs[name], self._check_reading)
+
+    def _check_reading(self) -> None:
+        if self._check is not None:
+            self._check()
+        if self._stop.is_set():
+            raise StorageError("Reading back was stopped.", file=self.path.name)
 
     def _count(self, nbytes: int) -> None:
         """Let the kernel write out what has come together, so that `finish` does not wait for all of it."""

@@ -12,7 +12,9 @@ from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
 from loratools.engine import planning
 from loratools.engine.cards import is_hub_id
+from loratools.engine.context import Outcome
 from loratools.engine.execute import Execution, execute
+from loratools.engine.extract_advice import advice
 from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
@@ -216,8 +218,7 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     for outcome in outcomes:
         if outcome.facts.get("rank"):
             modules.append({"name": outcome.target, **_numbers(outcome.facts)})
-        for parameter, fate in outcome.facts["fates"].items():
-            name = f"{outcome.target}.{parameter}" if outcome.target else parameter
+        for name, fate in _named_fates(outcome):
             fates[fate.split(":")[0]] += 1
             if fate in {"identical", "equal in value"}:
                 identical.append(name)
@@ -229,7 +230,7 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
     none = () if execution.adapter else ("Nothing that the adapter may hold has changed: it is empty.",)
-    found = [*none, *_findings(modules), *prepared.planner.advice(execution.adapter)]
+    found = [*none, *_findings(modules), *advice(prepared.planner.pairing, execution.adapter)]
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),
         parameters=prepared.plan.options,
@@ -239,7 +240,7 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
             "hub": prepared.planner.hub_name(prepared.plan.options["base_model"]),
             "fingerprint": prepared.planner.fingerprints(touched),
         },
-        notes=(*prepared.plan.notes, *found, *execution.notes),
+        notes=(*prepared.plan.notes, *found),
         modules=tuple(modules),
         whole=tuple(whole),
         left_out=MappingProxyType(left_out),
@@ -248,8 +249,17 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     )
 
 
+def _named_fates(outcome: Outcome) -> list[tuple[str, str]]:
+    """What became of every tensor of a unit, by its name: below the module, or, of experts, its own."""
+    own = [
+        (f"{outcome.target}.{parameter}" if outcome.target else parameter, fate)
+        for parameter, fate in outcome.facts["fates"].items()
+    ]
+    return [*own, *outcome.facts.get("tensors", {}).items()]
+
+
 def _numbers(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key not in {"fates", "products"}}
+    return {key: value for key, value in facts.items() if key not in {"fates", "tensors", "products"}}
 
 
 def _totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], execution: Execution) -> dict[str, Any]:

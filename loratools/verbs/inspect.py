@@ -252,14 +252,14 @@ def _checkpoint_notes(checkpoint: Checkpoint, buffers: int) -> tuple[str, ...]:
 def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
     chosen = selection.selected(adapter)
     rows = tuple(updates.row_of(path, adapter[path]) for path in chosen)
-    refs = [ref for path in chosen for ref in adapter[path].tensors]
+    refs = updates.tensors_of(adapter, chosen)
     shares = _by_dtype(Counter((ref.dtype, ref.shape, True) for ref in refs))
-    held = Counter(ref.source.label for update in adapter.values() for ref in update.tensors)
+    held = Counter(ref.source.label for ref in updates.tensors_of(adapter, adapter))
     return InspectReport(
         kind="adapter",
         format=adapter.format,
         name=adapter.name,
-        parameters=sum(row.parameters for row in rows),
+        parameters=sum(ref.spec.numel for ref in refs),
         bytes=sum(share.bytes for share in shares.values()),
         dtypes=shares,
         kinds=dict(Counter(row.kind for row in rows).most_common()),

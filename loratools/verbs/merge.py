@@ -15,6 +15,7 @@ from loratools.engine.execute import Execution, execute
 from loratools.engine.merge_units import MergePlanner
 from loratools.engine.plan import Plan, Unit
 from loratools.engine.planning import Run, RunOptions
+from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.errors import UsageError
 from loratools.files import load_adapter, open_checkpoint
@@ -173,12 +174,13 @@ def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
             counts["merged"] += 1
             modules.append(_module(unit, outcome.facts, plan))
     touched = [unit.inputs[0].name for unit in plan.units if unit.operation == "merge"]
+    inputs = execution.inputs(plan)
     return MergeReport(
-        inputs=execution.inputs(plan),
+        inputs=inputs,
         parameters=plan.options,
         files=execution.files,
         base={"name": prepared.base.name, "fingerprint": _fingerprints(prepared.base, touched)},
-        notes=(*plan.notes, *execution.notes),
+        notes=(*plan.notes, *repeated(inputs)),
         modules=tuple(modules),
         tensors=counts,
         totals={

@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import Adapter
+from loratools.checkpoints import Checkpoint
+from loratools.engine.binding import shaped
 from loratools.engine.derive import DerivedReport, Request, plan_of, run_of
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions, as_list, weights_for
 from loratools.errors import UsageError
-from loratools.files import load_adapter
+from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source
 
 if TYPE_CHECKING:
@@ -37,10 +39,11 @@ def plan_stack(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     format: str | None = None,
+    base: Source | Checkpoint | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `stack` with the same arguments; reads headers and configurations only."""
-    return plan_of(_request(adapters, output, weights, method, (include, exclude), format), Run(**run))
+    return plan_of(_request(adapters, output, weights, method, (include, exclude), (format, base)), Run(**run))
 
 
 def stack(
@@ -52,6 +55,7 @@ def stack(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     format: str | None = None,
+    base: Source | Checkpoint | None = None,
     **run: Unpack[RunOptions],
 ) -> StackReport:
     """Write `ΔW = Σ w_i ΔW_i` by concatenating ranks: exact, nothing is truncated.
@@ -64,6 +68,7 @@ def stack(
         include: patterns of modules to take; exclude: of modules not to.
         exclude: see `include`.
         format: the dialect; default the inputs' own if they agree, else PEFT.
+        base: what the adapters are for: tells the shapes of weights that the tensors of VeRA and MiSS do not.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
@@ -72,7 +77,7 @@ def stack(
 
     Law: Δ(stack(a, b; w)) = Σ w_i ΔW_i to 1e-6, for any ranks, alphas and signs.
     """
-    request = _request(adapters, output, weights, method, (include, exclude), format)
+    request = _request(adapters, output, weights, method, (include, exclude), (format, base))
     return run_of(request, Run(**run), StackReport)
 
 
@@ -82,12 +87,16 @@ def _request(
     weights: Sequence[float] | float | None,
     method: str,
     patterns: tuple[Sequence[str], Sequence[str]],
-    format: str | None,
+    written: tuple[str | None, Source | Checkpoint | None],
 ) -> Request:
     if method != "sum":
         raise UsageError("The only method so far is sum.", method=method)
     loaded = [load_adapter(adapter) for adapter in as_list(adapters)]
     if not loaded:
         raise UsageError("At least one adapter is needed.")
+    dialect, base = written
+    if base is not None:
+        original = open_checkpoint(base)
+        loaded = [shaped(adapter, original) for adapter in loaded]
     options: Mapping[str, Any] = {"method": method}
-    return Request("stack", loaded, output, weights_for(len(loaded), weights), "keep", patterns, format, options)
+    return Request("stack", loaded, output, weights_for(len(loaded), weights), "keep", patterns, dialect, options)

@@ -258,7 +258,7 @@ def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:
         parameters=plan.options,
         files=execution.files,
         base={},
-        notes=(*plan.notes, *execution.notes),
+        notes=plan.notes,
         method=str(plan.options["method"]),
         modules=tuple(modules),
         totals={

@@ -19,7 +19,7 @@ SURFACE = {
     "unmerge": {"-w", "--base", "--device", *writing},
     "extract": {"--rank", "--energy", "--error", "--max-rank", "--preset", "--save-full", "--only-low-rank", "--seed",
                 "--format", "--base-model", "--device", *selecting, *writing},
-    "stack": {"-w", "--method", "--format", *selecting, *writing},
+    "stack": {"-w", "--method", "--format", "--base", *selecting, *writing},
     "rescale": {"--by", "--restate-alpha", "--bake", "--format", *selecting, *writing},
     "push": {"--private", "--create-pr", "--revision", "--message", "--dry-run"},
     "pull": {"-o", "--output", "--revision", "--overwrite", "--dry-run"},

@@ -62,7 +62,7 @@ LIGHT = [
     ["inspect", "base"],
     ["inspect", "adapter", "--json"],
     ["graph", "base"],
-    *([*PLANNED[name], "--dry-run"] for name in PLANNED if name != "extract"),
+    *([*PLANNED[name], "--dry-run"] for name in PLANNED),
     ["push", "adapter", "me/x", "--dry-run"],
     ["pull", "me/x", "-o", "out"],
 ]

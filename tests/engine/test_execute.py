@@ -11,7 +11,7 @@ from loratools.engine.operations import OPERATIONS, extracting, merging
 from loratools.engine.reports import plain, version
 from loratools.errors import NonFiniteError, OutputExistsError, StorageError
 from loratools.files import load_adapter
-from loratools.storage import outputs
+from loratools.storage.partials import stale_partials
 from loratools.verbs.extract import extract
 from loratools.verbs.merge import merge, plan_merge
 from loratools.verbs.rescale import rescale
@@ -191,7 +191,7 @@ def test_a_killed_runs_leftover_is_named(home):
     assert any(left.name in note for note in report.notes)
     assert (left / "x").read_text() == "x"
     assert str(home) not in (home / "out" / "loratools.json").read_text()
-    assert outputs.stale_partials(home / "other") == []
+    assert stale_partials(home / "other") == []
 
 
 def test_tiles_change_no_byte(home, monkeypatch):

@@ -109,13 +109,15 @@ def test_the_files_of_a_model_are_no_adapter(tmp_path):
 
 
 def test_what_a_config_names_is_not_touched(tmp_path):
-    """H62: nothing named in a configuration is imported, and none of it is written again."""
+    """H62: a model's own class may be named; it is not imported, and none of it is written again."""
     import sys
 
-    extra = {"auto_mapping": {"parent_library": "antigravity", "base_model_class": "x"}, "megatron_core": "this"}
+    extra = {"auto_mapping": {"parent_library": "a_model_of_mine", "base_model_class": "x"},
+             "megatron_core": "megatron.core"}  # fmt: skip
+    (tmp_path / "a_model_of_mine.py").write_text("raise SystemExit")
     a = load_adapter(write_adapter(tmp_path / "a", **extra))
     save(a, tmp_path / "b")
-    assert not {"antigravity", "this"} & set(sys.modules)
+    assert not {"a_model_of_mine", "megatron"} & set(sys.modules)
     written = json.loads((tmp_path / "b" / "adapter_config.json").read_text())
     assert not set(extra) & set(written)
 

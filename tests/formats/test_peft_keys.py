@@ -48,7 +48,6 @@ def test_parameter_keys_read_back(module, wrapped):
 
 
 REFUSED = {
-    "embed.token_adapter.trainable_tokens_delta": "trainable tokens",
     "embed.trainable_tokens_delta": "trainable tokens",
     "q.lora_E": "AdaLoRA",
     "q.hada_w1_a": "LoHa",

@@ -1,6 +1,6 @@
 """What mergekit-extract-lora 0.1.5 gets wrong, letter by letter as in the survey: a test each that we pass.
 
-One is refused by name instead: fused experts (b) come in a later issue.
+Fused experts (b) and convolutions (h) too.
 """
 
 import os
@@ -8,7 +8,6 @@ import os
 import pytest
 import torch
 
-from loratools.errors import UnsupportedError
 from loratools.verbs.extract import extract
 from loratools.verbs.merge import merge
 from tests import models
@@ -225,29 +224,40 @@ def refusable(name):
     return base, tuned
 
 
-REFUSED = {
-    "model.layers.0.mlp.experts.gate_up_proj": "experts",
-    "model.layers.0.mlp.experts.down_proj": "experts",
+CHANGED = {
+    "model.layers.0.mlp.experts.gate_up_proj": "model.layers.0.mlp.experts.gate_up_proj",
+    "model.layers.0.mlp.experts.down_proj": "model.layers.0.mlp.experts.down_proj",
+    "vision.patch_embed.proj.weight": "vision.patch_embed.proj",
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_b_is_refused_by_name(tmp_path, unchanged, name):
-    """(b) mergekit omits fused experts without a word; until their issue comes we say which tensor we do not handle,
-    write nothing, and leave nothing."""
+@pytest.mark.parametrize("name", CHANGED)
+def test_b_and_h_are_low_rank(tmp_path, unchanged, name):
+    """(b) mergekit omits fused experts without a word, and (h) factors nn.Conv1d into nonsense or crashes on nn.Conv2d;
+    here an expert or a kernel is a matrix, and a merge at full rank gives the tuned tensor back."""
     base, tuned = refusable(name)
     models.write_checkpoint(tmp_path / "base", base)
     models.write_checkpoint(tmp_path / "tuned", tuned)
     unchanged(tmp_path / "base", tmp_path / "tuned")
-    with pytest.raises(UnsupportedError) as error:
-        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=4)
-    assert name in str(error.value)
-    assert REFUSED[name] in str(error.value)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=64)
+    assert CHANGED[name] in {module["name"] for module in report.modules}
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    torch.testing.assert_close(models.tensors_of(tmp_path / "merged")[name], tuned[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_b_does_not_matter_where_nothing_changed(tmp_path, name):
+def test_a_depthwise_kernel_is_whole(tmp_path):
+    """(h) PEFT's LoRA has no kernel for it: stored as it is, and said."""
+    name = "model.layers.0.mixer.conv1d.weight"
+    base, tuned = refusable(name)
+    models.write_checkpoint(tmp_path / "base", base)
+    models.write_checkpoint(tmp_path / "tuned", tuned)
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=4)
+    assert name in report.whole
+    assert any("depthwise" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", [*CHANGED, "model.layers.0.mixer.conv1d.weight"])
+def test_b_and_h_do_not_matter_where_nothing_changed(tmp_path, name):
     """The same tensors untouched are no obstacle; excluded, they are named as left out; --save-full keeps them."""
     base, tuned = refusable(name)
     models.write_checkpoint(tmp_path / "base", base)

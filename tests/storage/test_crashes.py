@@ -10,12 +10,12 @@ from loratools.errors import (
     LoratoolsError,
 )
 from loratools.storage import syscalls
-from loratools.storage.outputs import stale_partials
+from loratools.storage.partials import stale_partials
 from tests.storage.storage_outputs import make_directory, make_files, names, state
 
 CALLS = (
-    "create", "allocate", "write_at", "sync_data", "sync_path", "make_directory", "move_new", "exchange", "replace",
-    "remove", "remove_tree",
+    "create", "allocate", "write_at", "sync_data", "sync_path", "make_directory", "remove_directory", "link",
+    "move_new", "exchange", "replace", "remove", "remove_tree",
 )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from loratools.errors import (
     OutputExistsError,
 )
 from loratools.storage import syscalls
-from loratools.storage.outputs import OutputDirectory, OutputFiles, stale_partials
+from loratools.storage.outputs import OutputDirectory, OutputFiles
+from loratools.storage.partials import stale_partials
 from loratools.storage.writer import write_bytes_durably
 from tests.storage.storage_outputs import fill, make_directory, make_files, names, state
 

@@ -228,9 +228,8 @@ def test_identical_damage_is_identical(tmp_path):
 
 
 def test_kinds_that_are_not_handled_are_refused_by_name(tmp_path):
-    """Fused experts, quantised weights: the tensor and the way round; unchanged ones do not matter."""
+    """Quantised weights: the tensor and the way round; unchanged ones do not matter."""
     kinds = {
-        "mlp.experts.weight": (normal(2, 2, 4, 3), "experts"),
         "q.weight": (torch.arange(16, dtype=torch.uint8).reshape(4, 4), "quantised"),
     }
     for number, (name, (tensor, kind)) in enumerate(kinds.items()):

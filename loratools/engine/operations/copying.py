@@ -12,9 +12,7 @@ from loratools.tensors import TensorRef, torch_dtype
 
 def hash_file(unit: Unit, context: Context) -> Outcome:
     """The SHA-256 of one input file, for the report."""
-    source = context.sources[str(unit.parameters["source"])]
-    path = next(path for path in source.files if path.name == unit.target)
-    digest = sha256_of(path)
+    digest = sha256_of(context.input_file(str(unit.parameters["source"]), unit.target), context.check)
     expected = unit.parameters.get("expected")
     if expected is not None and digest != expected:
         raise MismatchError(
@@ -45,7 +43,7 @@ def same(unit: Unit, context: Context) -> Outcome:
     pairs = [(context.tensor(one), context.tensor(two)) for one, two in zip(*[iter(unit.inputs)] * 2, strict=True)]
     for base, merged in pairs:
         context.check()
-        if not same_bytes(base, merged, context.settings.tile_bytes):
+        if not same_bytes(base, merged, context.settings.tile_bytes, context.check):
             raise MismatchError(
                 "This tensor is not the base's, although none of the adapters touches it.",
                 fix="Name every adapter that was merged, or leave --base out to subtract only the named ones.",

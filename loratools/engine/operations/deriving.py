@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, Final
 
-from loratools.adapters import LowRank, Sum
-from loratools.adapters.algebra import finite, summed
+from loratools.adapters import AbstractUpdate, LowRank, Sum
+from loratools.adapters.algebra import as_products, finite, summed
 from loratools.engine.context import Context, Outcome
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
-from loratools.files import concatenated, scaled_exactly
+from loratools.files import scaled_exactly, settled
+
+LEFT_OUT: Final = "left out"
+"""What became of a module whose products have rank 0."""
 
 
 def derive(unit: Unit, context: Context) -> Outcome:
@@ -20,17 +24,39 @@ def derive(unit: Unit, context: Context) -> Outcome:
         for ref in update.factors:
             finite(ref)
     update = summed(unit.target, held)
+    if unit.parameters.get("products"):
+        update = as_products(update)
+    if isinstance(update, Sum) and not update.rank:
+        return Outcome(unit.target, "derive", LEFT_OUT, {"rank": 0, "alpha": None, "scaling": None})
+    update = settled(unit.target, update, context.sink.keep)
     alpha = unit.parameters["alpha"]
-    if isinstance(update, Sum):
-        update = concatenated(unit.target, update, context.sink.keep)
-    if alpha != "keep" and update.changes_weight and not isinstance(update, LowRank):
-        raise UnsupportedError(f"The alpha of a {update.kind} update is not restated yet.", module=unit.target)
-    if alpha != "keep" and isinstance(update, LowRank):
-        update = _restated(unit.target, update, None if alpha == "bake" else float(alpha), context)
+    if alpha != "keep":
+        update = _with_alpha(unit.target, update, None if alpha == "bake" else float(alpha), context)
     context.sink.update(unit.target, update)
     context.advance(unit.read_bytes, unit.target)
     facts = {"rank": update.rank or 0, "alpha": getattr(update, "alpha", None), "scaling": update.scaling}
     return Outcome(unit.target, "derive", update.kind, facts)
+
+
+def _with_alpha(target: str, update: AbstractUpdate, alpha: float | None, context: Context) -> AbstractUpdate:
+    """The same ΔW with another alpha; a tensor that ΔW is linear in takes the quotient.
+
+    Raises:
+        UnsupportedError: the kind has no alpha, or no such tensor.
+    """
+    if isinstance(update, LowRank):
+        return _restated(target, update, alpha, context)
+    if not update.changes_weight or (alpha is None and update.divisor is None and update.scaling == 1):
+        return update
+    field, divisor, scaling = update.linear_in, update.divisor, update.scaling
+    if field is None or divisor is None or scaling is None or alpha == 0:
+        raise UnsupportedError(f"The alpha of a {update.kind} update cannot be restated.", module=target)
+    number = divisor if alpha is None else alpha
+    quotient = scaling * divisor / number
+    fresh: dict[str, Any] = {"alpha": number}
+    if quotient != 1:
+        fresh[field] = context.sink.keep(f"{target}.{field}", scaled_exactly(getattr(update, field), quotient))
+    return dataclasses.replace(update, **fresh)
 
 
 def _restated(target: str, update: LowRank, alpha: float | None, context: Context) -> LowRank:

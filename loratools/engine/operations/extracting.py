@@ -72,7 +72,7 @@ def _fate(rule: str, base: TensorRef | None, tuned: TensorRef, context: Context)
     if base is None:
         return "whole" if rule == "added" else "left out: new in the tuned checkpoint"
     common = tuned.rows(0, base.shape[0]) if rule in {"rows", "rows-whole"} else tuned
-    if same_bytes(base, common, context.settings.tile_bytes):
+    if same_bytes(base, common, context.settings.tile_bytes, context.check):
         return "identical"
     if base.dtype != common.dtype and same_values(base, common, context.settings.tile_bytes):
         return "equal in value"
@@ -82,7 +82,7 @@ def _fate(rule: str, base: TensorRef | None, tuned: TensorRef, context: Context)
             fix="Exclude the module (--exclude), or keep it whole (--save-full).",
             tensor=tuned.name,
             shape=tuned.shape,
-            dtype=tuned.dtype,
+            dtype=tuned.dtype if base.dtype == tuned.dtype else f"{tuned.dtype}, in the base {base.dtype}",
         )
     if rule == "left-out":
         return "left out: only low-rank updates were asked for"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from loratools.errors import NonFiniteError
+from loratools.storage.files import Check
 from loratools.tensors import COMPUTABLE, TensorRef
 
 
@@ -42,13 +43,15 @@ def require_all_finite(ref: TensorRef, tile_bytes: int) -> None:
         )
 
 
-def same_bytes(one: TensorRef, other: TensorRef, chunk_bytes: int) -> bool:
+def same_bytes(one: TensorRef, other: TensorRef, chunk_bytes: int, check: Check = None) -> bool:
     """Whether two tensors of equal dtype and shape hold the same bytes; stops at the first difference."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     size = min(chunk_bytes, max(one.nbytes, 1))
     left, right = memoryview(bytearray(size)), memoryview(bytearray(size))
     for start, stop in one.chunks(size):
+        if check is not None:
+            check()
         one.read_into(left[: stop - start], start)
         other.read_into(right[: stop - start], start)
         if left[: stop - start] != right[: stop - start]:
@@ -57,7 +60,7 @@ def same_bytes(one: TensorRef, other: TensorRef, chunk_bytes: int) -> bool:
 
 
 def differing_bytes(one: TensorRef, other: TensorRef) -> int:
-    """How many entries of two tensors differ (bytes, in dtypes narrower than one); both are read whole."""
+    """How many entries of two tensors differ in their bytes (bytes, in narrower dtypes); both are read whole."""
     import torch
 
     if (one.dtype, one.shape) != (other.dtype, other.shape):

@@ -16,7 +16,7 @@ from loratools.adapters import AbstractUpdate, Adapter, Full, Sum
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats._codec import AbstractCodec, Contents, Decoded, Encoded
 from loratools.formats.peft import config as fields
-from loratools.formats.peft import keys
+from loratools.formats.peft import keys, limits
 from loratools.formats.peft.tuners import TUNERS, AbstractTuner, Module, tuner_of
 from loratools.tensors import TensorRef
 
@@ -47,6 +47,7 @@ class PeftCodec(AbstractCodec):
                 fix="Put the configuration beside the weights.",
             )
         tuner = tuner_of(config)
+        limits.refuse_absurd(config)
         tuner.refuse(config)
         notes: list[str] = []
         shared = {key: ref for key, ref in contents.tensors.items() if key in tuner.shared}
@@ -57,8 +58,11 @@ class PeftCodec(AbstractCodec):
             modules.setdefault(module, _Found())
         paths = tuner.paths({path: found.roles for path, found in modules.items()}, config)
         updates = {
-            paths[module]: _update(paths[module], found, tuner, config, (added.get(module, {}), shared), notes)
+            paths[module]: _update(
+                (module, paths[module]), found, tuner, config, (added.get(module, {}), shared), notes
+            )
             for module, found in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
+            for path in [paths[module]]
         }
         base = config.get("base_model_name_or_path")
         return Decoded(
@@ -73,8 +77,8 @@ class PeftCodec(AbstractCodec):
             for parameter in update.replaced
             if update.changes_weight and parameter not in {"bias", "weight"}
         ]
-        changed = {path: update for path, update in adapter.items() if update.changes_weight}
-        if _tuner_for(changed) is None:
+        changed = _carried(adapter)
+        if _tuner_for(changed, adapter.config) is None:
             kinds = sorted({update.kind for update in changed.values()})
             lost.append(f"updates of kind {', '.join(kinds)} in one adapter")
         return lost
@@ -84,8 +88,8 @@ class PeftCodec(AbstractCodec):
         lost = self.cannot_hold(adapter)
         if lost:
             raise UnsupportedError(f"PEFT's format cannot hold: {'; '.join(lost)}.")
-        changed = {path: update for path, update in adapter.items() if update.changes_weight}
-        tuner = _tuner_for(changed)
+        changed = _carried(adapter)
+        tuner = _tuner_for(changed, adapter.config)
         assert tuner is not None
         whole = _saved_modules(adapter, siblings)
         keyed = tuner.keyed(changed)
@@ -112,12 +116,18 @@ class _Found:
     parameters: dict[str, TensorRef] = dataclasses.field(default_factory=dict)
 
 
-def _tuner_for(updates: Mapping[str, AbstractUpdate]) -> AbstractTuner | None:
-    """The tuner that holds all of these updates."""
+def _carried(adapter: Adapter) -> dict[str, AbstractUpdate]:
+    """The updates that are a tuner's: all but parameters that are given whole."""
+    return {path: update for path, update in adapter.items() if update.changes_weight or update.patches}
+
+
+def _tuner_for(updates: Mapping[str, AbstractUpdate], config: Mapping[str, Any]) -> AbstractTuner | None:
+    """The tuner that holds all of these updates; the one that they were read from, where it still does."""
     for path, update in updates.items():
         if isinstance(update, Sum):
             raise UnsupportedError("A sum of updates must be concatenated before it is written.", module=path)
-    return next((each for each in TUNERS.values() if all(map(each.holds, updates.values()))), None)
+    able = [each for each in TUNERS.values() if all(map(each.holds, updates.values()))]
+    return next((each for each in able if each.peft_type == config.get("peft_type")), able[0] if able else None)
 
 
 def _renamed(tensors: Mapping[str, TensorRef]) -> dict[str, TensorRef]:
@@ -129,7 +139,8 @@ def _without_copies(tensors: Mapping[str, TensorRef], notes: list[str]) -> dict[
     copies = [key for key in tensors if keys.copied(key) in tensors]
     if copies:
         notes.append(f"Left out, since PEFT writes these copies and does not load them: {', '.join(copies)}.")
-    return {key: ref for key, ref in tensors.items() if key not in set(copies)}
+    left_out = set(copies)
+    return {key: ref for key, ref in tensors.items() if key not in left_out}
 
 
 def _grouped(tensors: Mapping[str, TensorRef], tuner: AbstractTuner) -> tuple[dict[str, _Found], dict[str, int]]:
@@ -148,14 +159,14 @@ def _grouped(tensors: Mapping[str, TensorRef], tuner: AbstractTuner) -> tuple[di
 
 
 def _update(
-    path: str,
+    names: tuple[str, str],
     found: _Found,
     tuner: AbstractTuner,
     config: Mapping[str, Any],
     beside: tuple[Mapping[str, TensorRef], Mapping[str, TensorRef]],
     notes: list[str],
 ) -> AbstractUpdate:
-    added, shared = beside
+    (raw, path), (added, shared) = names, beside
     rest: dict[str, Any] = {
         "replaced": MappingProxyType(found.parameters),
         "added_rows": MappingProxyType(dict(added)),
@@ -163,7 +174,8 @@ def _update(
     if not found.roles:
         wrapped = any(path.endswith(name) for name in fields.saved_modules(config))
         return Full(shared=not wrapped, **rest)
-    return tuner.update(Module(path, MappingProxyType({**shared, **found.roles}), config, rest, notes))
+    roles = MappingProxyType({**shared, **found.roles})
+    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes))
 
 
 def _added_rows(side: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, dict[str, TensorRef]]:
@@ -211,25 +223,28 @@ def _config(
     whole: list[str],
     siblings: Collection[str],
 ) -> dict[str, Any]:
-    config = fields.inherited(adapter.config) | dict(tuner.fields(changed, siblings))
+    kept = fields.inherited(adapter.config, tuner.peft_type)
+    config = {**tuner.defaults, **kept, **tuner.fields(changed, siblings)}
     if not siblings and changed and (excluded := fields.inherited_exclusion(adapter.config, list(changed))):
         config["exclude_modules"] = excluded
     config |= {
         "peft_type": tuner.peft_type,
         "inference_mode": True,
-        "modules_to_save": whole or None,
         "base_model_name_or_path": config.get("base_model_name_or_path") or adapter.base_model,
     }
+    if whole or tuner.holds_biases or "modules_to_save" in config:
+        config["modules_to_save"] = whole or None
     if tuner.holds_biases:
-        config["bias"] = _biases(adapter, changed, whole)
+        config["bias"] = _biases(adapter, changed, whole, tuner.own_biases)
     config.setdefault("task_type", None)
-    config.setdefault("fan_in_fan_out", False)
+    if tuner.tells_orientation:
+        config.setdefault("fan_in_fan_out", False)
     return config
 
 
-def _biases(adapter: Adapter, changed: Mapping[str, AbstractUpdate], whole: Collection[str]) -> str:
+def _biases(adapter: Adapter, changed: Mapping[str, AbstractUpdate], whole: Collection[str], own: str) -> str:
     """Which biases are given whole: of no layer, of the layers that are changed, or of others too."""
     others = [path for path, update in adapter.items() if path not in changed and path not in whole]
     if any("bias" in adapter[path].replaced for path in others):
         return "all"
-    return "lora_only" if any("bias" in update.replaced for update in changed.values()) else "none"
+    return own if any("bias" in update.replaced for update in changed.values()) else "none"

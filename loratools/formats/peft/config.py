@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Final
 
-from loratools.errors import MalformedError, UnsupportedError
+from loratools.errors import InputDataError, MalformedError, UnsupportedError
 from loratools.formats.peft import expressions
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -26,6 +26,8 @@ _NOT_REPEATED: Final = (
     "runtime_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "init_lora_weights",
 )  # fmt: skip
 """Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
+
+_OF_EVERY_KIND: Final = ("base_model_name_or_path", "revision", "task_type")
 
 
 def peft_type(config: Mapping[str, Any]) -> str:
@@ -111,9 +113,9 @@ def matched(pattern: Any, module: str, default: float, *, field: str) -> float:
     return number(pattern, module, default)  # a name that does not match itself, such as `a+b`
 
 
-def alpha_of(config: Mapping[str, Any], module: str) -> float:
-    """`alpha` of a module."""
-    default = number(config, "lora_alpha", DEFAULT_ALPHA)
+def alpha_of(config: Mapping[str, Any], module: str, field: str = "lora_alpha") -> float:
+    """`alpha` of a module; `field` is what the kind calls it."""
+    default = number(config, field, DEFAULT_ALPHA)
     return matched(config.get("alpha_pattern"), module, default, field="alpha_pattern")
 
 
@@ -132,9 +134,19 @@ def patterns(values: Mapping[str, float], default: float, targets: Sequence[str]
     for spelling in (lambda path: path, lambda path: f"^{re.escape(path)}"):
         spelled = {spelling(module): value for module, value in sorted(exceptions.items())}
         ordered = dict(sorted(spelled.items()))
-        if all(matched(ordered, module, default, field="") == values[module] for module in targets):
+        if _tells_apart(ordered, values, default, targets):
             return ordered
     raise UnsupportedError("No rank or alpha pattern of PEFT tells these modules apart.", first=targets[0])
+
+
+def _tells_apart(
+    pattern: Mapping[str, float], values: Mapping[str, float], default: float, targets: Sequence[str]
+) -> bool:
+    """Whether every target gets its own value; not where a plain path is no expression, such as `a[b`."""
+    try:
+        return all(matched(pattern, module, default, field="") == values[module] for module in targets)
+    except InputDataError:
+        return False
 
 
 def collateral(targets: Sequence[str], siblings: Collection[str]) -> list[str]:
@@ -199,6 +211,31 @@ def inherited_exclusion(config: Mapping[str, Any], targets: Sequence[str]) -> li
     return [name for name in named if isinstance(exclusion([name], targets), list)] or None
 
 
-def inherited(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What a re-written configuration keeps of the one that was read, unknown keys included."""
+def inherited(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """What a re-written configuration of `kind` keeps of the one that was read, unknown keys included.
+
+    Of one of another kind only what is no setting of that kind.
+    """
+    if "peft_type" in config and peft_type(config) != kind:
+        return {key: config[key] for key in _OF_EVERY_KIND if key in config}
     return {key: value for key, value in config.items() if key not in _NOT_REPEATED}
+
+
+def one_for_all(field: str, values: Mapping[str, Any]) -> Any:
+    """The value that all modules share, for a field that a configuration has once.
+
+    Args:
+        field: its name.
+        values: by module path; at least one.
+
+    Raises:
+        UnsupportedError: modules differ in it.
+    """
+    (first, value), *others = values.items()
+    for path, other in others:
+        if other != value:
+            raise UnsupportedError(
+                f"PEFT's format cannot hold: {field} {value} in {first} and {other} in {path}; it is one for all.",
+                fix="Write the two sorts as adapters of their own (--include, --exclude).",
+            )
+    return value

@@ -71,7 +71,7 @@ def parse(key: str, roles: Collection[str]) -> Key:
         )
     rest = key[len(PREFIX) :]
     pieces = rest.split(".")
-    for depth in (1, 2):
+    for depth in (2, 1):  # `token_adapter.trainable_tokens_delta` before `trainable_tokens_delta`
         if ".".join(pieces[-depth:]) in roles and len(pieces) > depth:
             return Key(".".join(pieces[:-depth]), ".".join(pieces[-depth:]))
     _refuse_named(key)
@@ -85,7 +85,9 @@ def _refuse_named(key: str) -> None:
     for pattern, kind in _REFUSED:
         if pattern.search(key):
             raise UnsupportedError(
-                f"This adapter uses {kind}, which is not read yet.", fix="Nothing was written.", tensor=key
+                f"This adapter uses {kind}, which is not what its configuration says, or is not read yet.",
+                fix="Nothing was written.",
+                tensor=key,
             )
 
 

@@ -9,11 +9,30 @@ from typing import Any, Final
 from loratools.errors import UnsupportedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
+from loratools.formats.peft.tuners.adalora import AdaLoraTuner
+from loratools.formats.peft.tuners.loha import LoHaTuner
+from loratools.formats.peft.tuners.lokr import LoKrTuner
 from loratools.formats.peft.tuners.lora import LoraTuner
+from loratools.formats.peft.tuners.miss import MissTuner
+from loratools.formats.peft.tuners.tokens import TrainableTokensTuner
+from loratools.formats.peft.tuners.vera import VeraTuner
 
 __all__ = ["TUNERS", "AbstractTuner", "Module", "tuner_of"]
 
-TUNERS: Final[Mapping[str, AbstractTuner]] = MappingProxyType({tuner.peft_type: tuner for tuner in (LoraTuner(),)})
+TUNERS: Final[Mapping[str, AbstractTuner]] = MappingProxyType(
+    {
+        tuner.peft_type: tuner
+        for tuner in (
+            LoraTuner(),
+            TrainableTokensTuner(),
+            AdaLoraTuner(),
+            LoHaTuner(),
+            LoKrTuner(),
+            MissTuner(),
+            VeraTuner(),
+        )
+    }
+)
 """`peft_type` → its tuner; all others are refused by name."""
 
 

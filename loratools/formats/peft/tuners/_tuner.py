@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from loratools.adapters import AbstractUpdate
@@ -18,7 +19,8 @@ class Module:
     """What a file and its configuration hold of one module.
 
     Attributes:
-        path: the module's path in the base model.
+        path: the module's path in the base model, and in the adapter.
+        name: the path that PEFT looks up patterns under.
         roles: tensors by what follows the path in their keys.
         config: the whole configuration, as read.
         rest: the fields that every update has (`replaced`, `added_rows`, `patches`), ready to be passed on.
@@ -26,6 +28,7 @@ class Module:
     """
 
     path: str
+    name: str
     roles: Mapping[str, TensorRef]
     config: Mapping[str, Any]
     rest: Mapping[str, Any]
@@ -52,13 +55,19 @@ class AbstractTuner(abc.ABC):
         peft_type: as the configuration says it.
         roles: what follows a module's path in the keys of this tuner.
         shared: keys of tensors that belong to the model as a whole; `Module.roles` has them for every module.
+        defaults: fields that are written as they were read, or else so: PEFT misses them otherwise.
         holds_biases: whether PEFT loads biases beside it (`bias` in the configuration).
+        own_biases: what `bias` is where those of the changed layers are trained.
+        tells_orientation: whether the configuration has `fan_in_fan_out`.
     """
 
     peft_type: str
     roles: tuple[str, ...]
     shared: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = MappingProxyType({})
     holds_biases: bool = True
+    own_biases: str = "lora_only"
+    tells_orientation: bool = True
 
     def refuse(self, config: Mapping[str, Any]) -> None:  # noqa: B027  (most tuners have no such field)
         """Raise for a configuration under which the tensors mean something that is not handled.
@@ -71,6 +80,11 @@ class AbstractTuner(abc.ABC):
         """The module path that each path in the keys stands for; most stand for themselves."""
         del config
         return {path: path for path in modules}
+
+    def pattern_name(self, key_path: str, path: str) -> str:
+        """The path that PEFT looks up patterns under, for a path in the keys and what it stands for."""
+        del path
+        return key_path
 
     @abc.abstractmethod
     def update(self, module: Module) -> AbstractUpdate:

@@ -1,0 +1,41 @@
+"""What to do with an extracted adapter, where something does not go the usual way."""
+
+from __future__ import annotations
+
+from loratools.adapters import Adapter
+from loratools.adapters.experts import Stacked
+from loratools.engine import low_rank_forms
+from loratools.engine.pairing import Pairing
+
+
+def advice(pairing: Pairing, adapter: Adapter | None) -> list[str]:
+    """What the user should do next, where something does not go the usual way."""
+    notes = []
+    updates = dict(adapter or {})
+    known = {path: update for path, update in updates.items() if path in pairing.modules}
+    rows = {name: ref for update in updates.values() for name, ref in update.added_rows.items()}
+    if rows:
+        count = max(ref.shape[0] for ref in rows.values())
+        notes.append(
+            f"The tuned vocabulary has {count} more rows. The adapter loads on the base as it is, without them; "
+            "they are in added_rows.safetensors. `loratools merge` puts them back; in Python, merge, call "
+            "resize_token_embeddings, and copy them in."
+        )
+    whole = sum(bool(update.replaced) for update in updates.values())
+    if whole:
+        notes.append(
+            f"Parameters of {whole} module{'s' if whole != 1 else ''} are stored whole. PEFT loads them; servers "
+            "such as vLLM refuse such adapters: --only-low-rank leaves them out."
+        )
+    if any(isinstance(update, Stacked) for update in updates.values()):
+        notes.append(
+            "Experts are stored as updates of the stacked parameters that the model class has (target_parameters): "
+            "PEFT 0.19.1 and later loads them with transformers 5."
+        )
+    notes += low_rank_forms.advice(known, pairing.tuned_module, pairing.tuned.config)
+    if any(pairing.is_tied_embedding(path) for path in updates):
+        notes.append(
+            "The tied embedding is stored once and whole: no low-rank form of PEFT merges it right. PEFT sets both "
+            "uses; after transformers' own load_adapter call model.tie_weights()."
+        )
+    return notes
