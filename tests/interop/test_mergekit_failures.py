@@ -216,6 +216,8 @@ def refusable(name):
     shapes = {
         "model.layers.0.mlp.experts.gate_up_proj": (4, 16, 32),
         "model.layers.0.mlp.experts.down_proj": (4, 16, 8),
+        "model.layers.0.mixer.conv1d.weight": (16, 1, 4),
+        "vision.patch_embed.proj.weight": (8, 3, 4, 4),
         "model.layers.0.self_attn.q_proj.weight": (16, 16),
     }
     base = {each: torch.randn(shape, generator=generator) for each, shape in shapes.items()}
