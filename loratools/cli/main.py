@@ -72,6 +72,7 @@ class LazyGroup(click.Group):
         except KeyboardInterrupt as error:
             signals.ignore()
             code = output.failed(error)
+        signals.ignore()  # what was to be done is done, and said
         with suppress(OSError):
             finish()
         sys.exit(code)

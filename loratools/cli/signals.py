@@ -22,6 +22,10 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _AGAIN_SECONDS: Final = 0.05
 
 
+class Interrupted(KeyboardInterrupt):
+    """SIGINT arrived. A class of its own: Python ends itself by SIGINT where a bare one ever went through an `exec`."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM or SIGHUP arrived: everything that cleans up after Ctrl-C does so now."""
 
@@ -33,7 +37,7 @@ def exit_code(error: KeyboardInterrupt) -> int:
 
 @contextmanager
 def heard() -> Iterator[None]:
-    """While the block runs, a signal raises `KeyboardInterrupt` or `Terminated` in it, and after it none does.
+    """While the block runs, a signal raises `Interrupted` or `Terminated` in it, and after it none does.
 
     One that comes while an earlier one is being answered changes nothing: it must not cut the cleaning up short.
     """
@@ -43,10 +47,13 @@ def heard() -> Iterator[None]:
     sys.unraisablehook = _dropped
     try:
         yield
-    except KeyboardInterrupt as error:  # before the command line listens, or after
+    except KeyboardInterrupt as error:  # before the command line listens
         ignore()
         with suppress(OSError):
-            sys.stderr.write("error: Interrupted.\n")
+            if "--json" in sys.argv:
+                print('{"error": {"code": "interrupted", "message": "Interrupted."}}', flush=True)
+            else:
+                print("error: Interrupted.", file=sys.stderr)
         sys.exit(exit_code(error))
     finally:
         ignore()
@@ -69,7 +76,7 @@ def _stop(number: int, frame: FrameType | None) -> None:
         if isinstance(handled, KeyboardInterrupt):
             return
         handled = handled.__context__
-    raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+    raise Interrupted if number == signal.SIGINT else Terminated
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

@@ -80,3 +80,40 @@ def test_impatience(large):
     assert process.returncode in {130, 143}, said
     assert json.loads(printed)["error"]["code"] == "interrupted"
     assert names(large) == before
+
+
+IMPORTING = """
+import os, signal, sys, types
+sys.modules["loratools.verbs.merge"] = types.ModuleType("merge")  # whatever it is asked for is not there
+class Finder:
+    def find_spec(self, name, *rest):
+        if name == "click":
+            {what}
+sys.meta_path.insert(0, Finder())
+sys.argv = ["loratools", "merge", "base", "-o", "out", {flag}]
+from loratools.__main__ import main
+main()
+"""
+MOMENTS = {
+    "before click is there": "os.kill(os.getpid(), signal.{signal})",
+    "inside an exec": "exec('import os, signal; os.kill(os.getpid(), signal.{signal})')",
+    "where exceptions are dropped": (
+        "held = type('Held', (), {{'__del__': lambda self: os.kill(os.getpid(), signal.{signal})}})(); del held\n"
+        "            import time; time.sleep(5)"
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGINT", 130)])
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_while_modules_are_imported(moment, name, code, tmp_path):
+    """The exit code and the line, not a traceback, and not an interrupt that gets lost."""
+    begun = time.monotonic()
+    for flag, streams in (
+        ("'-q'", ("", "error: Interrupted.\n")),
+        ("'--json'", ('{"error": {"code": "interrupted", "message": "Interrupted."}}\n', "")),
+    ):
+        text = IMPORTING.format(what=MOMENTS[moment].format(signal=name), flag=flag)
+        done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout, done.stderr) == (code, *streams)
+    assert time.monotonic() - begun < 4

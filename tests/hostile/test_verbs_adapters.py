@@ -78,12 +78,10 @@ def test_the_wrong_base_of_the_same_shapes(home):
 
 
 def test_kinds_that_are_refused_by_name(home):
-    """DoRA, LoHa, PiSSA, …: from the files of an adapter, with the file or tensor that says so."""
-    dora = lora_tensors(factors()) | {f"{PREFIX}{Q}.lora_magnitude_vector": normal(1, 16)}
+    """X-LoRA, PiSSA, …: from the files of an adapter, with the file or tensor that says so."""
     loha = {f"{PREFIX}{Q}.hada_w1_a": normal(1, 16, 4)}
     cases = [
-        (write_adapter(home / "dora", dora), "DoRA"),
-        (write_adapter(home / "loha", loha, peft_type="LOHA"), "LOHA"),
+        (write_adapter(home / "xlora", loha, peft_type="XLORA"), "XLORA"),
         (write_adapter(home / "loha2", loha), "LoHa"),
         (write_adapter(home / "pissa", init_lora_weights="pissa_niter_4"), "pissa"),
         (write_adapter(home / "replicated", layer_replication=[[0, 2], [1, 2]]), "layer replication"),

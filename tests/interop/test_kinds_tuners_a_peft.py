@@ -278,6 +278,16 @@ def test_stacked_they_are_plain_lora(made, tmp_path, name):
     load_cleanly(kinds.net(), tmp_path / "sum")
 
 
+def test_a_lora_tells_a_miss_how_large_the_weight_is(made, tmp_path):
+    """Where every module of the MiSS has a LoRA beside it, the sum needs no base."""
+    _, adapter, base = made("miss-mini")
+    other = lora(tmp_path, target_modules=["block.up", "block.down"])
+    stack([adapter, other], tmp_path / "sum")
+    mine, theirs = kinds.exact(adapter, models.tensors_of(base)), lora_delta(other)
+    for path, delta in lora_delta(tmp_path / "sum").items():
+        close(delta, mine[path] + theirs[path])
+
+
 @pytest.mark.parametrize("name", ["adalora", "vera"])
 def test_two_of_a_kind(made, tmp_path, name):
     """Two AdaLoRAs, two VeRAs: the sum is LoRA; in Python as well."""
@@ -379,10 +389,12 @@ def test_the_same_bits_in_every_piece(made, monkeypatch, name, kept):
     monkeypatch.setattr("loratools.adapters.lokr._KEPT", kept)
     _, adapter, base = made(name)
     weights = models.tensors_of(base)
+    wanted = kinds.exact(adapter, weights)
     for path, update in load_adapter(adapter).items():
         weight = as_matrix(path, weights[f"{path}.weight"]).double().contiguous()
         rows, columns = weight.shape
         whole = update.action().change(weight, Region(slice(0, rows), slice(0, columns)))
+        close(whole, as_matrix(path, wanted[path]), 1e-9)
         cut = (0, columns) if update.span == "rows" else (1, columns // 2)
         for first, last in ((0, 1), (rows // 3, rows), (2, 5)):
             region = Region(slice(first, last), slice(*cut))

@@ -10,7 +10,7 @@ TITLES = {64: "other kinds of adapter"}
 LABELS = ("inspect", "merge", "merge two", "stack", "rescale", "unmerge")
 YES, NO_BIAS = Accepted(), Refused(65, "mismatch", "a bias, which the base")
 NOT_MERGED, MIXED = Refused(65, "mismatch", "merged"), Refused(65, "unsupported", "cannot hold")
-NO_SUM = Refused(65, "unsupported", "merge into the base one adapter at a time|Merge into the base one")
+NO_SUM = Refused(65, "unsupported", "(?i)merge into the base")
 READ = {"inspect": YES, "merge": YES, "merge two": YES, "unmerge": NOT_MERGED}
 SCALED = READ | {"stack": NO_SUM, "rescale": YES}
 MERGED = READ | {"stack": NO_SUM, "rescale": NO_SUM}
@@ -19,14 +19,15 @@ WORKS: dict[str, dict[str, Accepted | Refused]] = {
     "LOHA": SCALED,
     "LOKR": SCALED,
     "ADALORA": SUMMED,
-    "VERA": SCALED,
-    "MISS": SCALED,
+    "VERA": SUMMED,
+    "MISS": SUMMED,
     "TRAINABLE_TOKENS": MERGED | {"stack": YES},
     "DoRA": MERGED,
     "DoRA on one module": MERGED,
     "lora_bias": {"inspect": YES, "merge": NO_BIAS, "merge two": NO_BIAS, "stack": MIXED, "rescale": MIXED,
                   "unmerge": NOT_MERGED},
     "QALoRA": SUMMED,
+    "target_parameters": SUMMED,
     "block-diagonal LoRA": SUMMED,
     "trainable tokens": MERGED | {"stack": YES},
 }  # fmt: skip
