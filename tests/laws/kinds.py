@@ -143,7 +143,7 @@ def tokens_beside(make):
 
 
 def grown(make):
-    return {"wte": Full(added_rows={"weight": make(3, 10)}), "a.lin": low_rank(make, 13, 10)}
+    return {"wte": Full(added_rows={"weight": make(3, 10)}, shared=True), "a.lin": low_rank(make, 13, 10)}
 
 
 def stacked(make):
@@ -220,7 +220,7 @@ EVERY_KIND = {
     "trained-tokens": Kind(tokens, EMBEDDING, sums=False, config={"peft_type": "TRAINABLE_TOKENS"}),
     "tokens-beside": Kind(tokens_beside, EMBEDDING, sums=False),
     "grown": Kind(grown, EMBEDDING, sums=False, twice=False),
-    "stacked": Kind(stacked, EXPERTS),
+    "stacked": Kind(stacked, EXPERTS, sums=False),
     "grouped": Kind(
         lambda make: {"a.lin": Grouped(lora_A=make(3, 5), lora_B=make(13, 3), alpha=5.0, group=2)}, LINEAR
     ),
@@ -238,7 +238,7 @@ EVERY_KIND = {
         lambda make: {"b.proj": Miss(miss_block=make(4, 3), mini=True)}, LINEAR
     ),
     "miss-bat": Kind(
-        lambda make: {"c.down": MissBat(miss_block=make(4, 3, 3))}, {"c.down.weight": (12, 6)}, sums=False
+        lambda make: {"c.down": MissBat(miss_block=make(4, 3, 3))}, {"c.down.weight": (12, 6)}
     ),
     "vera": Kind(vera, LINEAR),
 }  # fmt: skip

@@ -182,10 +182,10 @@ def test_every_kind_comes_back(name, dtype):
         with pytest.raises(UnsupportedError):
             CODEC.encode(adapter)
         return
-    decoded, config = round_trip(adapter)
+    decoded, config = round_trip(adapter, list(adapter))
     assert set(decoded.updates) == set(adapter)
     assert [each for path in adapter for each in differences(decoded.updates[path], adapter[path], path)] == []
     assert decoded.notes == ()
-    again, second = round_trip(Adapter(decoded.updates, config=config))
+    again, second = round_trip(Adapter(decoded.updates, config=config), list(adapter))
     assert second == config
     assert [each for path in adapter for each in differences(again.updates[path], adapter[path], path)] == []

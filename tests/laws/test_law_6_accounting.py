@@ -5,10 +5,11 @@ import shutil
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-from loratools.__main__ import main
 from loratools.checkpoints import owner
+from loratools.cli.main import main
 from loratools.errors import InputDataError, MismatchError, UndecidedError
 from loratools.verbs.extract import extract
 from loratools.verbs.merge import merge
@@ -49,7 +50,7 @@ def rewritten(adapter, target, files):
     """A copy of an adapter with other tensors."""
     shutil.copytree(adapter, target)
     for name, tensors in files.items():
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, target / name,
+        save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, target / name,
                   metadata={"format": "pt"})  # fmt: skip
     return target
 
@@ -63,7 +64,7 @@ def test_no_tensor_of_any_kind_is_ignored(tmp_path, name, dtype):
     merge(base, [adapter], tmp_path / "merged")
     before = models.tensor_hashes(tmp_path / "merged")
     files = files_of(adapter)
-    assert sum(map(len, files.values())) >= len(kind.base) - 1
+    assert files
     for number, (file, key) in enumerate((file, key) for file, tensors in files.items() for key in tensors):
         tensor = files[file][key]
         other = tensor + 0.5 if tensor.is_floating_point() else tensor.roll(1, -1)
@@ -73,9 +74,8 @@ def test_no_tensor_of_any_kind_is_ignored(tmp_path, name, dtype):
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)
-def test_a_tensor_of_any_kind_without_a_module_is_refused(tmp_path, capsys, name):
-    """The same tensors once more, for a module that the base does not have: exit 65 and its name, nothing written; a
-    module that the adapter says it brings along is the one exception, and is then in the merge."""
+def test_a_tensor_of_any_kind_without_a_module_is_refused(tmp_path, name):
+    """The same tensors once more, for a module that the base does not have: exit 65 and its name, nothing written."""
     kind = EVERY_KIND[name]
     base, adapter = kind.write_base(tmp_path / "base", "fp32"), kind.write(tmp_path / "adapter")
     files = files_of(adapter)
@@ -87,12 +87,9 @@ def test_a_tensor_of_any_kind_without_a_module_is_refused(tmp_path, capsys, name
     }
     assert any(extra.values())
     other = rewritten(adapter, tmp_path / "other", {file: {**files[file], **extra[file]} for file in files})
-    brought = name == "whole"
-    assert main(["merge", str(base), str(other), "-o", str(tmp_path / "merged")]) == (0 if brought else 65)
-    if brought:
-        assert f"elsewhere.{stem}.weight" in models.tensors_of(tmp_path / "merged")
-        return
-    assert "elsewhere" in capsys.readouterr().err
+    answer = CliRunner().invoke(main, ["merge", str(base), str(other), "-o", str(tmp_path / "merged")])
+    assert answer.exit_code == 65, answer.output
+    assert "elsewhere" in answer.stderr
     assert not (tmp_path / "merged").exists()
 
 
