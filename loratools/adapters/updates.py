@@ -45,10 +45,18 @@ class Term:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Offset:
-    """`scale · vector`, added to a parameter of one axis; a bias, mostly."""
+    """`scale · vector`, added to a parameter of one axis; a bias, mostly.
+
+    Attributes:
+        vector: as long as the parameter.
+        scale: the factor in front.
+        multiplies: the parameter is multiplied by the vector instead, where the module has it: what is added is
+            `scale · (vector − 1) ∘ parameter`.
+    """
 
     vector: TensorRef
     scale: float
+    multiplies: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,6 +170,18 @@ class AbstractUpdate(abc.ABC):
     def changes_weight(self) -> bool:
         """Whether `target` becomes another matrix by a formula (rather than by being given whole)."""
         return self.takes_shape or self.shape is not None
+
+    @property
+    def own_keys(self) -> bool:
+        """Whether a format may have keys of its own for the kind, beside those of parameters given whole."""
+        return self.changes_weight
+
+    def check_weight(self, shape: tuple[int, ...]) -> None:  # noqa: B027  (most kinds see a weight as a matrix)
+        """Refuse a stored weight of this shape, kernel and all, where the (out, in) view does not tell enough.
+
+        Raises:
+            UnsupportedError: names the reason.
+        """
 
     def action(self) -> AbstractAction:
         """The change of a kind that is no sum of products; reads the factors.

@@ -164,7 +164,8 @@ def _declared(path: str, adapter: Adapter) -> bool:
 
 
 def _target(path: str, update: AbstractUpdate, name: str, module: Module, adapter: Adapter, notes: list[str]) -> Target:
-    for parameter in (*update.replaced, *update.added_rows, *update.patches, *update.offsets):
+    offsets = [name for name, offset in update.offsets.items() if not offset.multiplies]
+    for parameter in (*update.replaced, *update.added_rows, *update.patches, *offsets):
         if parameter not in module.parameters:
             raise MismatchError(f"The adapter gives a {parameter}, which the base's module does not have.", module=path)
     if not update.changes_weight:
@@ -194,6 +195,7 @@ def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adap
     weight = update.replaced.get(update.target, module.parameters.get(update.target))
     if (shape is None and not update.takes_shape) or weight is None or module.kind in {"experts", "quantised"}:
         raise UnsupportedError(f"A {update.kind} update of {module.kind} weights is not merged yet.", module=path)
+    update.check_weight(weight.shape)
     stored = matrix_shape(weight.shape)
     if update.layer == "embedding":
         straight, turned = False, update.fits(stored[::-1])
@@ -240,5 +242,5 @@ def _square(path: str, module: Module, adapter: Adapter, notes: list[str]) -> bo
         return module.kind == "conv1d"
     flag = adapter.config.get("fan_in_fan_out") is True
     if flag:
-        notes.append(f"{path} is square; fan_in_fan_out decides that it is stored (in, out).")
+        notes.append(f"{path}: its shape does not tell; fan_in_fan_out decides that it is stored (in, out).")
     return flag

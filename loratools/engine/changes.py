@@ -129,6 +129,8 @@ def _gather_parts(
         change.rows = {"source": source, "module": path, "parameter": parameter, "count": ref.shape[0]}
     for kind, parameters in (("patches", update.patches), ("offsets", update.offsets)):
         for parameter in parameters:
+            if kind == "offsets" and target.module is not None and parameter not in target.module.parameters:
+                continue
             change = tensors.setdefault(target.tensor(parameter), TensorChange())
             getattr(change, kind).append({"source": source, "module": path, "parameter": parameter, "weight": weight})
 
@@ -159,7 +161,11 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
         given += [(name, ref.dtype, there.dtype) for name, ref, there in whole if there.dtype not in COMPUTABLE]
         given += [(name, ref.shape[1:], known[name].shape[1:]) for name, ref in adapter[path].added_rows.items()]
         given += [(name, each.rows.shape[1:], known[name].shape[1:]) for name, each in adapter[path].patches.items()]
-        given += [(name, each.vector.shape, known[name].shape) for name, each in adapter[path].offsets.items()]
+        given += [
+            (name, each.vector.shape, known[name].shape)
+            for name, each in adapter[path].offsets.items()
+            if name in known
+        ]
         for name, patch in adapter[path].patches.items():
             if name in known and max(patch.indices, default=-1) >= known[name].shape[0]:
                 raise MismatchError(

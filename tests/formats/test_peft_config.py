@@ -57,7 +57,7 @@ def test_initialisations_that_change_the_base_are_refused_by_name(name):
     assert "path_initial_model_for_weight_conversion" in str(caught.value)
 
 
-@pytest.mark.parametrize("kind", ["IA3", "OFT", "PROMPT_TUNING", "XLORA", "no such"])
+@pytest.mark.parametrize("kind", ["XLORA", "OFT", "PROMPT_TUNING", "no such"])
 def test_other_types_are_refused_by_name(kind):
     """H64: never half merged."""
     with pytest.raises(UnsupportedError, match=kind):

@@ -33,7 +33,7 @@ class Change:
         patches: (weight, index of the row, its replacement) alike.
         products: Σ scale · B A, prepared, or None.
         actions: (weight, action) pairs: `weight · (W' − W)`, each of the W that wholes and patches leave.
-        offsets: (factor, vector) pairs.
+        offsets: (factor, vector, whether the vector multiplies what is there) of what is added to a vector.
         transposed: the matrix is stored (in, out); actions see it the other way round.
         at_once: an action needs more than a row tile.
     """
@@ -42,7 +42,7 @@ class Change:
     patches: tuple[tuple[float, int, TensorRef], ...] = ()
     products: LowRankSum | None = None
     actions: tuple[tuple[float, AbstractAction], ...] = ()
-    offsets: tuple[tuple[float, torch.Tensor], ...] = ()
+    offsets: tuple[tuple[float, torch.Tensor, bool], ...] = ()
     transposed: bool = False
     at_once: bool = False
 
@@ -110,8 +110,10 @@ class Change:
             total = self._replaced(base, rows)
             if self.actions:
                 total = self._acted(total, rows)
-            for factor, vector in self.offsets:
-                total = total + factor * vector[slice(*rows)].to(total.device)
+            before = total
+            for factor, vector, multiplies in self.offsets:
+                piece = vector[slice(*rows)].to(total.device)
+                total = total + factor * ((piece - 1) * before if multiplies else piece)
         else:
             total = base
         if self.products is None:
@@ -187,10 +189,11 @@ def _patches(unit: Unit, context: Context) -> Iterator[tuple[float, int, TensorR
             yield float(each["weight"]), index, patch.rows.rows(row, row + 1)
 
 
-def _offsets(unit: Unit, context: Context) -> Iterator[tuple[float, torch.Tensor]]:
+def _offsets(unit: Unit, context: Context) -> Iterator[tuple[float, torch.Tensor, bool]]:
     for each in unit.parameters.get("offsets", ()):
         offset = context.update(Input(each["source"], each["module"])).offsets[each["parameter"]]
-        yield float(each["weight"]) * offset.scale, context.on_device(finite(offset.vector).double())
+        vector = context.on_device(finite(offset.vector).double())
+        yield float(each["weight"]) * offset.scale, vector, offset.multiplies
 
 
 def _pieces(dtype: torch.dtype, rank: int) -> int:

@@ -96,7 +96,7 @@ class PeftCodec(AbstractCodec):
         tensors: dict[str, TensorRef] = dict(tuner.shared_tensors(changed))
         for path, update in adapter.items():
             tensors |= keyed.get(path, {})
-            for parameter, ref in update.replaced.items():
+            for parameter, ref in tuner.beside(update).items():
                 tensors[keys.parameter_key(path, parameter, wrapped=update.changes_weight)] = ref
         config = _config(adapter, tuner, changed, whole, siblings)
         return Encoded(
@@ -118,7 +118,7 @@ class _Found:
 
 def _carried(adapter: Adapter) -> dict[str, AbstractUpdate]:
     """The updates that are a tuner's: all but parameters that are given whole."""
-    return {path: update for path, update in adapter.items() if update.changes_weight or update.patches}
+    return {path: update for path, update in adapter.items() if update.own_keys or update.patches}
 
 
 def _tuner_for(updates: Mapping[str, AbstractUpdate], config: Mapping[str, Any]) -> AbstractTuner | None:

@@ -67,6 +67,18 @@ def number(config: Mapping[str, Any], field: str, default: float) -> float:
     return value
 
 
+def integer(config: Mapping[str, Any], field: str, default: int) -> int:
+    """A whole number of the configuration.
+
+    Raises:
+        MalformedError: it is something else.
+    """
+    value = number(config, field, default)
+    if not float(value).is_integer():
+        raise MalformedError("This field must be a whole number.", file=CONFIG_FILE, field=field, value=value)
+    return int(value)
+
+
 def flag(config: Mapping[str, Any], field: str) -> bool:
     """A boolean of the configuration; absent is false.
 
@@ -188,6 +200,28 @@ def pattern_fields(name: str, pattern: str, values: Mapping[str, float], default
     common = most_common(list(values.values()))
     exceptions = patterns(values, common, list(values))
     return {name: tidy(common), pattern: {key: tidy(value) for key, value in exceptions.items()}}
+
+
+def named_pattern(name: str, pattern: str, values: Mapping[str, int]) -> dict[str, Any]:
+    r"""The field `name`, and the field `pattern` where exceptions are module paths.
+
+    The rule of FourierFT and C3A: the first key with `re.match(rf".*\.{key}$", path)`, else the path itself as a key.
+
+    Raises:
+        UnsupportedError: a path with another value ends with an exception's path.
+    """
+    if not values:
+        return {pattern: {}}
+    common = most_common(list(values.values()))
+    exceptions = {path: value for path, value in values.items() if value != common}
+    for path, value in values.items():
+        for key, other in exceptions.items():
+            if other != value and re.match(rf".*\.{key}$", path):
+                raise UnsupportedError(
+                    f"PEFT's format cannot hold: {name} {value} in {path} and {other} in {key}, which it ends with.",
+                    fix="Write the two as adapters of their own (--include, --exclude).",
+                )
+    return {name: tidy(common), pattern: exceptions}
 
 
 def exclusion(modules: Sequence[str], targets: Sequence[str]) -> list[str] | str:

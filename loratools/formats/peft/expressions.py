@@ -27,24 +27,45 @@ def matches(key: str, module: str, *, file: str, field: str) -> bool:
         MalformedError: `key` is no expression.
         UnsupportedError: it could run for hours.
     """
-    if len(key) > _MAX_KEY or not _is_tame(key) or (len(module) > _MAX_MODULE and _LOOSE.search(key)):
-        raise UnsupportedError(
-            "This pattern could take hours to match, and is not tried.",
-            fix="Name the modules plainly.",
-            file=file,
-            field=field,
-            key=key,
-        )
+    if len(key) > _MAX_KEY:
+        raise _too_long(key, file, field)
+    return _matches(rf"(.*\.)?({key})$", key, module, file, field)
+
+
+def matches_whole(key: str, module: str, *, file: str, field: str) -> bool:
+    """Whether `re.fullmatch(key, module)` holds, as in `feedforward_modules` of IA3; a list of plain names may be long.
+
+    Raises:
+        MalformedError, UnsupportedError: see `matches`.
+    """
+    if len(key) > _MAX_KEY and _LOOSE.search(key):
+        raise _too_long(key, file, field)
+    return _matches(rf"({key})\Z", key, module, file, field)
+
+
+def _matches(expression: str, key: str, module: str, file: str, field: str) -> bool:
+    if not _is_tame(key) or (len(module) > _MAX_MODULE and _LOOSE.search(key)):
+        raise _too_long(key, file, field)
     try:
-        return _compiled(key).match(module) is not None
+        return _compiled(expression).match(module) is not None
     except re.error as error:
         raise MalformedError(f"{error}.", file=file, field=field, key=key) from error
 
 
+def _too_long(key: str, file: str, field: str) -> UnsupportedError:
+    return UnsupportedError(
+        "This pattern could take hours to match, and is not tried.",
+        fix="Name the modules plainly.",
+        file=file,
+        field=field,
+        key=key,
+    )
+
+
 @functools.lru_cache(maxsize=65536)
-def _compiled(key: str) -> re.Pattern[str]:
+def _compiled(expression: str) -> re.Pattern[str]:
     """The cache of `re` holds 512, and a large model has more modules."""
-    return re.compile(rf"(.*\.)?({key})$")
+    return re.compile(expression)
 
 
 @functools.lru_cache(maxsize=65536)

@@ -10,7 +10,7 @@ TITLES = {64: "other kinds of adapter"}
 LABELS = ("inspect", "merge", "merge two", "stack", "rescale", "unmerge")
 YES, NO_BIAS = Accepted(), Refused(65, "mismatch", "a bias, which the base")
 NOT_MERGED, MIXED = Refused(65, "mismatch", "merged"), Refused(65, "unsupported", "cannot hold")
-NO_SUM = Refused(65, "unsupported", "(?i)merge into the base")
+NO_SUM = Refused(65, "unsupported", "(?i)merge into (the base|it)")
 READ = {"inspect": YES, "merge": YES, "merge two": YES, "unmerge": NOT_MERGED}
 SCALED = READ | {"stack": NO_SUM, "rescale": YES}
 MERGED = READ | {"stack": NO_SUM, "rescale": NO_SUM}
@@ -22,6 +22,10 @@ WORKS: dict[str, dict[str, Accepted | Refused]] = {
     "VERA": SUMMED,
     "MISS": SUMMED,
     "TRAINABLE_TOKENS": MERGED | {"stack": YES},
+    **dict.fromkeys(("IA3", "BOFT", "HRA", "FOURIERFT", "C3A"), MERGED),
+    "LN_TUNING": MERGED | {"stack": YES},
+    "OFT": dict.fromkeys(LABELS, Refused(65, "unsupported", "peft_version")),
+    "SHIRA": dict.fromkeys(LABELS, Refused(65, "malformed", "incomplete")),
     "DoRA": MERGED,
     "DoRA on one module": MERGED,
     "lora_bias": {"inspect": YES, "merge": NO_BIAS, "merge two": NO_BIAS, "stack": MIXED, "rescale": MIXED,
@@ -130,7 +134,7 @@ def kind(directory, tensors, fields):
     write_adapter(directory / "bad-adapter", tensors, **fields)
 
 
-REFUSED = Refused(65, "unsupported", "read yet|valid only|raw state dict|depends on the base")
+REFUSED = Refused(65, "unsupported", "not read|read yet|valid only|raw state dict|depends on the base")
 
 
 def runs(name):

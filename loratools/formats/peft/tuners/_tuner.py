@@ -105,6 +105,10 @@ class AbstractTuner(abc.ABC):
     def tensors(self, update: AbstractUpdate) -> Mapping[str, TensorRef]:
         """The tensors of an update by role; the inverse of `update`."""
 
+    def beside(self, update: AbstractUpdate) -> Mapping[str, TensorRef]:
+        """What of `update.replaced` has the keys of plain parameters; all of it in most tuners."""
+        return update.replaced
+
     @abc.abstractmethod
     def fields(self, updates: Mapping[str, AbstractUpdate], siblings: Collection[str]) -> Mapping[str, Any]:
         """What the configuration says of the updates: targets, ranks, alphas, the kind's own settings.
