@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import math
 import pkgutil
 from collections.abc import Callable, Mapping
 
@@ -17,12 +18,20 @@ from loratools import adapters
 from loratools.adapters import AbstractUpdate, Adapter, Full, LowRank, RowPatch, Sum, Term
 from loratools.adapters.adalora import AdaLora
 from loratools.adapters.block_diagonal import BlockDiagonal
+from loratools.adapters.boft import Boft
+from loratools.adapters.c3a import C3a
 from loratools.adapters.dora import Dora
 from loratools.adapters.experts import Stacked
+from loratools.adapters.fourierft import FourierFt
 from loratools.adapters.grouped import Grouped
+from loratools.adapters.hra import Hra
+from loratools.adapters.ia3 import Ia3
+from loratools.adapters.ln_tuning import LnTuning
 from loratools.adapters.loha import LoHa
 from loratools.adapters.lokr import LoKr
 from loratools.adapters.miss import Miss, MissBat
+from loratools.adapters.oft import Oft
+from loratools.adapters.shira import Shira
 from loratools.adapters.vera import Vera
 from loratools.tensors import in_memory
 from tests import models
@@ -44,6 +53,13 @@ class Factors:
         tensor = around + size * torch.randn(shape, generator=self._generator)
         return in_memory(f"t{self._count}", tensor.to(self._dtype))
 
+    def places(self, count, *extents):
+        """As many different places in a tensor of these extents, (axes, count)."""
+        self._count += 1
+        flat = torch.randperm(math.prod(extents), generator=self._generator)[:count]
+        places = torch.stack(torch.unravel_index(flat.sort().values, extents))
+        return in_memory(f"t{self._count}", places.int())
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -52,6 +68,7 @@ class Kind:
     Attributes:
         updates: from a source of tensors to updates by module path.
         base: names and shapes of the stored tensors that they are for.
+        halves: whether `rescale` can multiply one; default as `sums`.
         sums: whether `stack` can add two of them without the base's weights; where not, it says so.
         written: whether a file holds the update as it is (a sum is concatenated first).
         twice: whether a merge takes two of them at once.
@@ -62,6 +79,7 @@ class Kind:
     updates: Callable[[Factors], Mapping[str, AbstractUpdate]]
     base: Mapping[str, tuple[int, ...]]
     sums: bool = True
+    halves: bool | None = None
     written: bool = True
     twice: bool = True
     model: Mapping[str, object] = dataclasses.field(default_factory=dict)
@@ -193,6 +211,28 @@ def vera(make):
     return {path: Vera(vera_lambda_b=make(out), vera_lambda_d=make(4), **shared) for path, (out, _) in SHAPES.items()}
 
 
+def ia3(make):
+    return {"a.lin": Ia3(ia3_l=make(13, 1, around=1.0)), "b.proj": Ia3(ia3_l=make(1, 13, around=1.0), feedforward=True)}
+
+
+def ia3_conv(make):
+    return {"plane": Ia3(ia3_l=make(1, 6, 1, 1, around=1.0)),
+            "point": Ia3(ia3_l=make(1, 6, 1, 1, around=1.0), feedforward=True)}  # fmt: skip
+
+
+def oft(blocks=None, **how):
+    """Blocks of 5 by 5, of 10 and of 15 inputs."""
+    return lambda make: {"a.lin": Oft(oft_R=make(blocks or 2, 10), **how),
+                         "c.lin": Oft(oft_R=make(blocks or 3, 10), **how)}  # fmt: skip
+
+
+def shira(make, out, into):
+    count = 2 * (out + into)
+    return Shira(shira_weight=make(count), shira_indices=make.places(count, out, into), r=2)
+
+
+ROTATED = {"a.lin.weight": (13, 10), "a.lin.bias": (13,), "c.lin.weight": (6, 15)}
+OF_TODAY = {"peft_version": "0.21.2"}
 EMBEDDING = {"wte.weight": (17, 10), "a.lin.weight": (13, 10)}
 GPT2 = {"h.0.attn.c_attn": (18, 10), "h.0.attn.c_proj": (8, 8)}
 TURNED = {f"{path}.weight": shape[::-1] for path, shape in GPT2.items()}
@@ -220,7 +260,7 @@ EVERY_KIND = {
     "trained-tokens": Kind(tokens, EMBEDDING, sums=False, config={"peft_type": "TRAINABLE_TOKENS"}),
     "tokens-beside": Kind(tokens_beside, EMBEDDING, sums=False),
     "grown": Kind(grown, EMBEDDING, sums=False, twice=False),
-    "stacked": Kind(stacked, EXPERTS, sums=False),
+    "stacked": Kind(stacked, EXPERTS, sums=False, halves=True),
     "grouped": Kind(
         lambda make: {"a.lin": Grouped(lora_A=make(3, 5), lora_B=make(13, 3), alpha=5.0, group=2)}, LINEAR
     ),
@@ -229,10 +269,10 @@ EVERY_KIND = {
         each(lambda make, out, into: AdaLora(lora_A=make(3, into), lora_B=make(out, 3), lora_E=make(3, 1, around=1.0),
                                              alpha=5.0, ranknum=4)), LINEAR
     ),
-    "loha": Kind(each(loha), LINEAR, sums=False),
-    "loha-core": Kind(loha_core, KERNELS, sums=False),
-    "lokr": Kind(lokr, LINEAR, sums=False),
-    "lokr-kernels": Kind(lokr_kernels, KERNELS, sums=False),
+    "loha": Kind(each(loha), LINEAR, sums=False, halves=True),
+    "loha-core": Kind(loha_core, KERNELS, sums=False, halves=True),
+    "lokr": Kind(lokr, LINEAR, sums=False, halves=True),
+    "lokr-kernels": Kind(lokr_kernels, KERNELS, sums=False, halves=True),
     "miss": Kind(each(lambda make, out, into: Miss(miss_block=make(3, out))), LINEAR),
     "miss-mini": Kind(
         lambda make: {"b.proj": Miss(miss_block=make(4, 3), mini=True)}, LINEAR
@@ -241,6 +281,29 @@ EVERY_KIND = {
         lambda make: {"c.down": MissBat(miss_block=make(4, 3, 3))}, {"c.down.weight": (12, 6)}
     ),
     "vera": Kind(vera, LINEAR),
+    "ia3": Kind(ia3, LINEAR, sums=False),
+    "ia3-conv": Kind(ia3_conv, KERNELS, sums=False),
+    "oft": Kind(oft(), ROTATED, sums=False, config=OF_TODAY),
+    "oft-exact": Kind(oft(neumann_terms=None), ROTATED, sums=False, config=OF_TODAY),
+    "oft-shared": Kind(oft(1, block_share=True), ROTATED, sums=False, config=OF_TODAY),
+    "oft-constrained": Kind(oft(coft=1e-3), ROTATED, sums=False, config=OF_TODAY),
+    "boft": Kind(
+        lambda make: {"a.lin": Boft(boft_R=make(2, 4, 2, 2), boft_s=make(13, 1, around=1.0))},
+        {"a.lin.weight": (13, 8), "a.lin.bias": (13,)}, sums=False
+    ),
+    "hra": Kind(each(lambda make, out, into: Hra(hra_u=make(into, 2))), LINEAR, sums=False),
+    "hra-orthogonal": Kind(
+        each(lambda make, out, into: Hra(hra_u=make(into, 2), gram_schmidt=True)), LINEAR, sums=False
+    ),
+    "fourierft": Kind(
+        each(lambda make, out, into: FourierFt(spectrum=make(20, size=10.0), seed=777, factor=5.0)), LINEAR
+    ),
+    "shira": Kind(each(shira), LINEAR, sums=False, halves=True),
+    "c3a": Kind(lambda make: {"a.lin": C3a(c3a_kernel=make(3, 2, 4, size=2.0))}, {"a.lin.weight": (12, 8)}),
+    "ln-tuning": Kind(
+        lambda make: {"norm": LnTuning(replaced={"weight": make(9), "bias": make(9)})},
+        {"norm.weight": (9,), "norm.bias": (9,)}, sums=False
+    ),
 }  # fmt: skip
 
 

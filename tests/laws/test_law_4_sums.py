@@ -12,6 +12,7 @@ from loratools.adapters import Adapter, LowRank
 from loratools.errors import UnsupportedError
 from loratools.files import load_adapter, save
 from loratools.tensors import in_memory
+from loratools.verbs.rescale import rescale
 from loratools.verbs.stack import stack
 from tests import models
 from tests.interop.extraction import stored_products
@@ -151,3 +152,21 @@ def test_stack_is_the_sum_of_every_kind(tmp_path, name):
     for path, delta in found.items():
         size = 0.7 * one[path].norm() + 1.5 * two[path].norm()
         assert (delta - (0.7 * one[path] - 1.5 * two[path])).norm() <= 1e-6 * size, path
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_a_multiple_of_every_kind(tmp_path, name):
+    """`rescale --by`: ΔW of the file that comes out is that multiple, or the kind is refused by name."""
+    kind = EVERY_KIND[name]
+    base, adapter = kind.write_base(tmp_path / "base", "fp32"), kind.write(tmp_path / "adapter")
+    if not (kind.sums if kind.halves is None else kind.halves):
+        with pytest.raises(UnsupportedError):
+            rescale(adapter, tmp_path / "more", by=-0.3)
+        assert not (tmp_path / "more").exists()
+        return
+    rescale(adapter, tmp_path / "more", by=-0.3)
+    tensors = models.tensors_of(base)
+    found, one = (changes(load_adapter(each), tensors) for each in (tmp_path / "more", adapter))
+    assert found.keys() == one.keys()
+    for path, delta in found.items():
+        assert (delta + 0.3 * one[path]).norm() <= 1e-6 * one[path].norm(), path
