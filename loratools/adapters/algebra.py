@@ -154,6 +154,11 @@ def _of_known_shape(held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[
     return [(weight, update.of_shape(known) if update.takes_shape else update) for weight, update in held]
 
 
+def _can_be_told(update: AbstractUpdate) -> bool:
+    """Whether the shape of the weight is all that the update lacks to be a sum of products."""
+    return update.takes_shape and type(update).of_shape is not AbstractUpdate.of_shape
+
+
 def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
     """Refuse a weighted sum that depends on the base, or of kinds that are no sums of products."""
     names = {name for update in updates for name in (*update.replaced, *update.added_rows, *update.patches)}
@@ -164,7 +169,7 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
             module=path,
         )
     others = sorted({update.kind for update in updates if not update.terms})
-    open_ended = sorted({update.kind for update in updates if not update.terms and update.takes_shape})
+    open_ended = sorted({update.kind for update in updates if not update.terms and _can_be_told(update)})
     if open_ended == others and others and not any(update.depends_on_base for update in updates):
         raise UnsupportedError(
             f"The tensors of a {', '.join(others)} update do not say how large ΔW is, and their sum has to.",
