@@ -25,6 +25,9 @@ _ADAPTER_KEY: Final = re.compile(
     r"lora[._](A|B|a|b|down|up)\b|hada_w[12]|lokr_w[12]|_lora\.(down|up)\.|:\d+:(down|up)$"
 )
 
+_PRUNED: Final = ".lora_E"
+"""What AdaLoRA's rank_pattern has behind the module's path."""
+
 _Sort = tuple[str, tuple[int, ...], bool]  # dtype, shape, whether it counts as parameters
 
 
@@ -253,13 +256,13 @@ def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
     chosen = selection.selected(adapter)
     rows = tuple(updates.row_of(path, adapter[path]) for path in chosen)
     refs = updates.tensors_of(adapter, chosen)
-    shares = _by_dtype(Counter((ref.dtype, ref.shape, True) for ref in refs))
+    shares = _by_dtype(Counter((ref.dtype, ref.shape, updates.is_parameter(ref)) for ref in refs))
     held = Counter(ref.source.label for ref in updates.tensors_of(adapter, adapter))
     return InspectReport(
         kind="adapter",
         format=adapter.format,
         name=adapter.name,
-        parameters=sum(ref.spec.numel for ref in refs),
+        parameters=sum(share.parameters for share in shares.values()),
         bytes=sum(share.bytes for share in shares.values()),
         dtypes=shares,
         kinds=dict(Counter(row.kind for row in rows).most_common()),
@@ -274,7 +277,8 @@ def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
 def _unused(adapter: Adapter) -> list[str]:
     """What the configuration names and no tensor is for."""
     low_rank = [path for path, update in adapter.items() if update.changes_weight]
-    named = {"target_modules": low_rank, "modules_to_save": list(adapter)}
+    carried = [path for path, update in adapter.items() if update.own_keys or update.patches]
+    named = {"target_modules": carried, "modules_to_save": list(adapter)}
     idle = [
         (field, name)
         for field, paths in named.items()
@@ -284,7 +288,7 @@ def _unused(adapter: Adapter) -> list[str]:
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = adapter.config.get(field)
         keys = list(pattern) if isinstance(pattern, Mapping) else []
-        idle += [(field, key) for key in keys if not _hits(key, low_rank, field)]
+        idle += [(field, key) for key in keys if not _hits(key.removesuffix(_PRUNED), low_rank, field)]
     return [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle]
 
 
