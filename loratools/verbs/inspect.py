@@ -25,9 +25,6 @@ _ADAPTER_KEY: Final = re.compile(
     r"lora[._](A|B|a|b|down|up)\b|hada_w[12]|lokr_w[12]|_lora\.(down|up)\.|:\d+:(down|up)$"
 )
 
-_PRUNED: Final = ".lora_E"
-"""What AdaLoRA's rank_pattern has behind the module's path."""
-
 _Sort = tuple[str, tuple[int, ...], bool]  # dtype, shape, whether it counts as parameters
 
 
@@ -288,7 +285,7 @@ def _unused(adapter: Adapter) -> list[str]:
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = adapter.config.get(field)
         keys = list(pattern) if isinstance(pattern, Mapping) else []
-        idle += [(field, key) for key in keys if not _hits(key.removesuffix(_PRUNED), low_rank, field)]
+        idle += [(field, key) for key in keys if not _hits(key.removesuffix(".lora_E"), low_rank, field)]  # AdaLoRA's
     return [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle]
 
 

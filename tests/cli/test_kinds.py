@@ -87,4 +87,4 @@ def test_a_card_counts_what_is_whole(tmp_path):
         save_file(tensors, tmp_path / name / "model.safetensors")
     code, text = said("extract", tmp_path / "base", tmp_path / "tuned", "-o", tmp_path / "out", "--rank", "2")
     assert code == 0, text
-    assert "1 modules, rank 1. 1 tensors are stored whole." in (tmp_path / "out" / "README.md").read_text()
+    assert "1 module, rank 1. Stored whole: 1 tensor." in (tmp_path / "out" / "README.md").read_text()
