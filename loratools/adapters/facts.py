@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratools.adapters.adapter import Adapter
+from loratools.adapters.experts import Stacked
 from loratools.adapters.updates import AbstractUpdate
 from loratools.tensors import TensorRef
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UpdateRow:
-    """One module of an adapter: `shape` is that of ΔW, (out, in), or of what is replaced whole.
+    """One module of an adapter: `shape` is that of ΔW, (out, in) or (experts, out, in), or of what is replaced whole.
 
     `alpha` and `scaling` are None where there is no one number; `whole` are parameters given whole,
     `added_rows` those that are lengthened.
@@ -74,7 +75,7 @@ def row_of(path: str, update: AbstractUpdate) -> UpdateRow:
     return UpdateRow(
         name=path,
         kind=update.kind,
-        shape=update.shape if changed else whole[0].shape if len(whole) == 1 else _weight_shape(update),
+        shape=changed_shape(update) if changed else whole[0].shape if len(whole) == 1 else _weight_shape(update),
         dtype="+".join(sorted({ref.dtype for ref in update.factors or whole})),
         parameters=sum(ref.spec.numel for ref in update.tensors),
         rank=update.rank,
@@ -89,6 +90,11 @@ def tensors_of(adapter: Adapter, paths: Iterable[str]) -> list[TensorRef]:
     """Every tensor of these modules; what several of them share once."""
     refs = [ref for path in paths for ref in adapter[path].tensors]
     return list({(id(ref.source), ref.offset, ref.name): ref for ref in refs}.values())
+
+
+def changed_shape(update: AbstractUpdate) -> tuple[int, ...] | None:
+    """That of ΔW: (out, in), or (experts, out, in) as the factors lie (see `Stacked.layout`)."""
+    return (update.experts, *update.matrix) if isinstance(update, Stacked) else update.shape
 
 
 def _weight_shape(update: AbstractUpdate) -> tuple[int, ...] | None:

@@ -118,7 +118,7 @@ def _prepare(  # noqa: PLR0917
     run: Run,
 ) -> _Prepared:
     checkpoint = open_checkpoint(base)
-    loaded = [load_adapter(adapter) for adapter in planning.as_list(adapters)]
+    loaded = [load_adapter(adapter, base=checkpoint) for adapter in planning.as_list(adapters)]
     wanted = planning.dtype_named(dtype)
     factors = planning.weights_for(len(loaded), weights)
     if not loaded and wanted is None and max_shard_size is None:

@@ -116,7 +116,7 @@ def _prepare(
     run: Run,
 ) -> _Prepared:
     checkpoint = open_checkpoint(merged)
-    loaded = [load_adapter(adapter) for adapter in planning.as_list(adapters)]
+    loaded = [load_adapter(adapter, base=checkpoint) for adapter in planning.as_list(adapters)]
     recorded = Recorded.of(checkpoint)
     if base is None:
         if not loaded:

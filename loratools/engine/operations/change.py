@@ -60,7 +60,7 @@ class Change:
 
         products, actions = [], []
         for term in unit.parameters.get("terms", ()):
-            update = _update(term, context, expert)
+            update = _update(term, context, expert, transposed=bool(unit.parameters.get("transposed")))
             if not update.terms:
                 actions.append((float(term["weight"]), update.action()))
             for product in update.terms:
@@ -162,7 +162,7 @@ def matrices(ref: TensorRef, unit: Unit) -> Iterator[tuple[TensorRef, int | None
         yield ref.rows(expert, expert + 1).reshaped(ref.shape[1:]), expert
 
 
-def _update(term: Mapping[str, Any], context: Context, expert: int | None) -> AbstractUpdate:
+def _update(term: Mapping[str, Any], context: Context, expert: int | None, *, transposed: bool) -> AbstractUpdate:
     update = context.update(Input(term["source"], term["module"]))
     if expert is None:
         expert = term.get("expert")
@@ -171,7 +171,7 @@ def _update(term: Mapping[str, Any], context: Context, expert: int | None) -> Ab
     if not isinstance(update, Stacked):
         raise InternalError("An expert's part was asked of an update that has none.", module=term["module"])
     rows = term.get("rows")
-    return update.part(expert, (int(rows[0]), int(rows[1])) if rows else None)
+    return update.part(expert, (int(rows[0]), int(rows[1])) if rows else None, columns=transposed)
 
 
 def _wholes(unit: Unit, context: Context, expert: int | None) -> Iterator[tuple[float, TensorRef]]:

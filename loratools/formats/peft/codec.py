@@ -46,7 +46,7 @@ class PeftCodec(AbstractCodec):
                 f"A PEFT adapter has its alpha in {fields.CONFIG_FILE}, which is not there: its scaling is unknown.",
                 fix="Put the configuration beside the weights.",
             )
-        tuner = tuner_of(config)
+        tuner = tuner_of(config).knowing(contents.shapes)
         limits.refuse_absurd(config)
         tuner.refuse(config)
         notes: list[str] = []
@@ -175,7 +175,7 @@ def _update(
         wrapped = any(path.endswith(name) for name in fields.saved_modules(config))
         return Full(shared=not wrapped, **rest)
     roles = MappingProxyType({**shared, **found.roles})
-    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes))
+    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes, raw))
 
 
 def _added_rows(side: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, dict[str, TensorRef]]:

@@ -24,6 +24,7 @@ NO_TARGETS: Final = "dummy-target-modules"
 _NOT_REPEATED: Final = (
     "auto_mapping", "megatron_config", "megatron_core", "layers_to_transform", "layers_pattern", "exclude_modules",
     "runtime_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "init_lora_weights",
+    "target_parameters",
 )  # fmt: skip
 """Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
 

@@ -25,6 +25,7 @@ class Module:
         config: the whole configuration, as read.
         rest: the fields that every update has (`replaced`, `added_rows`, `patches`), ready to be passed on.
         notes: takes what there is to say.
+        key_path: the path in the keys, where it is another than `path`.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Module:
     config: Mapping[str, Any]
     rest: Mapping[str, Any]
     notes: list[str]
+    key_path: str = ""
 
     def __getitem__(self, role: str) -> TensorRef:
         """A tensor that has to be there.
@@ -77,6 +79,11 @@ class AbstractTuner(abc.ABC):
         Raises:
             UnsupportedError: names it.
         """
+
+    def knowing(self, shapes: Mapping[str, tuple[int, ...]]) -> AbstractTuner:
+        """The tuner that knows the shapes of the base's parameters; most need none."""
+        del shapes
+        return self
 
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
         """The module path that each path in the keys stands for; most stand for themselves."""

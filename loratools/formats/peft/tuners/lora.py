@@ -27,8 +27,15 @@ _MAGNITUDES: Final = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 """As PEFT saves it, and as versions before 0.12 did."""
 
 
+@dataclasses.dataclass(frozen=True)
 class LoraTuner(AbstractTuner):
-    """`ΔW = scaling · B A`, and what PEFT's LoRA layers add to it."""
+    """`ΔW = scaling · B A`, and what PEFT's LoRA layers add to it.
+
+    Attributes:
+        shapes: of the base's parameters, where they are known.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     peft_type = "LORA"
     defaults = MappingProxyType({"lora_dropout": 0.0})
@@ -48,9 +55,13 @@ class LoraTuner(AbstractTuner):
         limits.require_ranks(config)
         lora_settings.refuse(config)
 
+    def knowing(self, shapes: Mapping[str, tuple[int, ...]]) -> AbstractTuner:
+        """See `AbstractTuner.knowing`."""
+        return LoraTuner(shapes)
+
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
         """See `AbstractTuner.paths`."""
-        parameters = lora_parameters.paths_of(modules, config)
+        parameters = lora_parameters.paths_of(modules, config, self.shapes)
         found = {path: parameters.get(path) or multihead.path_of(path, modules) for path in modules}
         nested = next((path for path in found.values() if ".base_layer." in f"{path}."), None)
         if nested is not None:
@@ -72,7 +83,7 @@ class LoraTuner(AbstractTuner):
             )
         if multihead.is_doubled(module.path, module.name):
             module.notes.append(multihead.DOUBLED)
-        if lora_parameters.names(module.path, module.config):
+        if lora_parameters.is_parameter(module.key_path, module.path):
             return dataclasses.replace(lora_parameters.update(module), **module.rest)
         update = _form(module)
         lora_settings.compare_rank(lora_forms.rank_of(update), module)
