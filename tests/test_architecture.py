@@ -50,6 +50,7 @@ ONLY_IN = {
     "click": {"cli"},
     "rich": {"cli"},
     "huggingface_hub": {"storage/hub.py"},
+    "regex": {"patterns.py"},
     "transformers": set(),
     "peft": set(),
     "pickle": set(),

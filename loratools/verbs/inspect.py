@@ -19,12 +19,14 @@ from loratools.errors import StorageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source, kind_of
 from loratools.formats.peft import config as peft
+from loratools.formats.peft.patterns import suffixes
 from loratools.tensors import TensorSpec
 
 _ADAPTER_KEY: Final = re.compile(
     r"lora[._](A|B|a|b|down|up)\b|hada_w[12]|lokr_w[12]|_lora\.(down|up)\.|:\d+:(down|up)$"
 )
 
+_TOLD: Final = 20  # names that the configuration has in vain, before they are only counted
 _Sort = tuple[str, tuple[int, ...], bool]  # dtype, shape, whether it counts as parameters
 
 
@@ -275,21 +277,16 @@ def _unused(adapter: Adapter) -> list[str]:
     """What the configuration names and no tensor is for."""
     low_rank = [path for path, update in adapter.items() if update.changes_weight]
     named = {"target_modules": low_rank, "modules_to_save": list(adapter)}
-    idle = [
-        (field, name)
-        for field, paths in named.items()
-        for name in _strings(adapter.config.get(field))
-        if not any(path == name or path.endswith(f".{name}") for path in paths)
-    ]
+    idle: list[tuple[str, str]] = []
+    for field, paths in named.items():
+        ends = {end for path in paths for end in suffixes(path)}
+        idle += [(field, name) for name in _strings(adapter.config.get(field)) if name not in ends]
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = adapter.config.get(field)
-        keys = list(pattern) if isinstance(pattern, Mapping) else []
-        idle += [(field, key) for key in keys if not _hits(key, low_rank, field)]
-    return [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle]
-
-
-def _hits(key: str, paths: Iterable[str], field: str) -> bool:
-    return any(peft.matched({key: 1}, path, 0, field=field) for path in paths)
+        idle += [(field, key) for key in peft.ModulePattern(pattern, field).idle(low_rank)]
+    told = [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle[:_TOLD]]
+    rest = len(idle) - len(told)
+    return [*told, f"Of {rest} more names in the configuration the same is true."] if rest else told
 
 
 def _strings(value: Any) -> list[str]:

@@ -49,6 +49,7 @@ class PeftCodec(AbstractCodec):
         tuner = tuner_of(config).knowing(contents.shapes)
         limits.refuse_absurd(config)
         tuner.refuse(config)
+        config = fields.prepared(config)
         notes: list[str] = []
         shared = {key: ref for key, ref in contents.tensors.items() if key in tuner.shared}
         own = {key: ref for key, ref in contents.tensors.items() if key not in shared}
@@ -172,7 +173,7 @@ def _update(
         "added_rows": MappingProxyType(dict(added)),
     }
     if not found.roles:
-        wrapped = any(path.endswith(name) for name in fields.saved_modules(config))
+        wrapped = path.endswith(tuple(fields.saved_modules(config)))
         return Full(shared=not wrapped, **rest)
     roles = MappingProxyType({**shared, **found.roles})
     return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes, raw))
@@ -208,7 +209,7 @@ def _saved_modules(adapter: Adapter, siblings: Collection[str]) -> list[str]:
         if path and isinstance(update, Full) and not update.shared and set(update.replaced) in _WRAPPABLE
     ]
     if not siblings:
-        candidates = [path for path in candidates if any(path == name or path.endswith(name) for name in named)]
+        candidates = [path for path in candidates if path.endswith(tuple(named))]
     return [path for path in candidates if _alone(path, known)]
 
 
