@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -131,9 +132,13 @@ class Change:
         mine = [each for each in self.patches if rows[0] <= each[1] < rows[1]]
         if mine and total is base:
             total = total.clone()
+        times = Counter(index for _, index, _ in mine)
         for weight, index, ref in mine:
             given, before = finite(ref)[0].to(base.device).double(), base[index - rows[0]].double()
-            total[index - rows[0]] += weight * (given - before) if weight != 1 else given - total[index - rows[0]]
+            if weight == 1 and times[index] == 1 and not self.wholes:  # the row itself, of which no sum loses a bit
+                total[index - rows[0]] = given
+            else:
+                total[index - rows[0]] += weight * (given - before)
         return total
 
     def _acted(self, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:

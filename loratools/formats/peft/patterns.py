@@ -132,6 +132,15 @@ class ModuleKeys:
         )
 
 
+def matches_whole(expression: str, module: str, **where: str) -> bool:
+    """Whether an expression matches a module's whole path, as PEFT reads a text in `target_modules`.
+
+    Raises:
+        MalformedError, UnsupportedError: as of `ModuleKeys.first`.
+    """
+    return ModuleKeys([f"^(?:{expression})$"], **where).first(module) is not None
+
+
 def suffixes(module: str) -> Iterator[str]:
     """The path itself, and what follows each of its dots."""
     yield module

@@ -128,6 +128,16 @@ class AbstractTuner(abc.ABC):
             UnsupportedError: the updates differ in something that is one field for all of them.
         """
 
+    def kept_fields(self, updates: Mapping[str, AbstractUpdate], config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fields that depend on what they were before, `config`; they go before those of `fields`."""
+        del updates, config
+        return {}
+
+    def key_path(self, path: str, updates: Mapping[str, AbstractUpdate]) -> str:
+        """The path in the keys for a module path of the adapter: the inverse of `paths`."""
+        del updates
+        return path
+
     def keyed(self, updates: Mapping[str, AbstractUpdate]) -> dict[str, dict[str, TensorRef]]:
         """For every update its tensors by whole key, in the order in which they are written."""
         return {

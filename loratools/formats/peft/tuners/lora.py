@@ -85,6 +85,7 @@ class LoraTuner(AbstractTuner):
             module.notes.append(multihead.DOUBLED)
         if lora_parameters.is_parameter(module.key_path, module.path):
             return dataclasses.replace(lora_parameters.update(module), **module.rest)
+        multihead.refuse_bias(module)
         update = _form(module)
         lora_settings.compare_rank(lora_forms.rank_of(update), module)
         magnitude = next((module.roles[role] for role in _MAGNITUDES if role in module.roles), None)
@@ -116,12 +117,14 @@ class LoraTuner(AbstractTuner):
             shape = (1, *shape, *(1 for _ in low_rank.kernel))
         return {**lora_forms.low_rank_tensors(low_rank), _MAGNITUDES[0]: update.magnitude.reshaped(shape)}
 
+    def key_path(self, path: str, updates: Mapping[str, AbstractUpdate]) -> str:
+        """See `AbstractTuner.key_path`."""
+        return lora_parameters.wrapped_path(path, updates)
+
     def keyed(self, updates: Mapping[str, AbstractUpdate]) -> dict[str, dict[str, TensorRef]]:
         """See `AbstractTuner.keyed`."""
         return {
-            path: {
-                keys.role_key(lora_parameters.wrapped_path(path, updates), role): ref for role, ref in tensors.items()
-            }
+            path: {keys.role_key(self.key_path(path, updates), role): ref for role, ref in tensors.items()}
             for path, tensors in (
                 (path, self.tensors(multihead.levelled(path, update, updates))) for path, update in updates.items()
             )
@@ -135,7 +138,7 @@ class LoraTuner(AbstractTuner):
             **lora_parameters.target_fields(named, layers, siblings),
             **lora_settings.scaling_fields(named),
             **lora_settings.variant_fields(named),
-            **tokens.lora_fields(updates),
+            **tokens.lora_fields(updates, siblings),
         }
 
 

@@ -15,7 +15,7 @@ from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.experts import Layout, Stacked
 from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from loratools.formats.peft import config as fields
-from loratools.formats.peft import expressions
+from loratools.formats.peft import patterns
 from loratools.formats.peft.tuners import lora_forms, multihead
 from loratools.formats.peft.tuners._tuner import Module
 from loratools.tensors import TensorRef
@@ -87,7 +87,7 @@ def _is_layer(module: str, config: Mapping[str, Any]) -> bool:
     """Whether the module itself is wrapped as a layer: PEFT refuses to do both."""
     named = config.get("target_modules") or []
     if isinstance(named, str):
-        return expressions.matches(f"^(?:{named})$", module, file=fields.CONFIG_FILE, field="target_modules")
+        return patterns.matches_whole(named, module, file=fields.CONFIG_FILE, field="target_modules")
     return any(module == name or module.endswith(f".{name}") for name in named if isinstance(name, str))
 
 
