@@ -101,9 +101,8 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     first = held[0][1]
     if not terms:  # a module whose only weight is 0 stays, as an update of size zero
         terms = [Term(first.terms[0].lora_A, first.terms[0].lora_B, 0.0)]
-    kernel = first.kernel if isinstance(first, (LowRank, Sum)) else ()
     bias = _summed_bias(path, held)
-    return Sum(parts=tuple(terms), of=first.layer, parameter=first.target, kernel=kernel, bias=bias)
+    return Sum(parts=tuple(terms), of=first.layer, parameter=first.target, kernel=first.kernel, bias=bias)
 
 
 def of_one_kind(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate | None:
@@ -191,9 +190,10 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
         raise UnsupportedError(
             f"{what} of kind {', '.join(others)} {why}.", fix=f"{merge[0].upper()}{merge[1:]}.", module=path
         )
-    shapes = {(update.shape, update.layer, update.target) for update in updates}
+    shapes = {(update.shape, update.layer, update.target, update.kernel) for update in updates}
     if len(shapes) != 1:
-        listed = ", ".join(f"{layer} {target} {shape}" for shape, layer, target in sorted(shapes, key=str))
+        listed = ", ".join(f"{layer} {target} {shape} {kernel or ''}".rstrip()
+                           for shape, layer, target, kernel in sorted(shapes, key=str))  # fmt: skip
         raise MismatchError(
             f"The adapters disagree about this module: {listed}.",
             fix="They were made for different bases.",
@@ -264,7 +264,7 @@ def truncated(
         alpha=float(S.numel()),
         of=update.layer,
         parameter=update.target,
-        kernel=update.kernel if isinstance(update, (LowRank, Sum)) else (),
+        kernel=update.kernel,
         bias=_summed_bias(path, [(1.0, update)]),
         replaced=update.replaced,
         added_rows=update.added_rows,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratools.adapters.actions import AbstractAction, Region
 from loratools.adapters.low_rank import LowRank
 from loratools.adapters.updates import AbstractUpdate, Layer, Offset
-from loratools.errors import InternalError, MismatchError
+from loratools.errors import InternalError, MismatchError, NonFiniteError
 from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -56,6 +56,11 @@ class Dora(AbstractUpdate):
         return self.low_rank.target
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """See `AbstractUpdate.kernel`."""
+        return self.low_rank.kernel
+
+    @property
     def shape(self) -> tuple[int, int] | None:
         """See `AbstractUpdate.shape`."""
         return self.low_rank.shape
@@ -96,7 +101,7 @@ class Dora(AbstractUpdate):
         from loratools.linalg import LowRankSum
 
         terms = [(finite(term.lora_A), finite(term.lora_B), term.scale) for term in self.low_rank.terms]
-        return _Rescaling(LowRankSum.of(terms), finite(self.magnitude).double())
+        return _Rescaling(LowRankSum.of(terms), finite(self.magnitude).double(), self.magnitude.name)
 
 
 class _Rescaling(AbstractAction):
@@ -104,8 +109,8 @@ class _Rescaling(AbstractAction):
 
     looks = True
 
-    def __init__(self, product: LowRankSum, magnitude: torch.Tensor) -> None:
-        self._product, self._magnitude = product, magnitude
+    def __init__(self, product: LowRankSum, magnitude: torch.Tensor, name: str) -> None:
+        self._product, self._magnitude, self._name = product, magnitude, name
         self._squares: torch.Tensor | None = None
 
     def look(self, base: torch.Tensor, region: Region) -> None:
@@ -126,5 +131,17 @@ class _Rescaling(AbstractAction):
             raise InternalError("Norms of rows were asked for before all of them had been seen.")
         else:
             squares = self._squares[region.rows].to(base.device)
+        self._require_directions(squares, region)
         factor = self._magnitude[region.rows].to(base.device) / squares.sqrt()
         return moved.mul_(factor[:, None]).sub_(base)
+
+    def _require_directions(self, squares: torch.Tensor, region: Region) -> None:
+        """A row of zeros has no direction that a magnitude could be given to; PEFT divides by zero there."""
+        zeros = (squares == 0).nonzero().flatten()
+        if zeros.numel():
+            raise NonFiniteError(
+                f"{zeros.numel()} rows of W + ΔW are zero, the first is {region.rows.start + int(zeros[0])}: DoRA "
+                "divides by their norm.",
+                fix="Is this the base that the adapter was made for? PEFT makes NaN of it.",
+                tensor=self._name,
+            )

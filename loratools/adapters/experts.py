@@ -1,7 +1,8 @@
 """LoRA on a parameter that stacks the matrices of many experts: PEFT's `target_parameters`.
 
 The path of such an update in its adapter is that of the parameter, `model.layers.0.mlp.experts.gate_up_proj`, since a
-module has several of them.
+module has several of them. Formula and layouts after `ParamWrapper` in PEFT's `peft/tuners/lora/layer.py`
+(https://github.com/huggingface/peft).
 """
 
 from __future__ import annotations
@@ -9,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import threading
-from typing import TYPE_CHECKING
+import weakref
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Final, Literal
 
 from loratools.adapters.low_rank import LowRank, require_alpha, require_product
 from loratools.adapters.updates import AbstractUpdate
@@ -19,7 +22,13 @@ from loratools.tensors import TensorRef, computed
 if TYPE_CHECKING:
     import torch
 
-_LAST = threading.local()
+Layout = Literal["0.17", "0.19.0", "0.19.1"]
+"""The PEFT version from which on factors lie this way; see `Stacked.layout`."""
+
+CURRENT: Final[Layout] = "0.19.1"
+_KEPT: Final = 4
+"""Factors that a thread keeps: gate-up and down of two adapters take turns where a file orders tensors by expert."""
+_CACHE = threading.local()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +41,9 @@ class Stacked(AbstractUpdate):
         experts: how many.
         alpha: the numerator of the scaling.
         use_rslora: divide by √r rather than by r.
+        layout: which axes of the parameter (experts, second, third) the factors belong to. Until 0.18 PEFT took the
+            second for `in` and the third for `out`; 0.19.0 did the opposite for modules with `is_transposed` (GPT-OSS);
+            since 0.19.1 it does the opposite for all others. None: not known, and then only shapes can tell.
     """
 
     lora_A: TensorRef
@@ -39,6 +51,7 @@ class Stacked(AbstractUpdate):
     experts: int
     alpha: float
     use_rslora: bool = False
+    layout: Layout | None = CURRENT
 
     def __post_init__(self) -> None:
         require_product(self.lora_A, self.lora_B)
@@ -84,32 +97,63 @@ class Stacked(AbstractUpdate):
         """(out, in) of one expert."""
         return self.lora_B.shape[0], self.lora_A.shape[1]
 
-    def part(self, expert: int, rows: tuple[int, int] | None = None) -> LowRank:
-        """One expert's update; `rows` of its output alone, where a checkpoint keeps gate and up apart."""
+    @property
+    def kept_bytes(self) -> int:
+        """What a thread keeps in memory while it goes through the experts one by one."""
+        return _KEPT * self.lora_B.nbytes
+
+    def part(self, expert: int, span: tuple[int, int] | None = None, *, columns: bool = False) -> LowRank:
+        """One expert's update.
+
+        Args:
+            expert: which.
+            span: these rows of (out, in) alone, where a checkpoint keeps gate and up apart.
+            columns: the span is one of columns: of a matrix that is stored (in, out).
+        """
         if not 0 <= expert < self.experts:
             raise InternalError("There is no such expert.", expert=expert, experts=self.experts)
-        first, last = rows or (0, self.matrix[0])
+        first, last = (0, self.matrix[0]) if span is None or columns else span
+        lora_A = self.lora_A.rows(expert * self.rank, (expert + 1) * self.rank)
 
-        def columns() -> torch.Tensor:
-            return _kept(self.lora_B)[first:last, expert :: self.experts].double()
+        def ups() -> torch.Tensor:
+            return _kept(self)[first:last, expert :: self.experts].double()
 
-        lora_B = computed(f"{self.lora_B.name}[{expert}]", (last - first, self.rank), (self.lora_B,), columns)
-        return LowRank(
-            lora_A=self.lora_A.rows(expert * self.rank, (expert + 1) * self.rank),
-            lora_B=lora_B,
-            alpha=self.alpha,
-            use_rslora=self.use_rslora,
-            parameter="",
-        )
+        lora_B = computed(f"{self.lora_B.name}[{expert}]", (last - first, self.rank), (self.lora_B,), ups)
+        if span is not None and columns:
+            lora_A = _columns(lora_A, span)
+        return LowRank(lora_A=lora_A, lora_B=lora_B, alpha=self.alpha, use_rslora=self.use_rslora, parameter="")
+
+    def delta_weight(self, base: torch.Tensor | None = None) -> torch.Tensor:
+        """ΔW of all experts: float32, (experts, out, in)."""
+        import torch
+
+        del base
+        return torch.stack([self.part(expert).delta_weight() for expert in range(self.experts)])
 
     def scaled(self, weight: float) -> AbstractUpdate:
         """The same factors with another alpha."""
         return dataclasses.replace(self, alpha=self.alpha * weight)
 
 
-def _kept(ref: TensorRef) -> torch.Tensor:
-    """A factor whose columns belong to all experts in turn: each thread keeps the last one that it read."""
-    if getattr(_LAST, "ref", None) is not ref:
-        _LAST.tensor, _LAST.ref = ref.load(), ref
-    tensor: torch.Tensor = _LAST.tensor
-    return tensor
+def _columns(ref: TensorRef, span: tuple[int, int]) -> TensorRef:
+    def compute() -> torch.Tensor:
+        return ref.load()[:, slice(*span)].double()
+
+    return computed(ref.name, (ref.shape[0], span[1] - span[0]), (ref,), compute)
+
+
+def _kept(update: Stacked) -> torch.Tensor:
+    """`lora_B`, whose columns belong to all experts in turn: each thread keeps the last ones that it read.
+
+    They go with the update that they belong to, so that no file stays open for them.
+    """
+    held: OrderedDict[int, tuple[weakref.ref[Stacked], torch.Tensor]] = _CACHE.__dict__.setdefault(
+        "held", OrderedDict()
+    )
+    key = id(update)
+    if key not in held or held[key][0]() is not update:
+        while len(held) >= _KEPT:
+            held.popitem(last=False)
+        held[key] = weakref.ref(update, lambda _: held.pop(key, None)), update.lora_B.load()
+    held.move_to_end(key)
+    return held[key][1]

@@ -18,9 +18,9 @@ from loratools.tensors import COMPUTABLE, TensorRef
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UpdateRow:
-    """One module of an adapter: `shape` is that of ΔW, (out, in), or of what is replaced whole.
+    """One module of an adapter: `shape` is that of ΔW, (out, in) or (experts, out, in), or of what is replaced whole.
 
-    A convolution's is (out, channels, k, …) where the update says its kernel, that of experts (experts, out, in).
+    A convolution's is (out, channels, k, …) where the update says its kernel.
 
     `alpha` and `scaling` are None where there is no one number; `whole` are parameters given whole,
     `added_rows` those that are lengthened.

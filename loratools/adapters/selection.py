@@ -9,50 +9,47 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable
+from typing import Final
 
+from loratools.adapters import _globs
 from loratools.errors import UsageError
+from loratools.patterns import MAX_EXPRESSION, Allowance, CostlyExpressionError, InvalidExpressionError
 
-_MAX_PATTERN = 2000
+_REGULAR: Final = "re:"
+
+
+def _matches(pattern: str, path: str, allowance: Allowance) -> bool:
+    """Whether one pattern matches `path`.
+
+    Raises:
+        UsageError: it is empty, too long, no valid expression, or takes too long to match.
+    """
+    if not pattern.startswith(_REGULAR):
+        return _globs.fits(_parts(pattern), path)
+    _require_length(pattern)
+    try:
+        return allowance.finds(pattern.removeprefix(_REGULAR), path)
+    except InvalidExpressionError as error:
+        raise UsageError(f"This is not a valid pattern: {error}.", pattern=pattern) from error
+    except CostlyExpressionError as error:
+        raise UsageError(
+            f"This pattern is not matched: {error}.",
+            fix="Avoid repetitions inside of repetitions, or write a glob.",
+            pattern=pattern,
+            module=path,
+        ) from error
 
 
 @functools.lru_cache(maxsize=256)
-def compiled(pattern: str) -> re.Pattern[str]:
-    """The regular expression for one pattern, to be used with `search`.
-
-    Raises:
-        UsageError: it is empty, too long, or not a valid expression.
-    """
-    if not pattern or len(pattern) > _MAX_PATTERN:
-        raise UsageError("A pattern must have between 1 and 2000 characters.", pattern=pattern)
-    try:
-        if pattern.startswith("re:"):
-            return re.compile(pattern[3:])
-        return re.compile(rf"(?:^|\.){_glob(pattern)}$")
-    except re.error as error:
-        raise UsageError(f"This is not a valid pattern: {error}.", pattern=pattern) from error
+def _parts(pattern: str) -> tuple[_globs.Token, ...]:
+    _require_length(pattern)
+    return _globs.tokens(pattern)
 
 
-def _glob(pattern: str) -> str:
-    pieces = re.split(r"(\*+|\?|\{[^{}]*\})", pattern)
-    return "".join(_piece(piece) for piece in pieces)
-
-
-def _piece(piece: str) -> str:
-    if piece.startswith("*"):
-        return ".*"
-    if piece == "?":
-        return "."
-    if piece.startswith("{") and piece.endswith("}"):
-        bounds = re.fullmatch(r"\{(\d+)-(\d+)\}", piece)
-        if bounds is None:
-            return f"(?:{'|'.join(re.escape(choice) for choice in piece[1:-1].split(','))})"
-        low, high = int(bounds[1]), int(bounds[2])
-        if high < low or high - low > 100_000:  # noqa: PLR2004
-            raise UsageError("A range must run upwards, and over at most 100000 integers.", pattern=piece)
-        return f"(?:{'|'.join(str(value) for value in range(low, high + 1))})"
-    return re.escape(piece)
+def _require_length(pattern: str) -> None:
+    if not 0 < len(pattern) <= MAX_EXPRESSION:
+        raise UsageError(f"A pattern must have between 1 and {MAX_EXPRESSION} characters.", pattern=pattern)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -69,29 +66,38 @@ class Selection:
         """The paths that are chosen.
 
         Raises:
-            UsageError: a pattern matches nothing, or nothing is left.
+            UsageError: a pattern is none, matches nothing or takes too long, or nothing is left.
         """
         known = list(paths)
         if not self.include and not self.exclude:
             return known
-        for pattern in (*self.include, *self.exclude):
-            if not any(compiled(pattern).search(path) for path in known):
-                raise UsageError(
-                    "The pattern matches no module.",
-                    fix="`loratools inspect --modules` lists them.",
-                    pattern=pattern,
-                )
-        chosen = [path for path in known if self.wants(path)]
+        allowance = Allowance()
+        included = _union(self.include, known, allowance) if self.include else set(known)
+        excluded = _union(self.exclude, known, allowance)
+        chosen = [path for path in known if path in included and path not in excluded]
         if known and not chosen:
             raise UsageError("The patterns leave no module.", fix="`loratools inspect --modules` lists them.")
         return chosen
 
-    def wants(self, path: str) -> bool:
-        """Whether `path` is chosen."""
-        included = not self.include or any(compiled(pattern).search(path) for pattern in self.include)
-        return included and not any(compiled(pattern).search(path) for pattern in self.exclude)
+
+def _union(patterns: Iterable[str], paths: Iterable[str], allowance: Allowance) -> set[str]:
+    """The paths that one of the patterns matches; each must match one."""
+    union: set[str] = set()
+    for pattern in patterns:
+        found = {path for path in paths if _matches(pattern, path, allowance)}
+        if not found:
+            raise UsageError(
+                "The pattern matches no module.", fix="`loratools inspect --modules` lists them.", pattern=pattern
+            )
+        union |= found
+    return union
 
 
 def matches_any(patterns: Iterable[str], path: str) -> bool:
-    """Whether one of `patterns` matches `path`."""
-    return any(compiled(pattern).search(path) for pattern in patterns)
+    """Whether one of `patterns` matches `path`.
+
+    Raises:
+        UsageError: a pattern is none, or takes too long.
+    """
+    allowance = Allowance()
+    return any(_matches(pattern, path, allowance) for pattern in patterns)

@@ -113,6 +113,11 @@ class AbstractUpdate(abc.ABC):
         return "weight"
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """The kernel size (k, …) of the convolution that the factors address, where they say it; else empty."""
+        return ()
+
+    @property
     def rank(self) -> int | None:
         """The number of rank-one pieces in all terms (an upper bound on the rank of ΔW), or the kind's own r."""
         return sum(term.rank for term in self.terms) or None

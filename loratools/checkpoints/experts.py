@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection
-from typing import Final
+from collections.abc import Collection, Mapping
+from typing import Any, Final
+
+from loratools.tensors import TensorRef
 
 _FIRST: Final = re.compile(r"^(?P<head>.*?)(?P<block>\w+)\.experts\.0\.(?P<name>\w+)\.weight$")
 _STACKS: Final = (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("down_proj",)),
@@ -46,6 +48,25 @@ def on_disk_paths(path: str) -> list[str]:
 TRANSPOSED_FAMILIES: Final = frozenset({"gpt_oss", "aria", "aria_text", "openai_privacy_filter"})
 """`model_type` of classes whose stacked parameters are (experts, in, out) (`is_transposed` in transformers)."""
 
+TURNED_IN_FILES: Final = frozenset({"qwen3_vl_moe", "qwen3_vl_moe_text"})
+"""`model_type` of families whose files hold (experts, in, out), and whose classes (experts, out, in)."""
+
+
+def is_transposed(config: Mapping[str, Any]) -> bool | None:
+    """Whether the family's class holds (experts, in, out); None where the family is not known."""
+    family = model_type(config)
+    known = FUSED_FAMILIES | TURNED_IN_FILES | _OTHERS
+    return True if family in TRANSPOSED_FAMILIES else False if family in known else None
+
+
+def model_type(config: Mapping[str, Any]) -> str | None:
+    """The configuration's `model_type`, of its text model where it has one."""
+    inner = config.get("text_config")
+    for each in (inner if isinstance(inner, Mapping) else {}, config):
+        if isinstance(each.get("model_type"), str):
+            return str(each["model_type"])
+    return None
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stack:
@@ -64,6 +85,16 @@ class Stack:
     def tensors(self, expert: int) -> list[str]:
         """The names of one expert's tensors, in the order of their rows."""
         return [f"{self.head}{expert}.{name}.weight" for name in self.names]
+
+
+def parameter_shapes(base: Mapping[str, TensorRef]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name, of what is stored, and of the stacked parameters whose matrices are stored one by one."""
+    shapes = {name: ref.shape for name, ref in base.items()}
+    for path, stack in stacks_of(list(base)).items():
+        parts = [shapes[name] for name in stack.tensors(0)]
+        if all(len(part) == 2 for part in parts):  # noqa: PLR2004
+            shapes[path] = (stack.experts, sum(part[0] for part in parts), parts[0][1])
+    return shapes
 
 
 def stacks_of(names: Collection[str]) -> dict[str, Stack]:
@@ -89,8 +120,17 @@ def stacks_of(names: Collection[str]) -> dict[str, Stack]:
 FUSED_FAMILIES: Final = frozenset(
     {
         "mixtral", "minimax", "minimax_m2", "qwen2_moe", "qwen3_moe", "qwen3_next", "afmoe", "deepseek_v2",
-        "deepseek_v3", "dots1", "ernie4_5_moe", "glm4_moe", "glm4v_moe", "longcat_flash", "flex_olmo", "olmoe",
-        "exaone_moe", "cohere2_moe",
+        "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm4v_moe",
+        "glm_moe_dsa", "hunyuan_v1_moe", "longcat_flash", "flex_olmo", "olmoe", "exaone_moe", "cohere2_moe",
+        "solar_open",
     }
 )  # fmt: skip
 """`model_type` of classes that stack, since transformers 5, what their files keep apart (`conversion_mapping.py`)."""
+
+_OTHERS: Final = frozenset(
+    {
+        "gemma4", "gemma4_text", "granitemoe", "granitemoehybrid", "granitemoeshared", "jamba", "lfm2_moe", "llama4",
+        "llama4_text", "phimoe", "qwen3_5_moe", "qwen3_5_moe_text",
+    }
+)  # fmt: skip
+"""`model_type` of other classes that stack experts and do not say `is_transposed`."""

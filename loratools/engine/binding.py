@@ -201,6 +201,7 @@ def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adap
         straight, turned = False, update.fits(stored[::-1])
     else:
         straight, turned = update.fits(stored), update.fits(stored[::-1]) and len(weight.shape) == 2  # noqa: PLR2004
+    _require_kernel(path, update, weight.shape, adapter)
     if straight and turned:
         return _square(path, module, adapter, notes)
     if not straight and not turned:
@@ -211,6 +212,18 @@ def _transposed(path: str, update: AbstractUpdate, module: Module, adapter: Adap
             adapter=adapter.name,
         )
     return turned
+
+
+def _require_kernel(path: str, update: AbstractUpdate, stored: tuple[int, ...], adapter: Adapter) -> None:
+    """Refuse a convolution of another kernel that has as many entries."""
+    kernel = update.kernel
+    if kernel and stored[2:] != kernel:
+        raise MismatchError(
+            f"The update is for a kernel {kernel}, the base's weight is {tuple(stored)}.",
+            fix="Is this the base that the adapter was made for?",
+            module=path,
+            adapter=adapter.name,
+        )
 
 
 def shaped(adapter: Adapter, base: Checkpoint) -> Adapter:

@@ -11,7 +11,7 @@ from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint
 from loratools.engine.binding import Bindings, Renaming, Target, bind
 from loratools.engine.sites import Site
-from loratools.engine.tensor_change import TensorChange
+from loratools.engine.tensor_change import TensorChange, factor_elements
 from loratools.engine.ties import changes_both, mirror, untie
 from loratools.errors import MismatchError, UnsupportedError
 from loratools.tensors import COMPUTABLE, TensorSpec
@@ -147,7 +147,7 @@ def _add_term(source: str, path: str, update: AbstractUpdate, site: Site, weight
         term |= {"expert": site.expert, "rows": list(site.rows) if site.rows else None}
     change.terms.append(term)
     change.transposed, change.experts = site.transposed, site.experts
-    change.factor_elements += sum(ref.spec.numel for ref in update.factors)
+    change.factor_elements += factor_elements(update)
     if not update.terms and site.experts is None and site.expert is None:
         change.needs(update.span)
 

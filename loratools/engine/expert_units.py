@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from loratools.checkpoints.experts import FUSED_FAMILIES, TRANSPOSED_FAMILIES, stacks_of
+from loratools.checkpoints.experts import FUSED_FAMILIES, TRANSPOSED_FAMILIES, TURNED_IN_FILES, model_type, stacks_of
 from loratools.engine import memory
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
@@ -49,14 +49,13 @@ def stacked_pairs(pairing: Pairing, chosen: Collection[str], kept: Collection[st
 
 
 def _stored_stacked(pairing: Pairing, wanted: Collection[str]) -> Iterator[StackedPair]:
-    family = pairing.tuned.config.get("model_type")
+    turned = model_type(pairing.tuned.config) in TRANSPOSED_FAMILIES | TURNED_IN_FILES
     for path, pairs in pairing.modules.items():
         if path not in wanted or pairing.tuned_module(path).kind != "experts":
             continue
         for parameter, pair in pairs.items():
             if pair.relation == "same" and len(pair.tuned.shape) == _STACKED_AXES:
-                name, turned = f"{path}.{parameter}", family in TRANSPOSED_FAMILIES
-                yield StackedPair(name, pair.tuned.shape[0], (pair,), ((path, parameter),), turned)
+                yield StackedPair(f"{path}.{parameter}", pair.tuned.shape[0], (pair,), ((path, parameter),), turned)
 
 
 def _stored_apart(pairing: Pairing, wanted: Collection[str]) -> Iterator[StackedPair]:

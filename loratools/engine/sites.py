@@ -14,7 +14,7 @@ class Site:
         transposed: it is stored (in, out).
         experts: it stacks the matrices of so many experts, each of which has its own part of the update.
         expert: it is the matrix of this one expert of the update.
-        rows: it is these rows of the update's output alone.
+        rows: its rows are these of the expert's matrix alone: of the update's output, of its input if `transposed`.
     """
 
     tensor: str

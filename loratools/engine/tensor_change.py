@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Final
 
+from loratools.adapters import AbstractUpdate
 from loratools.adapters.actions import Span
+from loratools.adapters.experts import Stacked
+from loratools.engine import memory
 
 _SPANS: Final[tuple[Span, ...]] = ("piece", "rows", "whole")
 
@@ -72,3 +75,10 @@ class TensorChange:
             "experts": self.experts,
             "at_once": self.at_once,
         }
+
+
+def factor_elements(update: AbstractUpdate) -> int:
+    """Elements of the factors that are worked on at a time; of experts one, and what is kept beside it."""
+    if isinstance(update, Stacked):
+        return update.rank * sum(update.matrix) + -(-update.kept_bytes // memory.FACTOR_BYTES)
+    return sum(ref.spec.numel for ref in update.factors)

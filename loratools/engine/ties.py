@@ -28,6 +28,8 @@ def changes_both(adapter: Adapter, bindings: Bindings, base: Checkpoint) -> bool
     tying = adapter.config.get("ensure_weight_tying") is True
     if not tying and not all(getattr(update, "shared", False) for update in updates):
         return False
+    if base.tied_head is not None and updates[0].patches and base.tied_head[0] not in by_tensor:
+        return False  # PEFT ties tokens of the head to those of the embedding, and not the other way round
     if len(updates) == 1 or _same(updates[0], updates[1]):
         return True
     if tying:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from loratools.adapters import Adapter
+from loratools.checkpoints import Checkpoint
+from loratools.checkpoints.experts import parameter_shapes
 from loratools.errors import MalformedError
 from loratools.files import locate
+from loratools.files._open_checkpoint import open_checkpoint
 from loratools.formats import Contents, codec_named, detect
 from loratools.formats.peft.config import CONFIG_FILE
 from loratools.formats.peft.keys import ADDED_ROWS_FILE
@@ -21,27 +24,28 @@ from loratools.storage.shards import open_weights
 def load_adapter(
     source: locate.Source | Adapter,
     format: str | None = None,
-    base: object | None = None,
+    base: locate.Source | Checkpoint | None = None,
 ) -> Adapter:
     """Load the adapter at `source`.
 
     Args:
         source: a directory with `adapter_config.json`, or the weights file in it.
         format: the dialect, where it shall not be detected.
-        base: accepted for dialects whose names need a base to be resolved; PEFT's do not.
+        base: the checkpoint that it is for, for dialects whose names need it; of PEFT's, parameters of modules whose
+            classes are not known (`target_parameters`).
 
     Raises:
         MalformedError: the files contradict each other, or hold several adapters (named).
         UnsupportedError: a kind or a file type that is not handled, by name.
     """
-    del base
     if isinstance(source, Adapter):
         return source
     with locate.readable(source):
-        return _loaded(locate.local(source).absolute(), format)
+        shapes = parameter_shapes(open_checkpoint(base)) if base is not None else {}
+        return _loaded(locate.local(source).absolute(), format, shapes)
 
 
-def _loaded(path: Path, format: str | None) -> Adapter:
+def _loaded(path: Path, format: str | None, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
     _refuse_ambiguous(path)
     weights = open_weights(path, locate.ADAPTER_STEMS)
     directory = path if path.is_dir() else path.parent
@@ -50,6 +54,7 @@ def _loaded(path: Path, format: str | None) -> Adapter:
         config=locate.read_object(directory / CONFIG_FILE) or None,
         metadata=weights.shards[0].metadata if weights.shards else {},
         side_tensors=_side(directory),
+        shapes=shapes,
     )
     codec = codec_named(format) if format is not None else detect(contents, file=path.name)
     decoded = codec.decode(contents)

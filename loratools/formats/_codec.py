@@ -20,12 +20,14 @@ class Contents:
         config: the configuration beside them as data, or None.
         metadata: the weights file's own metadata.
         side_tensors: tensors of side files, by file name.
+        shapes: of the base's parameters by name, as a model class has them; empty where no base is known.
     """
 
     tensors: Mapping[str, TensorRef]
     config: Mapping[str, Any] | None
     metadata: Mapping[str, str] = dataclasses.field(default_factory=dict)
     side_tensors: Mapping[str, Mapping[str, TensorRef]] = dataclasses.field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

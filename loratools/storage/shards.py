@@ -14,6 +14,7 @@ from typing import Final
 from loratools.errors import AccessError, InputMissingError, MalformedError, StorageError, UnsupportedError, UsageError
 from loratools.storage.files import read_json
 from loratools.storage.safetensors import SafetensorsFile, open_safetensors
+from loratools.storage.shard_names import require_inside, require_plain
 from loratools.tensors import TensorRef
 
 STEMS: Final = ("model", "diffusion_pytorch_model", "adapter_model")
@@ -110,7 +111,7 @@ def _choose(directory: Path, stems: Sequence[str]) -> tuple[Path, tuple[str, ...
             return directory / found[0], ()
         if found:
             raise _ambiguous("The directory holds several weight files and no index that says which.", directory, found)
-    pickles = [name for name in names if Path(name).suffix in _PICKLES]
+    pickles = [name for name in names if Path(name).suffix.lower() in _PICKLES]
     if pickles:
         _refuse_other_formats(directory / pickles[0])
     wanted = ", ".join(stem + SUFFIX for stem in stems)
@@ -143,10 +144,10 @@ def _ambiguous(what: str, directory: Path, choices: Sequence[str]) -> UsageError
 
 
 def _refuse_other_formats(path: Path) -> None:
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         raise UnsupportedError(
-            "This is a pickle, which can run code when it is opened: a pickle is never executed here.",
-            fix="Use the safetensors version, or convert it in a sandbox that you trust.",
+            "By its name this is a pickle, which can run code when it is opened: a pickle is never executed here.",
+            fix="Use the safetensors version (if it is one, rename it), or convert it in a sandbox that you trust.",
             file=path,
         )
     if path.suffix == ".gguf":
@@ -156,9 +157,9 @@ def _refuse_other_formats(path: Path) -> None:
 def _open_index(index: Path, warnings: tuple[str, ...]) -> Weights:
     weight_map, total_size = _weight_map(index)
     names = sorted(set(weight_map.values()))
-    for name in names:
-        _check_shard_name(name, index)
+    require_plain(names, index)
     _require_shards(index, names)
+    require_inside(names, index)
     with ThreadPoolExecutor(min(_OPENERS, max(len(names), 1))) as pool:
         shards = list(pool.map(lambda name: open_safetensors(index.parent / name), names))
     weights = _combine(shards, warnings)
@@ -179,17 +180,6 @@ def _weight_map(index: Path) -> tuple[dict[str, str], object]:
 
 
 _FIX: Final = "Get the index and its shards again from where they came from."
-
-
-def _check_shard_name(name: str, index: Path) -> None:
-    """An index comes from a stranger: it must not be able to name a file anywhere else."""
-    if re.search(r"[/\\\x00-\x1f]", name) or name in {".", ".."} or not name.endswith(SUFFIX):
-        raise MalformedError(
-            "The index names a shard that is not a plain `.safetensors` name in its own directory.",
-            fix="Do not trust this model: such names are used to reach other files. Get it from its publisher.",
-            file=index,
-            shard=name,
-        )
 
 
 def _require_shards(index: Path, names: Sequence[str]) -> None:

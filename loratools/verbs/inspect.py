@@ -18,7 +18,7 @@ from loratools.engine.reports import AbstractReport
 from loratools.errors import StorageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source, kind_of
-from loratools.formats.peft import config as peft
+from loratools.formats.peft import idle
 from loratools.tensors import TensorSpec
 
 _ADAPTER_KEY: Final = re.compile(
@@ -266,33 +266,6 @@ def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
         selected={"modules": len(rows), "of": len(adapter)},
         adapter=updates.summary(adapter, rows),
         files=_files(adapter.files, held),
-        notes=(*adapter.notes, *(_unused(adapter) if adapter.format == "peft" else ())),
+        notes=(*adapter.notes, *(idle.notes(adapter) if adapter.format == "peft" else ())),
         modules=rows,
     )
-
-
-def _unused(adapter: Adapter) -> list[str]:
-    """What the configuration names and no tensor is for."""
-    low_rank = [path for path, update in adapter.items() if update.changes_weight]
-    carried = [path for path, update in adapter.items() if update.own_keys or update.patches]
-    named = {"target_modules": carried, "modules_to_save": list(adapter)}
-    idle = [
-        (field, name)
-        for field, paths in named.items()
-        for name in _strings(adapter.config.get(field))
-        if not any(path == name or path.endswith(f".{name}") for path in paths)
-    ]
-    for field in ("rank_pattern", "alpha_pattern"):
-        pattern = adapter.config.get(field)
-        keys = list(pattern) if isinstance(pattern, Mapping) else []
-        idle += [(field, key) for key in keys if not _hits(key.removesuffix(".lora_E"), low_rank, field)]  # AdaLoRA's
-    return [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle]
-
-
-def _hits(key: str, paths: Iterable[str], field: str) -> bool:
-    return any(peft.matched({key: 1}, path, 0, field=field) for path in paths)
-
-
-def _strings(value: Any) -> list[str]:
-    names = value if isinstance(value, list) else []
-    return [name for name in names if isinstance(name, str) and name != peft.NO_TARGETS]

@@ -17,6 +17,7 @@ from loratools.engine.plan import Plan, Unit
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
+from loratools.engine.vocabulary import lengthened
 from loratools.errors import UsageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source
@@ -118,7 +119,7 @@ def _prepare(  # noqa: PLR0917
     run: Run,
 ) -> _Prepared:
     checkpoint = open_checkpoint(base)
-    loaded = [load_adapter(adapter) for adapter in planning.as_list(adapters)]
+    loaded = [lengthened(load_adapter(adapter, base=checkpoint), checkpoint) for adapter in planning.as_list(adapters)]
     wanted = planning.dtype_named(dtype)
     factors = planning.weights_for(len(loaded), weights)
     if not loaded and wanted is None and max_shard_size is None:

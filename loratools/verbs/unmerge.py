@@ -18,6 +18,7 @@ from loratools.engine.plan import Plan, SourceInfo, Unit
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.restore_units import RestorePlanner
+from loratools.engine.vocabulary import lengthened
 from loratools.errors import UndecidedError, UnsupportedError, UsageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source
@@ -116,7 +117,7 @@ def _prepare(
     run: Run,
 ) -> _Prepared:
     checkpoint = open_checkpoint(merged)
-    loaded = [load_adapter(adapter) for adapter in planning.as_list(adapters)]
+    loaded = [load_adapter(adapter, base=checkpoint) for adapter in planning.as_list(adapters)]
     recorded = Recorded.of(checkpoint)
     if base is None:
         if not loaded:
@@ -184,6 +185,7 @@ def _restore(  # noqa: PLR0917
     weights: Sequence[float] | float | None,
     run: Run,
 ) -> _Prepared:
+    loaded = [lengthened(adapter, base) for adapter in loaded]
     factors = recorded.weights_for(loaded, weights)
     recorded.require_base(base)
     recorded.require_all(loaded)

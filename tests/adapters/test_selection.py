@@ -1,3 +1,7 @@
+import random
+import re
+import time
+
 import pytest
 
 from loratools.adapters import Selection
@@ -82,3 +86,41 @@ def test_a_pattern_that_is_none_is_a_usage_error(pattern):
     """Never a traceback of `re`, never a gigabyte of alternatives."""
     with pytest.raises(UsageError):
         matches_any([pattern], "x")
+
+
+@pytest.mark.parametrize("pattern", ["re:(a|aa)+$", "re:" + "(a|a)" * 60 + "$"])
+def test_an_expression_that_would_run_for_hours_is_given_up(pattern):
+    """Typed by mistake, it ends in a second, and the message says which pattern and what to do."""
+    start = time.thread_time()
+    for select in (Selection((pattern,)), Selection(exclude=(pattern,))):
+        with pytest.raises(UsageError, match=r"not matched: it takes too long.*write a glob") as caught:
+            select.selected(["a" * 60 + "!.q_proj"] * 1000)
+        assert caught.value.where["pattern"] == pattern
+    with pytest.raises(UsageError, match="takes too long"):
+        matches_any([pattern], "a" * 60 + "!")
+    assert time.thread_time() - start < 3
+
+
+def test_many_stars_are_answered():
+    """A glob needs no engine: its time grows with the lengths, whatever stands between the stars."""
+    start = time.thread_time()
+    assert not matches_any(["*a" * 200 + "*b"], "a" * 900)
+    assert matches_any(["*a" * 200 + "*b"], "a" * 900 + "b")
+    assert not matches_any(["*{1,11}" * 100 + "x"], "1" * 900)
+    assert matches_any(["{0-99999}" * 5], "1" * 25)
+    assert time.thread_time() - start < 2
+
+
+def test_globs_match_as_the_expressions_that_they_stand_for():
+    """On random globs and paths; a number of a range has no leading zero."""
+    chance, hits = random.Random(0), 0
+    parts = {"*": ".*", "?": ".", "{a,ab}": "(?:a|ab)", "{9-11}": "(?:9|10|11)", "{,b}": "(?:|b)", ".": r"\.",
+             "a": "a", "b": "b", "1": "1", "0": "0", "+": r"\+", "{0-1}": "[01]"}  # fmt: skip
+    for _ in range(8000):
+        glob = chance.choices(list(parts), k=chance.randint(1, 5))
+        path = "".join(chance.choices("ab.109+", k=chance.randint(0, 7)))
+        wanted = re.search(rf"(?:^|\.)(?:{''.join(parts[part] for part in glob)})\Z", path) is not None
+        assert matches_any(["".join(glob)], path) == wanted, (glob, path)
+        hits += wanted
+    assert hits > 300
+    assert not matches_any(["layers.{0-20}"], "layers.007")

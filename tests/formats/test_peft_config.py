@@ -1,12 +1,11 @@
 import itertools
 import json
 import random
-import time
 
 import pytest
 
 from loratools.adapters import LowRank
-from loratools.errors import LoratoolsError, MalformedError, UnsupportedError
+from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft.tuners import TUNERS, tuner_of
 from loratools.tensors import in_memory
@@ -214,18 +213,6 @@ def test_a_pattern_that_is_none_is_malformed(pattern):
     """Of every wrong type, and expressions that are none."""
     with pytest.raises(MalformedError):
         fields.alpha_of({"alpha_pattern": pattern}, "q")
-
-
-@pytest.mark.parametrize("key", ["(a+)+$", "(.*a){20}", r"(\w+\s?)*$", "(a|aa)+$", "x" * 3000])
-def test_an_expression_that_could_run_forever_is_refused(key):
-    """H57: a stranger's pattern must not hang the reader."""
-    module = "a" * 60 + "!.q_proj"
-    start = time.perf_counter()
-    try:
-        fields.alpha_of({"alpha_pattern": {key: 4}}, module)
-    except LoratoolsError as error:
-        assert "alpha_pattern" in str(error)  # noqa: PT017
-    assert time.perf_counter() - start < 2
 
 
 def test_missing_fields_are_pefts_defaults():

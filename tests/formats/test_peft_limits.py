@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from loratools.errors import MalformedError, UnsupportedError
+from loratools.errors import MalformedError
 from loratools.formats.peft.limits import refuse_absurd, require_ranks
 
 VISION = (
@@ -52,11 +52,11 @@ def test_a_megatron_that_is_none_is_refused(core):
         refuse_absurd({"megatron_core": core})
 
 
-@pytest.mark.parametrize("expression", ["(a+)+$", "(?:.*a)*", "(a|aa)+$", "((ab)*c)+", "(x{2,})*", "q" * 2001])
+@pytest.mark.parametrize("expression", ["(a+)+$", "(a|aa)+$", "(?!.*visual)(?:.*\\.)+(?:q|k)_proj", "q" * 2001])
 @pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
-def test_an_expression_that_could_take_hours_is_refused(field, expression):
-    with pytest.raises(UnsupportedError, match=field):
-        refuse_absurd({field: {expression: 4} if "pattern" in field else expression})
+def test_how_an_expression_looks_is_no_reason(field, expression):
+    """Those of patterns are matched in bounded time; no other one is matched."""
+    refuse_absurd({field: {expression: 4} if "pattern" in field else expression})
 
 
 def test_more_keys_than_a_model_has_modules_are_refused():

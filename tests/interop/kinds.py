@@ -120,3 +120,22 @@ def require_rounded(found, exact, base, *, ulps=1.0):
     step = lt.linalg.ulp(largest.to(found.dtype)).double()
     off = ((found.double() - exact).abs() / step).max() if found.numel() else torch.zeros(())
     assert off <= ulps, f"{float(off)} ulp"
+
+
+def config(targets, **options):
+    """A configuration whose alpha is not its r."""
+    from peft import LoraConfig
+
+    return LoraConfig(**{"target_modules": list(targets), "r": 4, "lora_alpha": 7, **options})
+
+
+def rewrite(case, change):
+    """Replace the stored tensors by what `change` makes of them."""
+    file = case.adapter / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+
+
+def set_base(case, key, tensor):
+    """Put another tensor into the base."""
+    case.before[key] = tensor
+    save_file(case.before, case.base / "model.safetensors", metadata={"format": "pt"})

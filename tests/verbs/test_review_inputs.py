@@ -38,9 +38,9 @@ def lengthened(path, rows):
     return adapter
 
 
-@pytest.mark.parametrize("shape", [(36, 16), (30, 16), (32, 1)])
+@pytest.mark.parametrize("shape", [(30, 16), (32, 1), (36, 8)])
 def test_a_replacement_of_another_shape_is_refused(tmp_path, shape):
-    """A resized vocabulary would be cut to the base's rows; one column would be spread over all."""
+    """A shrunk vocabulary has no rows for some tokens; one column would be spread over all."""
     tensors = lora_tensors(factors()) | {f"{PREFIX}{EMBEDDING}.weight": normal(5, *shape)}
     adapter = write_adapter(tmp_path / "a", tensors, modules_to_save=["embed_tokens"])
     with pytest.raises(MismatchError, match="weight"):

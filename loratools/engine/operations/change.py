@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -60,7 +61,7 @@ class Change:
 
         products, actions = [], []
         for term in unit.parameters.get("terms", ()):
-            update = _update(term, context, expert)
+            update = _update(term, context, expert, transposed=bool(unit.parameters.get("transposed")))
             if not update.terms:
                 actions.append((float(term["weight"]), update.action()))
             for product in update.terms:
@@ -131,9 +132,13 @@ class Change:
         mine = [each for each in self.patches if rows[0] <= each[1] < rows[1]]
         if mine and total is base:
             total = total.clone()
+        times = Counter(index for _, index, _ in mine)
         for weight, index, ref in mine:
             given, before = finite(ref)[0].to(base.device).double(), base[index - rows[0]].double()
-            total[index - rows[0]] += weight * (given - before) if weight != 1 else given - total[index - rows[0]]
+            if weight == 1 and times[index] == 1 and not self.wholes:  # the row itself, of which no sum loses a bit
+                total[index - rows[0]] = given
+            else:
+                total[index - rows[0]] += weight * (given - before)
         return total
 
     def _acted(self, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
@@ -162,7 +167,7 @@ def matrices(ref: TensorRef, unit: Unit) -> Iterator[tuple[TensorRef, int | None
         yield ref.rows(expert, expert + 1).reshaped(ref.shape[1:]), expert
 
 
-def _update(term: Mapping[str, Any], context: Context, expert: int | None) -> AbstractUpdate:
+def _update(term: Mapping[str, Any], context: Context, expert: int | None, *, transposed: bool) -> AbstractUpdate:
     update = context.update(Input(term["source"], term["module"]))
     if expert is None:
         expert = term.get("expert")
@@ -171,7 +176,7 @@ def _update(term: Mapping[str, Any], context: Context, expert: int | None) -> Ab
     if not isinstance(update, Stacked):
         raise InternalError("An expert's part was asked of an update that has none.", module=term["module"])
     rows = term.get("rows")
-    return update.part(expert, (int(rows[0]), int(rows[1])) if rows else None)
+    return update.part(expert, (int(rows[0]), int(rows[1])) if rows else None, columns=transposed)
 
 
 def _wholes(unit: Unit, context: Context, expert: int | None) -> Iterator[tuple[float, TensorRef]]:

@@ -46,9 +46,10 @@ class PeftCodec(AbstractCodec):
                 f"A PEFT adapter has its alpha in {fields.CONFIG_FILE}, which is not there: its scaling is unknown.",
                 fix="Put the configuration beside the weights.",
             )
-        tuner = tuner_of(config)
+        tuner = tuner_of(config).knowing(contents.shapes)
         limits.refuse_absurd(config)
         tuner.refuse(config)
+        config = fields.prepared(config)
         notes: list[str] = []
         shared = {key: ref for key, ref in contents.tensors.items() if key in tuner.shared}
         own = {key: ref for key, ref in contents.tensors.items() if key not in shared}
@@ -57,6 +58,7 @@ class PeftCodec(AbstractCodec):
         for module in added:
             modules.setdefault(module, _Found())
         paths = tuner.paths({path: found.roles for path, found in modules.items()}, config)
+        _require_one_each(paths)
         updates = {
             paths[module]: _update(
                 (module, paths[module]), found, tuner, config, (added.get(module, {}), shared), notes
@@ -96,8 +98,9 @@ class PeftCodec(AbstractCodec):
         tensors: dict[str, TensorRef] = dict(tuner.shared_tensors(changed))
         for path, update in adapter.items():
             tensors |= keyed.get(path, {})
+            place = tuner.key_path(path, changed) if path in changed else path
             for parameter, ref in tuner.beside(update).items():
-                tensors[keys.parameter_key(path, parameter, wrapped=update.changes_weight)] = ref
+                tensors[keys.parameter_key(place, parameter, wrapped=update.changes_weight)] = ref
         config = _config(adapter, tuner, changed, whole, siblings)
         return Encoded(
             weights_name=WEIGHTS_FILE,
@@ -172,10 +175,20 @@ def _update(
         "added_rows": MappingProxyType(dict(added)),
     }
     if not found.roles:
-        wrapped = any(path.endswith(name) for name in fields.saved_modules(config))
+        wrapped = path.endswith(tuple(fields.saved_modules(config)))
         return Full(shared=not wrapped, **rest)
     roles = MappingProxyType({**shared, **found.roles})
-    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes))
+    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes, raw))
+
+
+def _require_one_each(paths: Mapping[str, str]) -> None:
+    """Refuse two entries of the file that stand for one module: one of them would be ignored."""
+    taken: dict[str, str] = {}
+    for key_path, path in paths.items():
+        if taken.setdefault(path, key_path) != key_path:
+            raise UnsupportedError(
+                f"{taken[path]} and {key_path} are two updates of one module, wrapped twice by PEFT.", module=path
+            )
 
 
 def _added_rows(side: Mapping[str, Mapping[str, TensorRef]]) -> dict[str, dict[str, TensorRef]]:
@@ -208,7 +221,7 @@ def _saved_modules(adapter: Adapter, siblings: Collection[str]) -> list[str]:
         if path and isinstance(update, Full) and not update.shared and set(update.replaced) in _WRAPPABLE
     ]
     if not siblings:
-        candidates = [path for path in candidates if any(path == name or path.endswith(name) for name in named)]
+        candidates = [path for path in candidates if path.endswith(tuple(named))]
     return [path for path in candidates if _alone(path, known)]
 
 
@@ -225,7 +238,7 @@ def _config(
 ) -> dict[str, Any]:
     read = fields.inherited(adapter.config, tuner.peft_type)
     kept = {field: value for field, value in read.items() if field not in tuner.restated}
-    config = {**tuner.defaults, **kept, **tuner.fields(changed, siblings)}
+    config = {**tuner.defaults, **kept, **tuner.fields(changed, siblings), **tuner.kept_fields(changed, kept)}
     if not siblings and changed and (excluded := fields.inherited_exclusion(adapter.config, list(changed))):
         config["exclude_modules"] = excluded
     config |= {

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, final
 
 from loratools.errors import InputDataError, MalformedError, UnsupportedError
-from loratools.formats.peft import expressions
+from loratools.formats.peft.patterns import ModuleKeys, suffixes
 
 CONFIG_FILE: Final = "adapter_config.json"
 _LARGEST: Final = 1e300
@@ -24,8 +24,11 @@ NO_TARGETS: Final = "dummy-target-modules"
 _NOT_REPEATED: Final = (
     "auto_mapping", "megatron_config", "megatron_core", "layers_to_transform", "layers_pattern", "exclude_modules",
     "runtime_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "init_lora_weights",
+    "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "use_bdlora", "trainable_token_indices",
+    "target_parameters",
 )  # fmt: skip
-"""Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
+"""Keys that name code to import, that say how layers were chosen or initialised (moot once modules are listed), or that
+say what the updates are, which may be others by now."""
 
 _OF_EVERY_KIND: Final = ("base_model_name_or_path", "revision", "task_type")
 
@@ -105,24 +108,72 @@ def saved_modules(config: Mapping[str, Any]) -> list[str]:
     return value
 
 
-def matched(pattern: Any, module: str, default: float, *, field: str) -> float:
-    r"""The value that PEFT takes from a `rank_pattern` or `alpha_pattern` for `module`.
+@final
+class ModulePattern(Mapping[str, Any]):
+    """A `rank_pattern` or `alpha_pattern`, ready for many modules.
 
-    The first key in stored order for which `re.match(rf"(.*\.)?({key})$", module)` holds
-    (`peft.utils.other.get_pattern_key`).
+    Args:
+        pattern: the field's value.
+        field: its name, for messages.
 
     Raises:
-        MalformedError: the pattern is no mapping of strings to numbers, or a key is no expression.
-        UnsupportedError: a key is an expression that could run for hours.
+        MalformedError: it is no object.
     """
-    if not pattern:
-        return default
-    if not isinstance(pattern, Mapping):
-        raise MalformedError("A pattern must be an object.", file=CONFIG_FILE, field=field)
-    for key in pattern:
-        if expressions.matches(key, module, file=CONFIG_FILE, field=field):
-            return number(pattern, key, default)
-    return number(pattern, module, default)  # a name that does not match itself, such as `a+b`
+
+    def __init__(self, pattern: Any, field: str) -> None:
+        if pattern and not isinstance(pattern, Mapping):
+            raise MalformedError("A pattern must be an object.", file=CONFIG_FILE, field=field)
+        self._values: Mapping[str, Any] = pattern or {}
+        self._keys = ModuleKeys(self._values, file=CONFIG_FILE, field=field)
+
+    def __getitem__(self, key: str) -> Any:
+        return self._values[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def of(self, module: str, default: float) -> float:
+        r"""The value that PEFT takes for `module`.
+
+        The first key in stored order for which `re.match(rf"(.*\.)?({key})$", module)` holds
+        (`peft.utils.other.get_pattern_key`).
+
+        Raises:
+            MalformedError: it is no number, or a key is no expression.
+            UnsupportedError: a key takes too long to match.
+        """
+        if not self._values:
+            return default
+        key = self._keys.first(module)
+        return number(self._values, module if key is None else key, default)  # `a+b` matches not even itself
+
+    def idle(self, modules: Iterable[str]) -> list[str]:
+        """The keys that match none of `modules`.
+
+        Raises:
+            MalformedError, UnsupportedError: as in `of`.
+        """
+        return self._keys.idle(modules)
+
+
+def prepared(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`config` for `alpha_of` and `rank_of` of many modules: its patterns are sorted out once."""
+    given = {field: config.get(field) for field in ("alpha_pattern", "rank_pattern")}
+    made = {field: ModulePattern(value, field) for field, value in given.items() if isinstance(value, Mapping)}
+    return {**config, **made}
+
+
+def matched(pattern: Any, module: str, default: float, *, field: str) -> float:
+    """What `ModulePattern.of` says; `pattern` is one, or is still as it was read.
+
+    Raises:
+        MalformedError, UnsupportedError: as there.
+    """
+    made = pattern if isinstance(pattern, ModulePattern) else ModulePattern(pattern, field)
+    return made.of(module, default)
 
 
 def alpha_of(config: Mapping[str, Any], module: str, field: str = "lora_alpha") -> float:
@@ -155,8 +206,9 @@ def _tells_apart(
     pattern: Mapping[str, float], values: Mapping[str, float], default: float, targets: Sequence[str]
 ) -> bool:
     """Whether every target gets its own value; not where a plain path is no expression, such as `a[b`."""
+    made = ModulePattern(pattern, "")
     try:
-        return all(matched(pattern, module, default, field="") == values[module] for module in targets)
+        return all(made.of(module, default) == values[module] for module in targets)
     except InputDataError:
         return False
 
@@ -226,7 +278,7 @@ def named_pattern(name: str, pattern: str, values: Mapping[str, int]) -> dict[st
 
 def exclusion(modules: Sequence[str], targets: Sequence[str]) -> list[str] | str:
     """`exclude_modules` for exactly these: a list, or an expression where PEFT's suffix rule would hit a target too."""
-    if any(target == module or target.endswith(f".{module}") for module in modules for target in targets):
+    if not _caught_by(targets).isdisjoint(modules):
         return "|".join(re.escape(module) for module in modules)
     return list(modules)
 
@@ -242,7 +294,13 @@ def inherited_exclusion(config: Mapping[str, Any], targets: Sequence[str]) -> li
         plain = "|".join(re.escape(name) for name in names) == given and not set(names) & set(targets)
         return given if plain else None
     named = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
-    return [name for name in named if isinstance(exclusion([name], targets), list)] or None
+    caught = _caught_by(targets)
+    return [name for name in named if name not in caught] or None
+
+
+def _caught_by(targets: Iterable[str]) -> set[str]:
+    """The names that would exclude one of `targets`, since PEFT takes the end of a path for a path."""
+    return {suffix for target in targets for suffix in suffixes(target)}
 
 
 def inherited(config: Mapping[str, Any], kind: str) -> dict[str, Any]:

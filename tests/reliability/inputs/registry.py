@@ -6,12 +6,8 @@ MODULES = (headers, odd, indexes, paths, adapters, kinds, pairs, pickles)
 TITLES = dict(sorted(item for module in MODULES for item in module.TITLES.items()))
 CASES = tuple(sorted((case for module in MODULES for case in module.CASES), key=lambda case: case.number))
 
-OPEN = {
-    31: (("1 MB long",), "a key of a rank pattern that is a long plain name is taken for an expression"),
-    38: (("C:model",), "a drive letter is taken for a missing file"),
-    39: (("",), "a link out of the directory is followed"),
-    50: (("",), "shards whose names differ only in case are taken"),
-}
+OPEN: dict[int, tuple[tuple[str, ...], str]] = {}
+"""Number → which variants are answered otherwise yet, and why."""
 PENDING = {
     case.name: OPEN[case.number][1]
     for case in CASES

@@ -25,6 +25,7 @@ class Module:
         config: the whole configuration, as read.
         rest: the fields that every update has (`replaced`, `added_rows`, `patches`), ready to be passed on.
         notes: takes what there is to say.
+        key_path: the path in the keys, where it is another than `path`.
     """
 
     path: str
@@ -33,6 +34,7 @@ class Module:
     config: Mapping[str, Any]
     rest: Mapping[str, Any]
     notes: list[str]
+    key_path: str = ""
 
     def __getitem__(self, role: str) -> TensorRef:
         """A tensor that has to be there.
@@ -78,6 +80,11 @@ class AbstractTuner(abc.ABC):
             UnsupportedError: names it.
         """
 
+    def knowing(self, shapes: Mapping[str, tuple[int, ...]]) -> AbstractTuner:
+        """The tuner that knows the shapes of the base's parameters; most need none."""
+        del shapes
+        return self
+
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
         """The module path that each path in the keys stands for; most stand for themselves."""
         del config
@@ -120,6 +127,16 @@ class AbstractTuner(abc.ABC):
         Raises:
             UnsupportedError: the updates differ in something that is one field for all of them.
         """
+
+    def kept_fields(self, updates: Mapping[str, AbstractUpdate], config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Fields that depend on what they were before, `config`; they go before those of `fields`."""
+        del updates, config
+        return {}
+
+    def key_path(self, path: str, updates: Mapping[str, AbstractUpdate]) -> str:
+        """The path in the keys for a module path of the adapter: the inverse of `paths`."""
+        del updates
+        return path
 
     def keyed(self, updates: Mapping[str, AbstractUpdate]) -> dict[str, dict[str, TensorRef]]:
         """For every update its tensors by whole key, in the order in which they are written."""

@@ -13,7 +13,7 @@ from loratools.adapters import AbstractUpdate
 from loratools.adapters.ia3 import Ia3
 from loratools.errors import MalformedError
 from loratools.formats.peft import config as fields
-from loratools.formats.peft import expressions
+from loratools.formats.peft import patterns
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
 
@@ -85,7 +85,7 @@ def _said(module: Module) -> bool | None:
     if value is None:
         return None
     if isinstance(value, str):
-        return expressions.matches_whole(value, module.path, file=fields.CONFIG_FILE, field=_FIELD)
+        return patterns.matches_whole(value, module.path, file=fields.CONFIG_FILE, field=_FIELD)
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise MalformedError("This field must be a list of names, or an expression.", field=_FIELD, value=value)
     return any(module.path.endswith(name) for name in value)

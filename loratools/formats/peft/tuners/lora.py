@@ -27,8 +27,15 @@ _MAGNITUDES: Final = ("lora_magnitude_vector", "lora_magnitude_vector.weight")
 """As PEFT saves it, and as versions before 0.12 did."""
 
 
+@dataclasses.dataclass(frozen=True)
 class LoraTuner(AbstractTuner):
-    """`ΔW = scaling · B A`, and what PEFT's LoRA layers add to it."""
+    """`ΔW = scaling · B A`, and what PEFT's LoRA layers add to it.
+
+    Attributes:
+        shapes: of the base's parameters, where they are known.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     peft_type = "LORA"
     defaults = MappingProxyType({"lora_dropout": 0.0})
@@ -48,9 +55,13 @@ class LoraTuner(AbstractTuner):
         limits.require_ranks(config)
         lora_settings.refuse(config)
 
+    def knowing(self, shapes: Mapping[str, tuple[int, ...]]) -> AbstractTuner:
+        """See `AbstractTuner.knowing`."""
+        return LoraTuner(shapes)
+
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
         """See `AbstractTuner.paths`."""
-        parameters = lora_parameters.paths_of(modules, config)
+        parameters = lora_parameters.paths_of(modules, config, self.shapes)
         found = {path: parameters.get(path) or multihead.path_of(path, modules) for path in modules}
         nested = next((path for path in found.values() if ".base_layer." in f"{path}."), None)
         if nested is not None:
@@ -72,8 +83,9 @@ class LoraTuner(AbstractTuner):
             )
         if multihead.is_doubled(module.path, module.name):
             module.notes.append(multihead.DOUBLED)
-        if lora_parameters.names(module.path, module.config):
+        if lora_parameters.is_parameter(module.key_path, module.path):
             return dataclasses.replace(lora_parameters.update(module), **module.rest)
+        multihead.refuse_bias(module)
         update = _form(module)
         lora_settings.compare_rank(lora_forms.rank_of(update), module)
         magnitude = next((module.roles[role] for role in _MAGNITUDES if role in module.roles), None)
@@ -105,12 +117,14 @@ class LoraTuner(AbstractTuner):
             shape = (1, *shape, *(1 for _ in low_rank.kernel))
         return {**lora_forms.low_rank_tensors(low_rank), _MAGNITUDES[0]: update.magnitude.reshaped(shape)}
 
+    def key_path(self, path: str, updates: Mapping[str, AbstractUpdate]) -> str:
+        """See `AbstractTuner.key_path`."""
+        return lora_parameters.wrapped_path(path, updates)
+
     def keyed(self, updates: Mapping[str, AbstractUpdate]) -> dict[str, dict[str, TensorRef]]:
         """See `AbstractTuner.keyed`."""
         return {
-            path: {
-                keys.role_key(lora_parameters.wrapped_path(path, updates), role): ref for role, ref in tensors.items()
-            }
+            path: {keys.role_key(self.key_path(path, updates), role): ref for role, ref in tensors.items()}
             for path, tensors in (
                 (path, self.tensors(multihead.levelled(path, update, updates))) for path, update in updates.items()
             )
@@ -124,7 +138,7 @@ class LoraTuner(AbstractTuner):
             **lora_parameters.target_fields(named, layers, siblings),
             **lora_settings.scaling_fields(named),
             **lora_settings.variant_fields(named),
-            **tokens.lora_fields(updates),
+            **tokens.lora_fields(updates, siblings),
         }
 
 

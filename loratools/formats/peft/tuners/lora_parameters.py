@@ -6,13 +6,16 @@ PEFT wraps the module once for every parameter, in the order in which the module
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank
-from loratools.adapters.experts import Stacked
-from loratools.errors import MalformedError, UndecidedError
+from loratools.adapters.experts import Layout, Stacked
+from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft import patterns
 from loratools.formats.peft.tuners import lora_forms, multihead
 from loratools.formats.peft.tuners._tuner import Module
 from loratools.tensors import TensorRef
@@ -20,32 +23,72 @@ from loratools.tensors import TensorRef
 _INNER: Final = ".base_layer"
 _REGISTERED: Final = ("gate_proj", "gate_up_proj", "w1", "w13_weight", "up_proj", "w3", "down_proj", "w2", "w2_weight")
 """Parameters of experts in the order in which the model classes of transformers 5 register them."""
+_PARAMETERS: Final = "target_parameters"
+_MATRIX: Final = 2
+_STACK: Final = 3
+_NUMBER: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)")
+_WRITTEN: Final[Mapping[Layout | None, str | None]] = {
+    "0.17": "0.18.0", "0.19.0": "0.19.0", "0.19.1": "0.19.1", None: None,
+}  # fmt: skip
+"""The oldest version that lays factors out so, and writes down that it does."""
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def paths_of(modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> dict[str, str]:
+def layout_of(config: Mapping[str, Any]) -> Layout | None:
+    """How the version of PEFT that wrote an adapter laid its factors out; None where that is not known.
+
+    Versions before 0.18 do not say who they are; development versions between the eras may be of either.
+    """
+    said = config.get("peft_version")
+    found = _NUMBER.match(said) if isinstance(said, str) else None
+    if found is None:
+        return None
+    version = (int(found[1]), int(found[2]), int(found[3] or 0))
+    if "dev" in found[4] and (0, 18, 0) < version <= (0, 19, 1):
+        return None
+    return "0.17" if version < (0, 19, 0) else "0.19.0" if version == (0, 19, 0) else "0.19.1"
+
+
+def paths_of(
+    modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any], shapes: Shapes
+) -> dict[str, str]:
     """For every path in keys that belongs to a parameter: `module.parameter`.
 
+    Args:
+        modules: tensors by role, by path in keys.
+        config: names the parameters, by whole path or by their last components.
+        shapes: of the base's parameters, where it is known.
+
     Raises:
-        UndecidedError: a module has several, and the order of their wrappers is not known.
+        MalformedError: a wrapper is missing, or there are more than parameters.
+        UndecidedError: a module has several, and neither the order of their wrappers nor shapes tell which is whose.
     """
     wanted = _wanted(config)
     depths: dict[str, list[str]] = {}
     for path in modules if wanted else ():
         depths.setdefault(_bare(path), []).append(path)
-    found = {}
+    found: dict[str, str] = {}
     for module, wrapped in depths.items():
         parameters = _parameters(module, wanted)
-        if not parameters or all(lora_forms.A not in modules[path] for path in wrapped):
+        if not parameters or _is_layer(module, config) or all(lora_forms.A not in modules[path] for path in wrapped):
             continue
-        ordered = sorted(wrapped, key=len, reverse=True)  # the innermost first
-        for path, parameter in zip(ordered, _in_order(module, parameters, len(ordered)), strict=True):
-            found[path] = f"{module}.{parameter}"
+        ordered = sorted(wrapped, key=len)  # the outermost first
+        if any(path != module + _INNER * depth for depth, path in enumerate(ordered)):
+            raise MalformedError(
+                "A wrapper between others has no tensors.", fix="The file is incomplete.", module=module
+            )
+        chosen = _assigned(module, [modules[path] for path in ordered], parameters, shapes)
+        found |= {path: f"{module}.{parameter}" for path, parameter in zip(ordered, chosen, strict=True)}
     return found
 
 
-def names(path: str, config: Mapping[str, Any]) -> bool:
-    """Whether a path of the adapter is that of a parameter."""
-    return any(path == name or path.endswith(f".{name}") for name in _wanted(config))
+def _is_layer(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether the module itself is wrapped as a layer: PEFT refuses to do both."""
+    named = config.get("target_modules") or []
+    if isinstance(named, str):
+        return patterns.matches_whole(named, module, file=fields.CONFIG_FILE, field="target_modules")
+    return any(module == name or module.endswith(f".{name}") for name in named if isinstance(name, str))
 
 
 def is_parameter(key_path: str, path: str) -> bool:
@@ -58,7 +101,11 @@ def update(module: Module) -> LowRank | Stacked:
 
     Raises:
         MalformedError: it has no multiple of that.
+        UnsupportedError: a tensor that PEFT does not give parameters.
     """
+    odd = sorted(set(module.roles) - {lora_forms.A, lora_forms.B})
+    if odd:
+        raise UnsupportedError(f"PEFT has no {odd[0]} on a parameter.", module=module.path)
     lora_A, lora_B = module[lora_forms.A], module[lora_forms.B]
     rank = fields.rank_of(module.config, module.name)
     alpha, rslora = fields.alpha_of(module.config, module.name), fields.flag(module.config, "use_rslora")
@@ -71,7 +118,8 @@ def update(module: Module) -> LowRank | Stacked:
     if lora_A.shape[0] == rank:
         return LowRank(lora_A=lora_A, lora_B=lora_B, alpha=alpha, use_rslora=rslora, parameter="")
     experts = lora_A.shape[0] // rank
-    return Stacked(lora_A=lora_A, lora_B=lora_B, experts=experts, alpha=alpha, use_rslora=rslora)
+    layout = layout_of(module.config)
+    return Stacked(lora_A=lora_A, lora_B=lora_B, experts=experts, alpha=alpha, use_rslora=rslora, layout=layout)
 
 
 def wrapped_path(path: str, updates: Mapping[str, AbstractUpdate]) -> str:
@@ -81,7 +129,7 @@ def wrapped_path(path: str, updates: Mapping[str, AbstractUpdate]) -> str:
     module, _, parameter = path.rpartition(".")
     beside = [name.rpartition(".")[2] for name, each in updates.items()
               if name.rpartition(".")[0] == module and _is_ours(name, each)]  # fmt: skip
-    ordered = _in_order(module, beside, len(beside))
+    ordered = _registered(beside)
     return module + _INNER * (len(ordered) - 1 - ordered.index(parameter))
 
 
@@ -93,8 +141,24 @@ def target_fields(
     layers = [path for path in targets if path not in set(parameters)]
     found = fields.target_fields(layers, siblings)
     if parameters:
-        found |= {"target_parameters": parameters, "lora_dropout": 0.0} | ({} if layers else {"target_modules": []})
+        found |= {_PARAMETERS: parameters, "lora_dropout": 0.0} | ({} if layers else {"target_modules": []})
+        found |= _version_fields([updates[path] for path in parameters])
     return found
+
+
+def _version_fields(updates: Sequence[AbstractUpdate]) -> dict[str, Any]:
+    """The version of PEFT that lays the factors out so: without it, square matrices could not be told apart.
+
+    Raises:
+        UnsupportedError: they lie in the ways of several versions.
+    """
+    layouts = list(dict.fromkeys(held.layout for held in updates if isinstance(held, Stacked)))
+    if len(layouts) > 1:
+        raise UnsupportedError(
+            "PEFT's format cannot hold expert parameters laid out by several versions in one adapter: "
+            f"{', '.join(str(layout) for layout in layouts)}."
+        )
+    return {"peft_version": _WRITTEN[layouts[0]]} if layouts else {}
 
 
 def _is_ours(path: str, update: AbstractUpdate) -> bool:
@@ -102,10 +166,10 @@ def _is_ours(path: str, update: AbstractUpdate) -> bool:
 
 
 def _wanted(config: Mapping[str, Any]) -> list[str]:
-    value = config.get("target_parameters") or []
+    value = config.get(_PARAMETERS) or []
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise MalformedError(
-            "This field must be a list of names.", file=fields.CONFIG_FILE, field="target_parameters", value=value
+            "This field must be a list of names.", file=fields.CONFIG_FILE, field=_PARAMETERS, value=value
         )
     return value
 
@@ -122,14 +186,66 @@ def _parameters(module: str, wanted: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(last for head, last in pairs if not head or f".{module}".endswith(f".{head}")))
 
 
-def _in_order(module: str, parameters: Sequence[str], count: int) -> list[str]:
-    """As the module registers them."""
-    known = all(parameter in _REGISTERED for parameter in parameters)
-    if len(parameters) != count or (count > 1 and not known):
-        raise UndecidedError(
-            f"This module has {count} wrappers of parameters, and {', '.join(parameters)} are named: which is whose "
-            "cannot be told from the files.",
-            fix="Name in target_parameters exactly those that were trained.",
+def _assigned(
+    module: str,
+    roles: Sequence[Mapping[str, TensorRef]],
+    names: Sequence[str],
+    shapes: Shapes,
+) -> list[str]:
+    """The parameter of each wrapper, from the outermost: by the order of registration, held against shapes."""
+    if len(roles) > len(names):
+        raise MalformedError(
+            f"The module has {len(roles)} wrappers, and {_PARAMETERS} names {len(names)} of its parameters.",
             module=module,
         )
-    return sorted(parameters, key=lambda name: _REGISTERED.index(name) if name in _REGISTERED else 0)
+    known = {name: shape for name in names if (shape := _shape_of(f"{module}.{name}", shapes)) is not None}
+    names = [name for name in names if name in known] if known else names
+    usual = sorted(names, key=_REGISTERED.index, reverse=True) if set(names) <= set(_REGISTERED) else None
+    choices = [list(each) for each in itertools.permutations(names, len(roles)) if _fit(each, roles, known)]
+    if len(choices) > 1 and usual is not None and len(usual) == len(roles) and usual in choices:
+        return usual
+    if len(choices) == 1 and (known or len(names) == 1):
+        return choices[0]
+    if known and not choices:
+        raise MismatchError(
+            "No assignment of the wrappers to the module's parameters fits their shapes.",
+            fix="Is this the base that the adapter was made for?",
+            module=module,
+            **{name: known[name] for name in names},
+        )
+    raise UndecidedError(
+        f"PEFT nests the wrappers of {', '.join(names)} in the order in which the module registers them, which is not "
+        "in the files, and shapes do not tell.",
+        fix="Load it together with its base (base=…), or name in target_parameters only what the module has.",
+        module=module,
+    )
+
+
+def _shape_of(path: str, shapes: Shapes) -> tuple[int, ...] | None:
+    """The base's shape of a parameter; names may differ by a prefix."""
+    if path in shapes:
+        return shapes[path]
+    found = [shape for name, shape in shapes.items() if name.endswith(f".{path}") or path.endswith(f".{name}")]
+    return found[0] if len(found) == 1 else None
+
+
+def _fit(names: Iterable[str], roles: Sequence[Mapping[str, TensorRef]], known: Shapes) -> bool:
+    return all(_fits(known[name], each) for name, each in zip(names, roles, strict=True) if name in known)
+
+
+def _fits(shape: tuple[int, ...], roles: Mapping[str, TensorRef]) -> bool:
+    if any(role not in roles or len(roles[role].shape) != _MATRIX for role in (lora_forms.A, lora_forms.B)):
+        return False
+    experts = shape[0] if len(shape) == _STACK else 1
+    ends = {
+        (roles[lora_forms.B].shape[0], roles[lora_forms.A].shape[1]),
+        (roles[lora_forms.A].shape[1], roles[lora_forms.B].shape[0]),
+    }
+    return roles[lora_forms.A].shape[0] % max(experts, 1) == 0 and tuple(shape[-2:]) in ends
+
+
+def _registered(parameters: Sequence[str]) -> list[str]:
+    """As the module registers them; those of unknown classes as they stand, which is how they were read."""
+    if all(parameter in _REGISTERED for parameter in parameters):
+        return sorted(parameters, key=_REGISTERED.index)
+    return list(parameters)

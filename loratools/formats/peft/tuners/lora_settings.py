@@ -26,6 +26,8 @@ _REFUSED_WHEN_SET: Final[Mapping[str, str]] = {
     "kasa_config": "KaSA",
     "arrow_config": "Arrow routing",
     "alora_invocation_tokens": "activated LoRA",
+    "velora_config": "VeLoRA",
+    "monteclora_config": "MonteCLoRA",
 }
 _REFUSED_INITIALISATIONS: Final = ("pissa", "olora", "corda", "lora_ga", "loftq")
 
@@ -88,13 +90,28 @@ def variant_fields(updates: Mapping[str, AbstractUpdate]) -> dict[str, Any]:
     blocks = {path: update for path, update in updates.items() if isinstance(update, BlockDiagonal)}
     if blocks:
         _one_for_all("nblocks", {path: update.blocks for path, update in blocks.items()})
+        sides = {side: [path for path, update in blocks.items() if update.compact == side] for side in ("A", "B")}
+        _require_told_apart(sides, updates)
         found["use_bdlora"] = {
-            "target_modules_bd_a": [path for path, update in blocks.items() if update.compact == "A"],
-            "target_modules_bd_b": [path for path, update in blocks.items() if update.compact == "B"],
+            "target_modules_bd_a": sides["A"],
+            "target_modules_bd_b": sides["B"],
             "nblocks": next(iter(blocks.values())).blocks,
             "match_strict": len(blocks) == len(updates),
         }
     return found
+
+
+def _require_told_apart(sides: Mapping[str, list[str]], updates: Mapping[str, AbstractUpdate]) -> None:
+    """Refuse block-diagonal modules whose names others contain: PEFT would take these for such ones too."""
+    for side, names in sides.items():
+        for path in updates:
+            caught = next((name for name in names if name in path and path not in names), None)
+            if caught is not None:
+                raise UnsupportedError(
+                    f"PEFT's format cannot hold: {caught} has a block-diagonal lora_{side} and {path} has not, and "
+                    "PEFT looks for the first name anywhere in the second.",
+                    fix="Write the two as adapters of their own (--include, --exclude).",
+                )
 
 
 def _form(update: AbstractUpdate) -> LowRank | Grouped | BlockDiagonal | Stacked:

@@ -16,6 +16,7 @@ from typing import Final
 from loratools.adapters import AbstractUpdate, LowRank
 from loratools.errors import MismatchError, UnsupportedError
 from loratools.formats.peft.tuners import lora_forms
+from loratools.formats.peft.tuners._tuner import Module
 from loratools.tensors import TensorRef, computed
 
 _PACKED: Final = ".in_proj_weight"
@@ -42,6 +43,21 @@ def pattern_name(path: str) -> str:
 def is_doubled(path: str, name: str) -> bool:
     """Whether a module, by its path and its pattern name, is the projection that PEFT adds twice."""
     return path.endswith(_OUT) and name != path
+
+
+def refuse_bias(module: Module) -> None:
+    """Refuse `lora_bias` on a packed projection.
+
+    Raises:
+        UnsupportedError: there is one, which PEFT uses in neither its forward nor its merge.
+    """
+    if module.path.endswith(_PACKED) and lora_forms.BIAS in module.roles:
+        raise UnsupportedError(
+            "PEFT stores a lora_bias for an attention's packed projection and uses it nowhere: what the adapter was "
+            "trained as cannot be told.",
+            fix="Remove the tensor, to have what PEFT computes.",
+            module=module.path,
+        )
 
 
 def parameter(path: str) -> str:

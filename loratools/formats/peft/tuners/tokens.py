@@ -30,6 +30,24 @@ class TrainableTokensTuner(AbstractTuner):
         """See `AbstractTuner.update`."""
         return update(module, ROLE, module.config.get("token_indices"))
 
+    def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
+        """See `AbstractTuner.paths`."""
+        nested = next((path for path in modules if path.endswith(".base_layer")), None)
+        if nested is not None:
+            raise UnsupportedError(
+                "Two tied modules were targeted, which PEFT wraps into each other and cannot run.",
+                fix="Target the embedding alone: PEFT trains the head with it.",
+                module=nested,
+            )
+        return super().paths(modules, config)
+
+    def kept_fields(self, updates: Mapping[str, AbstractUpdate], config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `AbstractTuner.kept_fields`: what was not targeted was stored since it is tied, and stays so."""
+        named = config.get("target_modules")
+        names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
+        found = [path for path in updates if any(isinstance(name, str) and _ends(path, name) for name in names)]
+        return {"target_modules": found} if found else {}
+
     def holds(self, update: AbstractUpdate) -> bool:
         """See `AbstractTuner.holds`."""
         return are_all_of(update)
@@ -44,6 +62,10 @@ class TrainableTokensTuner(AbstractTuner):
         if len(lists) > 1:
             raise UnsupportedError("PEFT's TRAINABLE_TOKENS has one list of tokens for all modules; these differ.")
         return {**fields.target_fields(list(updates), siblings), "token_indices": list(next(iter(lists), ()))}
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith(f".{name}")
 
 
 def are_all_of(update: AbstractUpdate) -> bool:
@@ -66,7 +88,7 @@ def update(module: Module, role: str, listed: object) -> Full:
         )
     rows = module[role]
     if isinstance(listed, Mapping):
-        listed = next((value for name, value in listed.items() if module.path.endswith(str(name))), None)
+        listed = _of_name(listed, module.path)
     if not isinstance(listed, list) or not all(type(index) is int and index >= 0 for index in listed):
         raise MalformedError(
             "The configuration does not list the rows of these trained tokens.",
@@ -83,7 +105,33 @@ def update(module: Module, role: str, listed: object) -> Full:
     return Full(patches={"weight": RowPatch(tuple(listed), rows)}, shared=True, **rest)
 
 
-def lora_fields(updates: Mapping[str, AbstractUpdate]) -> dict[str, Any]:
-    """What `LoraConfig` says of them; left out where there are none, so that older PEFT reads it too."""
+def _of_name(listed: Mapping[str, object], path: str) -> object:
+    """What a configuration lists for a module, whose path ends with a name as plain text, as in PEFT.
+
+    Raises:
+        MalformedError: several names do, with other lists.
+    """
+    found = {name: value for name, value in listed.items() if path.endswith(str(name))}
+    if any(value != next(iter(found.values())) for value in found.values()):
+        raise MalformedError(
+            f"The module's path ends with each of {', '.join(map(str, found))}, which list other tokens.",
+            file=fields.CONFIG_FILE,
+            module=path,
+        )
+    return next(iter(found.values()), None)
+
+
+def lora_fields(updates: Mapping[str, AbstractUpdate], siblings: Collection[str]) -> dict[str, Any]:
+    """What `LoraConfig` says of them; left out where there are none, so that older PEFT reads it too.
+
+    Raises:
+        UnsupportedError: PEFT, which takes each module whose path ends with a name, would take another one too.
+    """
     listed = {path: list(each.patches["weight"].indices) for path, each in updates.items() if "weight" in each.patches}
+    for name in listed:
+        caught = next((path for path in (*siblings, *listed) if path != name and path.endswith(name)), None)
+        if caught is not None:
+            raise UnsupportedError(
+                f"PEFT's format cannot hold: trained tokens of {name}, since it would take {caught} for it too."
+            )
     return {"trainable_token_indices": listed} if listed else {}
