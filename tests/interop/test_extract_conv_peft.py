@@ -175,9 +175,19 @@ def test_what_no_file_tells_is_noted_and_can_be_kept_whole(tmp_path):
     merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
     for name, tensor in models.tensors_of(tmp_path / "merged").items():
         assert (tensor - tuned.state_dict()[name]).abs().max() <= 1e-6
+    x = torch.randn(2, 4, 9, 9)
+    for name, channels in (("dilated", 8), ("circular", 6)):
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / name, rank=FULL, include=[name])
+        model = load_cleanly(copy.deepcopy(base), tmp_path / name)
+        layer, seen = model.base_model.model.get_submodule(name), torch.randn(2, channels, 9, 9)
+        with torch.no_grad():
+            if name == "dilated":
+                with pytest.raises(RuntimeError, match="size of tensor"):
+                    layer(seen)
+            else:
+                assert (layer(seen) - tuned.get_submodule(name)(seen)).abs().max() > 1e-3
     kept = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "kept", rank=FULL, save_full=list(base._modules))
     assert not any("dilation" in note for note in kept.notes)
-    x = torch.randn(2, 4, 9, 9)
     with torch.no_grad():
         close(load_cleanly(copy.deepcopy(base), tmp_path / "kept")(x), tuned(x))
 
