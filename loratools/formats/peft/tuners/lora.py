@@ -39,6 +39,7 @@ class LoraTuner(AbstractTuner):
 
     peft_type = "LORA"
     defaults = MappingProxyType({"lora_dropout": 0.0})
+    restated = lora_settings.RESTATED
     roles = (
         lora_forms.A,
         lora_forms.B,
