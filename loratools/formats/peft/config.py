@@ -24,11 +24,8 @@ NO_TARGETS: Final = "dummy-target-modules"
 _NOT_REPEATED: Final = (
     "auto_mapping", "megatron_config", "megatron_core", "layers_to_transform", "layers_pattern", "exclude_modules",
     "runtime_config", "loftq_config", "corda_config", "eva_config", "lora_ga_config", "init_lora_weights",
-    "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "use_bdlora", "trainable_token_indices",
-    "target_parameters",
 )  # fmt: skip
-"""Keys that name code to import, that say how layers were chosen or initialised (moot once modules are listed), or that
-say what the updates are, which may be others by now."""
+"""Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
 
 _OF_EVERY_KIND: Final = ("base_model_name_or_path", "revision", "task_type")
 
