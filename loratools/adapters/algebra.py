@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters.low_rank import LowRank
 from loratools.adapters.updates import AbstractUpdate, Sum, Term
@@ -14,6 +14,12 @@ from loratools.tensors import TensorRef, computed, in_memory
 
 if TYPE_CHECKING:
     import torch
+
+
+_MERGE: Final = {
+    True: "merge it into the base with that weight (-w)",
+    False: "merge into the base: all of them at once, or one adapter at a time",
+}
 
 
 def finite(ref: TensorRef) -> torch.Tensor:
@@ -153,30 +159,36 @@ def _of_known_shape(held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[
     return [(weight, update.of_shape(known) if update.takes_shape else update) for weight, update in held]
 
 
+def _can_be_told(update: AbstractUpdate) -> bool:
+    """Whether the shape of the weight is all that the update lacks to be a sum of products."""
+    return update.takes_shape and type(update).of_shape is not AbstractUpdate.of_shape
+
+
 def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
     """Refuse a weighted sum that depends on the base, or of kinds that are no sums of products."""
+    alone = len(updates) == 1
     names = {name for update in updates for name in (*update.replaced, *update.added_rows, *update.patches)}
     if names:
         raise UnsupportedError(
-            f"A weighted sum over what is replaced whole ({', '.join(sorted(names))}) depends on the base.",
-            fix="Exclude these modules, or merge into the base one adapter at a time.",
+            f"{'A multiple' if alone else 'A weighted sum'} of what is replaced whole ({', '.join(sorted(names))}) "
+            "depends on the base.",
+            fix=f"Exclude these modules, or {_MERGE[alone]}.",
             module=path,
         )
     others = sorted({update.kind for update in updates if not update.terms})
-    told = (update for update in updates if type(update).of_shape is not AbstractUpdate.of_shape)
-    open_ended = sorted({update.kind for update in told if not update.terms and update.takes_shape})
+    open_ended = sorted({update.kind for update in updates if not update.terms and _can_be_told(update)})
     if open_ended == others and others and not any(update.depends_on_base for update in updates):
         raise UnsupportedError(
-            f"The tensors of a {', '.join(others)} update do not say how large ΔW is, and their sum has to.",
+            f"The tensors of an update of kind {', '.join(others)} do not say how large ΔW is, and their sum has to.",
             fix="Name the base (--base), or merge into it one adapter at a time.",
             module=path,
         )
     if others:
+        what = "A multiple of an update" if alone else "A weighted sum with an update"
         why = "depends on the base" if any(update.depends_on_base for update in updates) else "is not formed yet"
+        merge = _MERGE[alone]
         raise UnsupportedError(
-            f"A weighted sum with a {', '.join(others)} update {why}.",
-            fix="Merge into the base: all of them at once, or one adapter at a time.",
-            module=path,
+            f"{what} of kind {', '.join(others)} {why}.", fix=f"{merge[0].upper()}{merge[1:]}.", module=path
         )
     shapes = {(update.shape, update.layer, update.target, update.kernel) for update in updates}
     if len(shapes) != 1:
@@ -221,7 +233,7 @@ def inner(path: str, one: AbstractUpdate, other: AbstractUpdate) -> float:
         raise UnsupportedError("The size of a parameter replaced whole depends on the base.", module=path)
     for update in (one, other):
         if update.changes_weight and not update.terms:
-            raise UnsupportedError(f"The size of a {update.kind} update is not computed yet.", module=path)
+            raise UnsupportedError(f"The size of an update of kind {update.kind} is not computed yet.", module=path)
     if not one.terms or not other.terms:
         return 0.0
     if one.shape != other.shape:
@@ -238,7 +250,7 @@ def truncated(
     from loratools.linalg import balanced_factors, truncate_low_rank
 
     if update.changes_weight and not update.terms:
-        raise UnsupportedError(f"A {update.kind} update is not truncated yet.", module=path)
+        raise UnsupportedError(f"An update of kind {update.kind} is not truncated yet.", module=path)
     if not update.terms:
         return update
     down, up = concatenated(update)

@@ -51,6 +51,11 @@ class C3a(AbstractUpdate):
         """See `AbstractUpdate.factors`."""
         return (self.c3a_kernel,)
 
+    @property
+    def linear_in(self) -> str:
+        """See `AbstractUpdate.linear_in`."""
+        return "c3a_kernel"
+
     def action(self) -> AbstractAction:
         """See `AbstractUpdate.action`."""
         from loratools.adapters.algebra import finite

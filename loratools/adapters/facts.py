@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from loratools.adapters.adapter import Adapter
+from loratools.adapters.dora import Dora
 from loratools.adapters.experts import Stacked
+from loratools.adapters.low_rank import LowRank
 from loratools.adapters.updates import AbstractUpdate
-from loratools.tensors import TensorRef
+from loratools.tensors import COMPUTABLE, TensorRef
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class UpdateRow:
     """One module of an adapter: `shape` is that of ΔW, (out, in) or (experts, out, in), or of what is replaced whole.
+
+    A convolution's is (out, channels, k, …) where the update says its kernel.
 
     `alpha` and `scaling` are None where there is no one number; `whole` are parameters given whole,
     `added_rows` those that are lengthened.
@@ -56,6 +61,7 @@ class AdapterFacts:
         ranks: low-rank modules by rank; alphas, scalings alike.
         targets: low-rank modules by the last component of their path.
         whole: modules with parameters given whole, by the last component of their path.
+        rows: modules with rows that are replaced or appended, alike.
     """
 
     base_model: str | None
@@ -65,6 +71,7 @@ class AdapterFacts:
     scalings: tuple[Tally, ...]
     targets: Mapping[str, int]
     whole: Mapping[str, int]
+    rows: Mapping[str, int]
 
 
 def row_of(path: str, update: AbstractUpdate) -> UpdateRow:
@@ -75,9 +82,9 @@ def row_of(path: str, update: AbstractUpdate) -> UpdateRow:
     return UpdateRow(
         name=path,
         kind=update.kind,
-        shape=changed_shape(update) if changed else whole[0].shape if len(whole) == 1 else _weight_shape(update),
+        shape=_shape(update) if changed else whole[0].shape if len(whole) == 1 else _weight_shape(update),
         dtype="+".join(sorted({ref.dtype for ref in update.factors or whole})),
-        parameters=sum(ref.spec.numel for ref in update.tensors),
+        parameters=sum(ref.spec.numel for ref in update.tensors if is_parameter(ref)),
         rank=update.rank,
         alpha=getattr(update, "alpha", None),
         scaling=update.scaling,
@@ -86,15 +93,26 @@ def row_of(path: str, update: AbstractUpdate) -> UpdateRow:
     )
 
 
+def _shape(update: AbstractUpdate) -> tuple[int, ...] | None:
+    """As the base has it, so far as the update tells."""
+    held = update.low_rank if isinstance(update, Dora) else update
+    if isinstance(held, Stacked):
+        return held.experts, *held.matrix
+    if isinstance(held, LowRank) and held.kernel:
+        out, columns = held.lora_B.shape[0], held.lora_A.shape[1]
+        return out, columns // math.prod(held.kernel), *held.kernel
+    return update.shape
+
+
+def is_parameter(ref: TensorRef) -> bool:
+    """Whether a tensor is one that is trained; places in a matrix are not."""
+    return ref.dtype in COMPUTABLE
+
+
 def tensors_of(adapter: Adapter, paths: Iterable[str]) -> list[TensorRef]:
     """Every tensor of these modules; what several of them share once."""
     refs = [ref for path in paths for ref in adapter[path].tensors]
     return list({(id(ref.source), ref.offset, ref.name): ref for ref in refs}.values())
-
-
-def changed_shape(update: AbstractUpdate) -> tuple[int, ...] | None:
-    """That of ΔW: (out, in), or (experts, out, in) as the factors lie (see `Stacked.layout`)."""
-    return (update.experts, *update.matrix) if isinstance(update, Stacked) else update.shape
 
 
 def _weight_shape(update: AbstractUpdate) -> tuple[int, ...] | None:
@@ -114,7 +132,8 @@ def summary(adapter: Adapter, rows: Iterable[UpdateRow]) -> AdapterFacts:
         alphas=_tallies(row.alpha for row in rows),
         scalings=_tallies(row.scaling for row in rows),
         targets=_endings(path for path, update in updates.items() if update.changes_weight),
-        whole=_endings(path for path, update in updates.items() if update.replaced or update.added_rows),
+        whole=_endings(path for path, update in updates.items() if update.replaced),
+        rows=_endings(path for path, update in updates.items() if update.added_rows or update.patches),
     )
 
 

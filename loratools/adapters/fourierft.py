@@ -61,6 +61,11 @@ class FourierFt(AbstractUpdate):
         """See `AbstractUpdate.fits`."""
         return len(shape) == _MATRIX and shape[0] * shape[1] >= self.spectrum.shape[0]
 
+    @property
+    def linear_in(self) -> str:
+        """See `AbstractUpdate.linear_in`."""
+        return "spectrum"
+
     def action(self) -> AbstractAction:
         """See `AbstractUpdate.action`."""
         from loratools.adapters.algebra import finite

@@ -63,6 +63,11 @@ class Shira(AbstractUpdate):
         """See `AbstractUpdate.fits`."""
         return len(shape) == _MATRIX and self.shira_weight.shape[0] == self.r * (shape[0] + shape[1])
 
+    @property
+    def linear_in(self) -> str:
+        """See `AbstractUpdate.linear_in`."""
+        return "shira_weight"
+
     def action(self) -> AbstractAction:
         """See `AbstractUpdate.action`."""
         from loratools.adapters.algebra import finite

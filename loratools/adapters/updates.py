@@ -226,7 +226,7 @@ class AbstractUpdate(abc.ABC):
                 total += term.scale * (term.lora_B.load().double() @ term.lora_A.load().double())
             return total.float()
         if base is None and self.depends_on_base:
-            raise UnsupportedError(f"The change of a {self.kind} update depends on the base.", fix="Pass the weight.")
+            raise UnsupportedError(f"The change of kind {self.kind} depends on the base.", fix="Pass the weight.")
         weight = torch.zeros(shape) if base is None else base
         action, region = self.action(), everything(shape)
         if action.looks:
@@ -297,4 +297,4 @@ class Full(AbstractUpdate):
     @property
     def kind(self) -> str:
         """See `AbstractUpdate.kind`."""
-        return "full" if self.replaced or self.added_rows else "rows"
+        return "full" if self.replaced else "rows"

@@ -110,7 +110,8 @@ def demo(report: DemoReport) -> list[str]:
 
 
 def _ranks(ranks: Sequence[int]) -> str:
-    return f"{_span(ranks)}, {sum(ranks):,} in all" if ranks else ""
+    known = [rank for rank in ranks if rank]
+    return f"{_span(known)}, {sum(known):,} in all" if known else ""
 
 
 def _span(values: Sequence[float | None]) -> str:

@@ -188,9 +188,11 @@ def _modules(report: Mapping[str, object]) -> str:
     rows = _rows(report, "modules")
     if not rows:
         return ""
-    ranks = sorted(int(rank) for row in rows if isinstance(rank := row.get("rank"), int | float))
+    ranks = sorted(int(rank) for row in rows if isinstance(rank := row.get("rank"), int | float) and rank)
     span = f", rank {ranks[0]}" + (f" to {ranks[-1]}" if ranks[-1] != ranks[0] else "") if ranks else ""
-    lines = ["## What it holds", "", f"{len(rows)} modules{span}.", ""]
+    whole = report.get("whole")
+    beside = f" Stored whole: {_count(len(whole), 'tensor')}." if isinstance(whole, list | tuple) and whole else ""
+    lines = ["## What it holds", "", f"{_count(len(rows), 'module')}{span}.{beside}", ""]
     measured = [row for row in rows if isinstance(row.get("residual"), int | float)]
     if measured:
         worst = sorted(measured, key=_badness)[:_WORST]
@@ -210,6 +212,10 @@ def _modules(report: Mapping[str, object]) -> str:
     return "\n".join([*lines, _totals(report)])
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def _badness(row: Mapping[str, object]) -> tuple[float, str]:
     residual = row.get("residual")
     value = float(residual) if isinstance(residual, int | float) else 0.0
@@ -219,7 +225,8 @@ def _badness(row: Mapping[str, object]) -> tuple[float, str]:
 def _totals(report: Mapping[str, object]) -> str:
     totals = report.get("totals")
     pairs: Iterable[tuple[object, object]] = totals.items() if isinstance(totals, Mapping) else ()
-    shown = [f"{_prose(key)} {_number(value)}" for key, value in pairs if isinstance(value, int | float)]
+    told = [(key, value) for key, value in pairs if isinstance(value, int | float) and (key, value) != ("rank", 0)]
+    shown = [f"{_prose(key)} {_number(value)}" for key, value in told]
     return f"In total: {', '.join(shown)}.\n" if shown else ""
 
 

@@ -16,10 +16,9 @@ from loratools.checkpoints import Module, families
 from loratools.checkpoints.convolutions import Form, form_of
 
 _WHY: Final[Mapping[Form, str]] = {
-    "one-channel": "each output sees one input channel (a depthwise convolution, or one over a single channel), for "
-    "which PEFT's LoRA has no kernel or saves nothing",
-    "grouped": "a convolution in groups, for which PEFT's LoRA has no kernel",
-    "transposed": "a transposed convolution, which PEFT's LoRA does not wrap",
+    "one-channel": "PEFT's LoRA has no kernel for a depthwise convolution, and saves nothing over a single channel",
+    "grouped": "PEFT's LoRA has no kernel for a convolution in groups",
+    "transposed": "PEFT's LoRA does not wrap a transposed convolution",
 }
 _STATE_SPACE: Final = frozenset({"mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"})
 _NOT_WRAPPED: Final = frozenset({"out_proj", "conv1d"})
@@ -29,7 +28,7 @@ _NOT_WRAPPED: Final = frozenset({"out_proj", "conv1d"})
 def why_none(module: Module, config: Mapping[str, Any]) -> str | None:
     """Why PEFT's LoRA cannot say a change of this module's weight, or None where it can."""
     if str(config.get("model_type", "")) in _STATE_SPACE and families.last(module.name) in _NOT_WRAPPED:
-        return "PEFT refuses to wrap it in a state-space model, whose fast path reads its weight beside the wrapper"
+        return "PEFT refuses to wrap these modules of a state-space model, whose fast path reads the bare weights"
     return _WHY.get(form_of(module, config)) if module.kind == "conv" else None
 
 
@@ -41,7 +40,7 @@ def advice(
     for path, update in updates.items():
         if "weight" in update.replaced and (why := why_none(module(path), config)):
             reasons.setdefault(why, []).append(path)
-    notes = [f"Stored whole: {_some(paths)}; {why}." for why, paths in reasons.items()]
+    notes = [f"Stored whole, since {why}: {_some(paths)}." for why, paths in reasons.items()]
     kernels = [path for path, update in updates.items() if update.changes_weight and module(path).kind == "conv"]
     if kernels:
         notes.append(

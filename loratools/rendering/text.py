@@ -30,7 +30,7 @@ def inspection(report: Inspection, *, modules: bool = False) -> str:
     document = report.to_json() if modules else report.summary()
     facts = [("parameters", _parameters(document)), ("bytes", size(document["bytes"])), *_dtypes(document["dtypes"])]
     own = _checkpoint(document["checkpoint"]) if document["checkpoint"] else _adapter(document["adapter"])
-    rows = [*own, *facts, ("modules", _modules(document)), *_files(document["files"])]
+    rows = [*own, *facts, ("modules", _modules(document)), *_files(document["files"], document["kind"])]
     lines = [f"{shown(document['name'])}: {document['kind']}, {shown(document['format'])}", *_facts(rows)]
     notes = document["notes"]
     lines += [f"note: {sentence(note)}" for note in notes[:_NOTES]]
@@ -69,11 +69,13 @@ def _modules(document: Mapping[str, Any]) -> str:
     return f"{sum(kinds.values()):,}: " + _listed(f"{number:,} {kind}" for kind, number in kinds.items())
 
 
-def _files(files: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
+def _files(files: Sequence[Mapping[str, Any]], kind: str) -> Iterator[tuple[str, str]]:
     weights = [file for file in files if file["tensors"] is not None]
     others = [shown(file["name"]) for file in files if file["tensors"] is None]
     if len(weights) == 1:
         yield "files", f"{shown(weights[0]['name'])}, {size(weights[0]['bytes'])}"
+    elif len(weights) == 2 and kind == "adapter":  # noqa: PLR2004  (its own file, and rows that the base lacks)
+        yield "files", _listed(f"{shown(file['name'])}, {size(file['bytes'])}" for file in weights)
     elif weights:
         ends = f"{shown(weights[0]['name'])} to {shown(weights[-1]['name'])}"
         yield "files", f"{len(weights)} shards, {ends}, {size(sum(file['bytes'] for file in weights))}"
@@ -108,7 +110,7 @@ def _adapter(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield title, f"{values[0]['value']:g}"
         elif values:
             yield title, _listed(f"{each['value']:g} ({_number(each['modules'], 'module')})" for each in values)
-    for title, field in (("targets", "targets"), ("whole", "whole")):
+    for title, field in (("targets", "targets"), ("whole", "whole"), ("rows", "rows")):
         if facts[field]:
             yield title, _listed(f"{shown(name)} ×{number}" for name, number in facts[field].items())
 

@@ -18,15 +18,13 @@ from loratools.engine.reports import AbstractReport
 from loratools.errors import StorageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source, kind_of
-from loratools.formats.peft import config as peft
-from loratools.formats.peft.patterns import ModuleKeys, suffixes
+from loratools.formats.peft import idle
 from loratools.tensors import TensorSpec
 
 _ADAPTER_KEY: Final = re.compile(
     r"lora[._](A|B|a|b|down|up)\b|hada_w[12]|lokr_w[12]|_lora\.(down|up)\.|:\d+:(down|up)$"
 )
 
-_TOLD: Final = 20  # names that the configuration has in vain, before they are only counted
 _Sort = tuple[str, tuple[int, ...], bool]  # dtype, shape, whether it counts as parameters
 
 
@@ -255,42 +253,19 @@ def _adapter(adapter: Adapter, selection: Selection) -> InspectReport:
     chosen = selection.selected(adapter)
     rows = tuple(updates.row_of(path, adapter[path]) for path in chosen)
     refs = updates.tensors_of(adapter, chosen)
-    shares = _by_dtype(Counter((ref.dtype, ref.shape, True) for ref in refs))
+    shares = _by_dtype(Counter((ref.dtype, ref.shape, updates.is_parameter(ref)) for ref in refs))
     held = Counter(ref.source.label for ref in updates.tensors_of(adapter, adapter))
     return InspectReport(
         kind="adapter",
         format=adapter.format,
         name=adapter.name,
-        parameters=sum(ref.spec.numel for ref in refs),
+        parameters=sum(share.parameters for share in shares.values()),
         bytes=sum(share.bytes for share in shares.values()),
         dtypes=shares,
         kinds=dict(Counter(row.kind for row in rows).most_common()),
         selected={"modules": len(rows), "of": len(adapter)},
         adapter=updates.summary(adapter, rows),
         files=_files(adapter.files, held),
-        notes=(*adapter.notes, *(_unused(adapter) if adapter.format == "peft" else ())),
+        notes=(*adapter.notes, *(idle.notes(adapter) if adapter.format == "peft" else ())),
         modules=rows,
     )
-
-
-def _unused(adapter: Adapter) -> list[str]:
-    """What the configuration names and no tensor is for."""
-    changed = {path: update for path, update in adapter.items() if update.changes_weight or update.patches}
-    low_rank = [path if update.target else path.rpartition(".")[0] for path, update in changed.items()]
-    low_rank += [path for path, update in changed.items() if not update.target]
-    named = {"target_modules": low_rank, "target_parameters": low_rank, "modules_to_save": list(adapter)}
-    idle: list[tuple[str, str]] = []
-    for field, paths in named.items():
-        ends = {end for path in paths for end in suffixes(path)}
-        idle += [(field, name) for name in _strings(adapter.config.get(field)) if name not in ends]
-    for field in ("rank_pattern", "alpha_pattern"):
-        keys = ModuleKeys(adapter.config.get(field) or (), file=peft.CONFIG_FILE, field=field)
-        idle += [(field, key) for key in keys.idle(low_rank)]
-    told = [f"{field} names {name}, and no tensor of the adapter is for it." for field, name in idle[:_TOLD]]
-    rest = len(idle) - len(told)
-    return [*told, f"Of {rest} more names in the configuration the same is true."] if rest else told
-
-
-def _strings(value: Any) -> list[str]:
-    names = value if isinstance(value, list) else []
-    return [name for name in names if isinstance(name, str) and name != peft.NO_TARGETS]

@@ -57,6 +57,28 @@ def test_other_kinds():
     assert kind("m", m__A_log=(4,)) == ("other", "confirmed")
 
 
+@pytest.mark.parametrize(
+    ("name", "shape", "bias", "expected"),
+    [
+        ("feature_extractor.conv_layers.0.conv", (6, 4, 3), None, ("conv", "inferred")),
+        ("mixer.conv1d", (6, 1, 4), (6,), ("conv", "confirmed")),
+        ("mlp.experts.0.conv1d", (6, 1, 4), None, ("conv", "inferred")),
+        ("mlp.experts.0.short", (6, 1, 4), (6,), ("conv", "confirmed")),
+        ("mlp.experts", (6, 4, 3), (6, 4), ("experts", "confirmed")),
+        ("block_sparse_moe.input_linear", (6, 4, 3), None, ("experts", "inferred")),
+        ("mlp.output_linear", (6, 4, 3), None, ("experts", "inferred")),
+        ("mlp.up", (6, 4, 3), (6, 4), ("experts", "confirmed")),
+        ("deconv", (6, 4, 3), (4,), ("conv", "inferred")),
+        ("vision.experts.patch", (6, 3, 4, 4), None, ("conv", "inferred")),
+        ("video.proj", (6, 3, 2, 4, 4), (6,), ("conv", "confirmed")),
+    ],
+)
+def test_a_convolution_is_told_from_experts(name, shape, bias, expected):
+    """Three axes: by the bias, then by the path; more than three are never experts."""
+    tensors = {"weight": shape, **({"bias": bias} if bias else {})}
+    assert kind(name, **{f"{name.replace('.', '__')}__{key}": value for key, value in tensors.items()}) == expected
+
+
 def test_only_conv1d_and_embeddings_are_stored_transposed():
     """What merges and extractions ask."""
     found = modules(

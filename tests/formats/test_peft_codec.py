@@ -204,3 +204,16 @@ def test_written_files_say_pt(tmp_path):
     save(load_adapter(write_adapter(tmp_path / "a")), tmp_path / "b")
     assert metadata_of(tmp_path / "b" / "adapter_model.safetensors") == {"format": "pt"}
     assert set(load_file(tmp_path / "b" / "adapter_model.safetensors")) == set(lora_tensors(factors()))
+
+
+def test_settings_of_what_is_gone_are_not_repeated():
+    """A sum of QALoRA adapters is plain LoRA, and a selection may be without the trained tokens: the configuration that
+    was read does not speak for what is written."""
+    factors = {"lora_A": in_memory("A", torch.ones(2, 6)), "lora_B": in_memory("B", torch.ones(4, 2))}
+    read = {"peft_type": "LORA", "use_qalora": True, "qalora_group_size": 2, "use_bdlora": {"nblocks": 2},
+            "trainable_token_indices": {"wte": [1]}, "target_parameters": ["experts.w1"], "use_dora": True,
+            "lora_bias": True, "unknown_to_us": 3}  # fmt: skip
+    encoded = codec_named("peft").encode(Adapter({"m": LowRank(**factors, alpha=3.0)}, config=read))
+    written = json.loads(encoded.texts["adapter_config.json"])
+    assert written.keys() & read.keys() == {"peft_type", "unknown_to_us"}
+    assert codec_named("peft").decode(Contents(encoded.tensors, written, {}, {})).updates["m"].shape == (4, 6)

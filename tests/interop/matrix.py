@@ -6,6 +6,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from tests.laws.kinds import EVERY_KIND
+
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "formats" / "peft-kinds.md"
 LORA = "tests/interop/test_kinds_lora_peft.py::"
@@ -16,17 +18,48 @@ TUNERS = "tests/interop/test_kinds_tuners_a_peft.py::"
 OTHERS = "tests/interop/test_kinds_tuners_b_peft.py::"
 CONV = "tests/interop/test_extract_conv_peft.py::"
 EXTRACT = "tests/interop/test_extract_peft.py::"
+SHAPES = "tests/interop/test_extract_shapes_peft.py::"
+COLUMNS = ("kind", "read", "merged", "taken out", "written", "extracted")
+LAWS = [
+    "tests/laws/test_law_1_way_back.py::test_the_base_comes_back_whatever_the_kind",
+    "tests/laws/test_law_2_same_bits.py::test_threads_and_tiles_do_not_show_in_any_kind",
+    "tests/laws/test_law_4_sums.py::test_stack_is_the_sum_of_every_kind",
+    "tests/laws/test_law_4_sums.py::test_a_multiple_of_every_kind",
+    "tests/laws/test_law_5_codecs.py::test_every_kind_comes_back",
+    "tests/laws/test_law_6_accounting.py::test_no_tensor_of_any_kind_is_ignored",
+]
 CONFIG = "tests/formats/test_peft_config.py::"
 NO_MATRIX = "an extraction finds matrices"
+AS_LORA = "ΔW is written as LoRA"
 
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """One row: PEFT writes the adapter; `all_ways` reads, merges, takes out with --base, writes; PEFT is the judge."""
+    """One row: for each thing that is done with the kind a test, or the reason why there is none.
+
+    Attributes:
+        name: as the page has it.
+        read: PEFT wrote the adapter, and ΔW is the formula's.
+        merged: against PEFT's merge, or the formula in float64.
+        taken_out: `unmerge --base` gives every byte back.
+        written: PEFT loads what we write.
+        extracted: `extract` writes it.
+        laws: its entries in `tests/laws/kinds.py`.
+    """
 
     name: str
-    all_ways: str
-    extract: str = NO_MATRIX
+    read: str
+    merged: str
+    taken_out: str
+    written: str
+    extracted: str
+    laws: tuple[str, ...]
+
+    def can(self, verb: str) -> str:
+        """Whether `multiples` (rescale) or `sums` (stack) are formed; law 4 holds either answer."""
+        kinds = [EVERY_KIND[name] for name in self.laws]
+        said = {kind.sums if verb == "sums" or kind.halves is None else kind.halves for kind in kinds}
+        return {(True,): "yes", (False,): "refused"}.get(tuple(said), "some")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,31 +71,51 @@ class Refusal:
     test: str
 
 
+def all_in(test: str, name: str, extracted: str, *laws: str) -> Kind:
+    """A kind of which one test shows all but the extraction."""
+    return Kind(name, test, test, test, test, extracted, laws)
+
+
+WHOLE_MODEL = f"{EXTRACT}test_full_rank_is_the_tuned_model_in_peft"
 KINDS = (
-    Kind("LoRA, Linear", f"{LORA}test_layers", f"{EXTRACT}test_full_rank_is_the_tuned_model_in_peft"),
-    Kind("LoRA, HF Conv1D", f"{LORA}test_layers", f"{EXTRACT}test_full_rank_is_the_tuned_model_in_peft"),
-    Kind("LoRA, Embedding", f"{LORA}test_layers", f"{EXTRACT}test_full_rank_is_the_tuned_model_in_peft"),
-    Kind("LoRA, Conv1d, Conv2d, Conv3d", f"{LORA}test_layers", f"{CONV}test_models_of_transformers"),
-    Kind("rsLoRA, rank and alpha patterns", f"{LORA}test_layers", "written with alpha = r"),
-    Kind("DoRA", f"{LORA}test_dora", "ΔW is written as LoRA"),
-    Kind("lora_bias", f"{LORA}test_lora_bias", "biases are stored whole"),
-    Kind("bias=all, bias=lora_only", f"{LORA}test_trained_biases", "biases are stored whole"),
-    Kind("trained tokens (trainable_token_indices)", f"{LORA}test_trained_tokens_beside_lora"),
-    Kind("TRAINABLE_TOKENS", f"{LORA}test_trained_tokens_alone"),
-    Kind("a vocabulary resized after the base", f"{TOKENS}test_a_resized_vocabulary",
-         "new rows are a file of their own"),
-    Kind("nn.MultiheadAttention", f"{LORA}test_attention", "in_proj_weight is stored whole"),
-    Kind("target_parameters, stacked experts", f"{EXPERTS}test_stacked_parameters",
-         f"{EXPERTS}test_extracted_from_stacked_parameters"),
-    Kind("target_parameters, a matrix an expert in the file", f"{EXPERTS}test_a_matrix_an_expert",
-         f"{EXPERTS}test_extracted_from_a_matrix_an_expert"),
-    Kind("target_parameters as PEFT 0.17 to 0.19.0 laid them out", f"{EXPERTS}test_square_experts_by_version"),
-    Kind("QALoRA", f"{LORA}test_grouped_inputs", "ΔW is written as LoRA"),
-    Kind("BD-LoRA (block-diagonal)", f"{LORA}test_blocks", "ΔW is written as LoRA"),
-    *(Kind(name, f"{TUNERS}test_merge_and_the_way_back", "ΔW is written as LoRA")
-      for name in ("AdaLoRA", "MiSS", "LoHa, its CP form", "LoKr, its Tucker form", "VeRA")),
-    *(Kind(name, f"{OTHERS}test_merge_and_way_back", "ΔW is written as LoRA")
-      for name in ("IA3", "OFT", "BOFT", "HRA", "FourierFT", "SHiRA", "C3A", "LN tuning")),
+    all_in(f"{LORA}test_layers", "LoRA, Linear", WHOLE_MODEL, "linear", "sum"),
+    all_in(f"{LORA}test_layers", "LoRA, HF Conv1D", WHOLE_MODEL, "conv1d"),
+    all_in(f"{LORA}test_layers", "LoRA, Embedding", WHOLE_MODEL, "embedding"),
+    all_in(f"{LORA}test_layers", "LoRA, Conv1d, Conv2d, Conv3d", f"{CONV}test_full_rank_is_the_tuned_network", "conv"),
+    all_in(f"{LORA}test_layers", "rsLoRA, rank and alpha patterns", "written with alpha = r", "rslora"),
+    all_in(f"{LORA}test_dora", "DoRA", AS_LORA, "dora", "dora-conv1d", "dora-embedding", "dora-conv"),
+    all_in(f"{LORA}test_lora_bias", "lora_bias", "biases are stored whole", "lora-bias"),
+    all_in(f"{LORA}test_trained_biases", "bias=all, bias=lora_only; modules_to_save", WHOLE_MODEL, "whole"),
+    all_in(f"{LORA}test_trained_tokens_beside_lora", "trained tokens (trainable_token_indices)", NO_MATRIX, "tokens",
+           "tokens-beside"),
+    all_in(f"{LORA}test_trained_tokens_alone", "TRAINABLE_TOKENS", NO_MATRIX, "trained-tokens"),
+    Kind("rows that the base's vocabulary lacks (a file of our own)", f"{SHAPES}test_added_rows",
+         f"{SHAPES}test_added_rows", f"{SHAPES}test_added_rows", f"{SHAPES}test_added_rows",
+         f"{SHAPES}test_added_rows", ("grown",)),
+    all_in(f"{TOKENS}test_a_resized_vocabulary", "a vocabulary resized after the base",
+           "new rows are a file of their own"),
+    all_in(f"{LORA}test_attention", "nn.MultiheadAttention", "in_proj_weight is stored whole"),
+    all_in(f"{EXPERTS}test_stacked_parameters", "target_parameters, stacked experts",
+           f"{EXPERTS}test_extracted_from_stacked_parameters", "stacked"),
+    Kind("target_parameters, a matrix an expert in the file", *[f"{EXPERTS}test_a_matrix_an_expert"] * 3,
+         f"{EXPERTS}test_stacked_parameters", f"{EXPERTS}test_extracted_from_a_matrix_an_expert", ()),
+    Kind("target_parameters as PEFT 0.17 to 0.19.0 laid them out", f"{EXPERTS}test_layout_of_older_versions",
+         f"{EXPERTS}test_square_experts_by_version", "as today's", "as it was read", "in today's layout", ()),
+    Kind("QALoRA", *[f"{LORA}test_grouped_inputs"] * 3, "as it was read; PEFT wraps GPTQ layers alone", AS_LORA,
+         ("grouped",)),
+    all_in(f"{LORA}test_blocks", "BD-LoRA (block-diagonal)", AS_LORA, "block-diagonal"),
+    *(Kind(name, f"{TUNERS}test_delta_weight", f"{TUNERS}test_merge_and_the_way_back",
+           f"{TUNERS}test_merge_and_the_way_back", f"{TUNERS}test_what_we_write_peft_loads", AS_LORA, laws)
+      for name, laws in {
+          "AdaLoRA": ("adalora",), "MiSS, its variants bat and mini": ("miss", "miss-bat", "miss-mini"),
+          "LoHa, its CP form": ("loha", "loha-core"), "LoKr, its Tucker form": ("lokr", "lokr-kernels"),
+          "VeRA": ("vera",)}.items()),
+    *(Kind(name, f"{OTHERS}test_merge_and_way_back", f"{OTHERS}test_against_peft", f"{OTHERS}test_merge_and_way_back",
+           f"{OTHERS}test_round_trip", "parameters are stored whole" if name == "LN tuning" else AS_LORA, laws)
+      for name, laws in {
+          "IA3": ("ia3", "ia3-conv"), "OFT": ("oft", "oft-exact", "oft-shared", "oft-constrained"), "BOFT": ("boft",),
+          "HRA": ("hra", "hra-orthogonal"), "FourierFT": ("fourierft",), "SHiRA": ("shira",), "C3A": ("c3a",),
+          "LN tuning": ("ln-tuning",)}.items()),
 )  # fmt: skip
 
 REFUSED = (
@@ -87,15 +140,26 @@ REFUSED = (
 
 def tests_named() -> set[str]:
     """Every test that the page names."""
-    cells = [cell for kind in KINDS for cell in (kind.all_ways, kind.extract)] + [each.test for each in REFUSED]
+    cells = [cell for kind in KINDS for cell in cells_of(kind)] + [each.test for each in REFUSED] + LAWS
     return {cell for cell in cells if "::" in cell}
+
+
+def cells_of(kind: Kind) -> list[str]:
+    """What a row says, in the order of its columns."""
+    return [kind.read, kind.merged, kind.taken_out, kind.written, kind.extracted]
+
+
+def told_once(cells: list[str]) -> list[str]:
+    """Shortened; a test that the cell before names already is `same`."""
+    pairs = zip(["", *cells], cells, strict=False)
+    return ["same" if cell == before and "::" in cell else short(cell) for before, cell in pairs]
 
 
 def missing(test: str) -> bool:
     """Whether a test that is named does not exist."""
     file, name = test.split("::")
     source = ROOT / file
-    return not source.is_file() or not re.search(rf"^def {name}\(", source.read_text(encoding="utf-8"), re.MULTILINE)
+    return not source.is_file() or not re.search(rf"^ *def {name}\(", source.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def short(cell: str) -> str:
@@ -111,8 +175,14 @@ def page() -> str:
         "the judge: of ΔW or, where it errs, the formula in float64; of the merge, in float32 and bfloat16; and of",
         "what is written, which it loads without a missing key, an unexpected key or a warning. *Taken out* is",
         "`unmerge --base`, byte for byte.", "",
-        "| kind | read, merged, taken out, written | extracted |", "| :--- | :--- | :--- |",
-        *(f"| {kind.name} | {short(kind.all_ways)} | {short(kind.extract)} |" for kind in KINDS), "",
+        "| " + " | ".join(COLUMNS) + " |", "| :--- " * len(COLUMNS) + "|",
+        *("| " + " | ".join([kind.name, *told_once(cells_of(kind))]) + " |" for kind in KINDS), "",
+        "The laws (`tests/laws`) are held of every kind too, in float32, bfloat16 and float16: the way back to the",
+        "byte, the same bits whatever the threads and tiles, every field read as it was written, no tensor that does",
+        "not count, none without a place. Multiples (`rescale`) and sums (`stack`) are formed, or refused by name:", "",
+        "| kind | multiples | sums | entries in `tests/laws/kinds.py` |", "| :--- | :--- | :--- | :--- |",
+        *(f"| {kind.name} | {kind.can('multiples')} | {kind.can('sums')} | {', '.join(kind.laws)} |"
+          for kind in KINDS if kind.laws), "",
         "Refused, by name and with exit code 65:", "",
         "| kind | why | test |", "| :--- | :--- | :--- |",
         *(f"| {each.name} | {each.why} | {short(each.test)} |" for each in REFUSED), "",

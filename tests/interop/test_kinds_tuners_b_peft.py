@@ -145,7 +145,33 @@ def test_a_weight_goes_that_far_from_the_base(made, tmp_path, name):
     assert_exact(models.tensors_of(tmp_path / "merged"), before, exact)
 
 
-@pytest.mark.parametrize("name", kinds_b.CASES)
+LINEAR = ("fourierft", "fourierft-conv1d", "shira", "c3a")
+"""Kinds whose ΔW is linear in one tensor."""
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_multiples_and_sums_of_what_is_linear(made, tmp_path, name):
+    """Rescaled, and added to itself, an adapter of these kinds is one of them, by the formula on the new file; SHiRA's
+    places are its own in every file, so that two are not added."""
+    base, adapter, _ = made(name)
+    before = models.tensors_of(base)
+    rescale(adapter, tmp_path / "more", by=-0.3)
+    multiples = {"more": -0.3}
+    if name != "shira":
+        stack([adapter, adapter], tmp_path / "sum", weights=[0.7, -1.5])
+        multiples["sum"] = 0.7 - 1.5
+    else:
+        with pytest.raises(UnsupportedError, match="not formed yet"):
+            stack([adapter, adapter], tmp_path / "sum", base=base)
+    once = kinds_b.exact(adapter, before)
+    for place, factor in multiples.items():
+        assert models.config_of(tmp_path / place)["peft_type"] == models.config_of(adapter)["peft_type"]
+        for key, found in kinds_b.exact(tmp_path / place, before).items():
+            delta = once[key] - before[key].double()
+            assert (found - before[key].double() - factor * delta).norm() <= 1e-6 * delta.norm(), key
+
+
+@pytest.mark.parametrize("name", sorted(set(kinds_b.CASES) - set(LINEAR)))
 def test_algebra_is_refused_by_name(made, tmp_path, name):
     """A part of a rotation is no rotation: stack, rescale, norms, truncation, restated alphas; nothing is written."""
     base, adapter, _ = made(name)

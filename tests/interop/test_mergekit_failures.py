@@ -100,6 +100,48 @@ def test_g_conv1d_of_transformers_is_a_matrix(tmp_path):
     assert_same_output(load_cleanly(base, tmp_path / "adapter"), pair.model)
 
 
+class Convolutions(torch.nn.Module):
+    """What (h) is about: a sequence's convolution, plain and depthwise, and an image's patches."""
+
+    def __init__(self):
+        super().__init__()
+        self.patches, self.plain = torch.nn.Conv2d(3, 8, (4, 2), stride=(4, 2)), torch.nn.Conv1d(8, 6, 3)
+        self.depthwise, self.head = torch.nn.Conv1d(6, 6, 4, groups=6), torch.nn.Linear(6, 5)
+        self.config = {"model_type": "custom"}
+
+    def forward(self, x):
+        x = torch.relu(self.patches(x)).flatten(2)
+        return self.head(self.depthwise(torch.relu(self.plain(x))).mean(-1))
+
+
+def test_h_convolutions_are_kernels(tmp_path):
+    """(h) mergekit factors nn.Conv1d into nonsense and crashes on nn.Conv2d; ours are PEFT's own shapes, kernel of A
+    and 1 of B, and a depthwise one is whole: PEFT computes what the tuned network does, and so does our merge."""
+    torch.manual_seed(0)
+    base = Convolutions()
+    tuned = models.tuned_from(base)
+    for name, net in (("base", base), ("tuned", tuned)):
+        models.write_checkpoint(tmp_path / name, net.state_dict(), net.config)
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "adapter", rank=64)
+    assert {"depthwise.weight", "depthwise.bias"} <= set(report.whole)
+    factors = models.factors_of(tmp_path / "adapter")
+    shapes = {key.removeprefix("base_model.model."): tuple(tensor.shape) for key, tensor in factors.items()}
+    assert shapes["patches.lora_A.weight"] == (8, 3, 4, 2)
+    assert shapes["patches.lora_B.weight"] == (8, 8, 1, 1)
+    assert shapes["plain.lora_A.weight"] == (6, 8, 3)
+    fresh = Convolutions()
+    fresh.load_state_dict(base.state_dict())
+    model = load_cleanly(fresh, tmp_path / "adapter")
+    assert wrapped_modules(model) == {"patches", "plain", "head"}
+    assert saved_modules(model) == {"depthwise"}
+    x = torch.randn(2, 3, 12, 8)
+    assert (model(x) - tuned(x)).abs().max() <= 1e-5 * tuned(x).abs().max()
+    merge(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "merged")
+    fresh = Convolutions()
+    fresh.load_state_dict(models.tensors_of(tmp_path / "merged"))
+    assert (fresh(x) - tuned(x)).abs().max() <= 1e-5 * tuned(x).abs().max()
+
+
 def test_i_relative_paths_without_a_network(tmp_path, monkeypatch, no_network):
     """(i) mergekit asks the Hub about a relative path after all the work and dies offline; ours opens no connection."""
     make_pair(tmp_path, "llama")

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
+from loratools.checkpoints import owner
 from loratools.errors import MismatchError
 from loratools.verbs.merge import merge
 from loratools.verbs.unmerge import unmerge
 from tests import models
+from tests.laws.kinds import EVERY_KIND
 from tests.laws.worlds import DTYPES, KINDS, llama_tensors, world, write_base
 
 WEIGHTS = {1: None, 3: [0.7, -1.5, 2.0]}
@@ -42,6 +44,30 @@ def test_the_base_comes_back_bit_for_bit(tmp_path, unchanged, kind, dtype, shard
             assert models.header_names(tmp_path / name / file) == models.header_names(made.base / file)
         for companion in ("config.json", "tokenizer.json"):
             assert (tmp_path / name / companion).read_bytes() == (made.base / companion).read_bytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_the_base_comes_back_whatever_the_kind(tmp_path, unchanged, name, dtype):
+    """Of every kind of update: the merge changes each tensor that it is for and no other, and --base brings all of them
+    back, whether the adapters are named or the merge's report is asked."""
+    kind = EVERY_KIND[name]
+    base = kind.write_base(tmp_path / "base", dtype)
+    adapters = [kind.write(tmp_path / f"adapter{seed}", seed) for seed in range(1, 3 if kind.twice else 2)]
+    unchanged(base, *adapters)
+    merge(base, adapters, tmp_path / "merged", weights=[0.7, -1.5] if kind.twice else None)
+    before, merged = models.tensor_hashes(base), models.tensor_hashes(tmp_path / "merged")
+    touched = {name for name in before if merged[name] != before[name]}
+    assert {owner(name)[0] for name in touched} == {module_of(path, base) for path in kind.adapter()}
+    for place, named in {"named": {"adapters": adapters}, "all": {}}.items():
+        assert unmerge(tmp_path / "merged", tmp_path / place, base=base, **named).method == "base"
+        assert models.tensor_hashes(tmp_path / place) == before
+
+
+def module_of(path, base):
+    """The module that a path of an adapter is about; an expert's path is that of a parameter."""
+    names = models.tensor_hashes(base)
+    return owner(path)[0] if path in names else path
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

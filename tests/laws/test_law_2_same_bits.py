@@ -12,11 +12,13 @@ import torch
 
 from loratools.engine import planning
 from loratools.engine.context import Settings
+from loratools.errors import LoratoolsError
 from loratools.verbs.merge import merge
 from loratools.verbs.stack import stack
 from loratools.verbs.unmerge import unmerge
 from tests import models
 from tests.interop.extraction import stored_products
+from tests.laws.kinds import EVERY_KIND
 from tests.laws.worlds import DTYPES, KINDS, world
 
 WEIGHTS = [0.7, -1.5, 2.0]
@@ -49,6 +51,46 @@ def test_threads_and_tiles_do_not_show(tmp_path, monkeypatch, kind, dtype):
         seen.append(outputs(made, kind, root, threads=threads))
         monkeypatch.undo()
     assert all(each == seen[0] for each in seen[1:])
+
+
+HOW = [(1, None), (2, 1), (8, 333)]
+"""Threads, and bytes of a tile: everything at once, a row, some rows and an odd rest."""
+MORE = [(1, None), (1, 1), (2, 71), (8, 1), (8, 4097)]
+
+
+def merged_and_back(kind, root, made, threads):
+    """Hashes of the merge, of its subtraction (or how that is refused), and of what --base brings back."""
+    base, adapters = made
+    merge(base, adapters, root / "merged", weights=[0.7, -1.5][: len(adapters)], threads=threads)
+    found = [models.tensor_hashes(root / "merged")]
+    try:
+        unmerge(root / "merged", root / "less", adapters=adapters, threads=threads)
+        found.append(models.tensor_hashes(root / "less"))
+    except LoratoolsError as error:
+        found.append(type(error).__name__)
+    unmerge(root / "merged", root / "back", base=base, adapters=adapters, threads=threads)
+    return [*found, models.tensor_hashes(root / "back")]
+
+
+@pytest.mark.parametrize("how", [HOW, pytest.param(MORE, marks=pytest.mark.slow)], ids=["some", "more"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_threads_and_tiles_do_not_show_in_any_kind(tmp_path, monkeypatch, name, dtype, how):
+    """Products and actions alike: with 1, 2 or 8 threads, in tiles of a row, of an odd number of bytes, of everything,
+    merge and unmerge write the same bits."""
+    kind = EVERY_KIND[name]
+    base = kind.write_base(tmp_path / "base", dtype)
+    adapters = [kind.write(tmp_path / f"adapter{seed}", seed) for seed in range(1, 3 if kind.twice else 2)]
+    seen = []
+    for threads, tile in how:
+        if tile is not None:
+            monkeypatch.setattr(planning, "Settings", functools.partial(Settings, tile_bytes=tile))
+        root = tmp_path / f"{threads}-{tile}"
+        root.mkdir()
+        seen.append(merged_and_back(kind, root, (base, adapters), threads))
+        monkeypatch.undo()
+    assert all(each == seen[0] for each in seen[1:])
+    assert seen[0][-1] == models.tensor_hashes(base)
 
 
 SCRIPT = """

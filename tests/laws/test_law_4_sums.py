@@ -9,11 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loratools.adapters import Adapter, LowRank
+from loratools.errors import UnsupportedError
 from loratools.files import load_adapter, save
 from loratools.tensors import in_memory
+from loratools.verbs.rescale import rescale
 from loratools.verbs.stack import stack
 from tests import models
 from tests.interop.extraction import stored_products
+from tests.laws.kinds import EVERY_KIND
 
 MODULES = {"a.lin": (6, 4), "b.lin": (3, 8), "lin": (4, 4), "c.embed": (5, 9)}
 
@@ -114,3 +117,56 @@ def test_truncation_is_near_the_best(a, b, rank):
         if name in short:
             assert short[name].rank <= rank
             assert short[name].scaling == 1
+
+
+def changes(adapter, base):
+    """Module path → ΔW in float64 of every update, experts one by one."""
+    found = {}
+    for path, update in adapter.items():
+        parts = [update.part(expert) for expert in range(update.experts)] if hasattr(update, "experts") else [update]
+        for index, part in enumerate(parts):
+            weight = base.get(f"{path}.weight")
+            if weight is not None:
+                weight = weight.double().flatten(1)
+                out = (part.shape or (weight.shape[0],))[0]
+                weight = weight if part.fits(tuple(weight.shape)) or out == weight.shape[0] else weight.T
+            found[path, index] = part.delta_weight(weight).double()
+    return found
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_stack_is_the_sum_of_every_kind(tmp_path, name):
+    """Two adapters of a kind: ΔW of the file that comes out is the weighted sum, or the kind is refused by name."""
+    kind = EVERY_KIND[name]
+    base = kind.write_base(tmp_path / "base", "fp32")
+    adapters = [kind.write(tmp_path / str(seed), seed) for seed in (1, 2)]
+    if not kind.sums:
+        with pytest.raises(UnsupportedError):
+            stack(adapters, tmp_path / "sum", weights=[0.7, -1.5], base=base)
+        assert not (tmp_path / "sum").exists()
+        return
+    stack(adapters, tmp_path / "sum", weights=[0.7, -1.5], base=base)
+    tensors = models.tensors_of(base)
+    found, one, two = (changes(load_adapter(each), tensors) for each in (tmp_path / "sum", *adapters))
+    assert found.keys() == one.keys()
+    for path, delta in found.items():
+        size = 0.7 * one[path].norm() + 1.5 * two[path].norm()
+        assert (delta - (0.7 * one[path] - 1.5 * two[path])).norm() <= 1e-6 * size, path
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_a_multiple_of_every_kind(tmp_path, name):
+    """`rescale --by`: ΔW of the file that comes out is that multiple, or the kind is refused by name."""
+    kind = EVERY_KIND[name]
+    base, adapter = kind.write_base(tmp_path / "base", "fp32"), kind.write(tmp_path / "adapter")
+    if not (kind.sums if kind.halves is None else kind.halves):
+        with pytest.raises(UnsupportedError):
+            rescale(adapter, tmp_path / "more", by=-0.3)
+        assert not (tmp_path / "more").exists()
+        return
+    rescale(adapter, tmp_path / "more", by=-0.3)
+    tensors = models.tensors_of(base)
+    found, one = (changes(load_adapter(each), tensors) for each in (tmp_path / "more", adapter))
+    assert found.keys() == one.keys()
+    for path, delta in found.items():
+        assert (delta + 0.3 * one[path]).norm() <= 1e-6 * one[path].norm(), path

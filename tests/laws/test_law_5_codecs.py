@@ -1,5 +1,6 @@
 """Law 5: decode(encode(x)) = x for all that PEFT's format can hold; what it cannot is refused by name."""
 
+import dataclasses
 import json
 
 import pytest
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 from loratools.adapters import Adapter, Full, LowRank, Sum, Term
 from loratools.errors import UnsupportedError
 from loratools.formats import Contents, codec_named
-from loratools.tensors import in_memory
+from loratools.tensors import TensorRef, in_memory
 from tests import models
+from tests.laws.kinds import EVERY_KIND
 
 CODEC = codec_named("peft")
 
@@ -150,3 +152,40 @@ def test_what_cannot_be_held_is_named():
     term = Term(factors["lora_A"], factors["lora_B"], 1.0)
     with pytest.raises(UnsupportedError, match="m"):
         CODEC.encode(Adapter({"m": Sum(parts=(term, term))}))
+
+
+def differences(found, given_, where=""):
+    """Where two updates, or two values in them, are not the same: classes, tensors' bytes, everything else by value."""
+    if type(found) is not type(given_) and not (isinstance(found, (int, float)) and isinstance(given_, (int, float))):
+        return [f"{where}: {type(found).__name__} for {type(given_).__name__}"] if not hasattr(found, "keys") else []
+    if isinstance(given_, TensorRef):
+        return [] if same(found, given_) else [where]
+    if dataclasses.is_dataclass(given_):
+        names = [field.name for field in dataclasses.fields(given_)]
+        pairs = {name: (getattr(found, name), getattr(given_, name)) for name in names}
+    elif hasattr(given_, "keys"):
+        pairs = {key: (found.get(key), given_.get(key)) for key in {**found, **given_}}
+    elif isinstance(given_, float):
+        return [] if found == pytest.approx(given_, rel=1e-15) else [f"{where}: {found} for {given_}"]
+    else:
+        return [] if found == given_ else [f"{where}: {found!r} for {given_!r}"]
+    return [each for name, (one, other) in pairs.items() for each in differences(one, other, f"{where}.{name}")]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_every_kind_comes_back(name, dtype):
+    """decode(encode(x)) is x in every field, tensors to the byte and in their dtype; and encoding that again writes the
+    same keys and the same configuration. What no file holds as it is is refused."""
+    adapter = EVERY_KIND[name].adapter(dtype=dtype)
+    if not EVERY_KIND[name].written:
+        with pytest.raises(UnsupportedError):
+            CODEC.encode(adapter)
+        return
+    decoded, config = round_trip(adapter, list(adapter))
+    assert set(decoded.updates) == set(adapter)
+    assert [each for path in adapter for each in differences(decoded.updates[path], adapter[path], path)] == []
+    assert decoded.notes == ()
+    again, second = round_trip(Adapter(decoded.updates, config=config), list(adapter))
+    assert second == config
+    assert [each for path in adapter for each in differences(again.updates[path], adapter[path], path)] == []

@@ -1,16 +1,21 @@
 """Law 6: every tensor of every input is used, copied byte for byte, or named as left out with the reason."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
-from loratools.errors import InputDataError, MismatchError
+from loratools.checkpoints import owner
+from loratools.cli.main import main
+from loratools.errors import InputDataError, MismatchError, UndecidedError
 from loratools.verbs.extract import extract
 from loratools.verbs.merge import merge
 from loratools.verbs.stack import stack
 from tests import models
+from tests.laws.kinds import EVERY_KIND
 from tests.laws.worlds import KINDS, P, low_rank, world
 
 
@@ -34,6 +39,78 @@ def test_no_adapter_tensor_is_ignored(tmp_path, kind):
             continue
         merge(made.base, [other], tmp_path / f"merged{index}")
         assert models.tensor_hashes(tmp_path / f"merged{index}") != before, key
+
+
+def files_of(adapter):
+    """Every tensors file of an adapter with its content."""
+    return {file.name: load_file(file) for file in sorted(adapter.glob("*.safetensors"))}
+
+
+def rewritten(adapter, target, files):
+    """A copy of an adapter with other tensors."""
+    shutil.copytree(adapter, target)
+    for name, tensors in files.items():
+        save_file({key: tensor.clone().contiguous() for key, tensor in tensors.items()}, target / name,
+                  metadata={"format": "pt"})  # fmt: skip
+    return target
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_no_tensor_of_any_kind_is_ignored(tmp_path, name, dtype):
+    """Whatever single tensor of an adapter of any kind is changed, the merged checkpoint is another."""
+    kind = EVERY_KIND[name]
+    base, adapter = kind.write_base(tmp_path / "base", dtype), kind.write(tmp_path / "adapter", dtype=dtype)
+    merge(base, [adapter], tmp_path / "merged")
+    before = models.tensor_hashes(tmp_path / "merged")
+    files = files_of(adapter)
+    assert files
+    for number, (file, key) in enumerate((file, key) for file, tensors in files.items() for key in tensors):
+        tensor = files[file][key]
+        other = tensor + 0.5 if tensor.is_floating_point() else tensor.roll(1, -1)
+        changed = rewritten(adapter, tmp_path / f"other{number}", {**files, file: {**files[file], key: other}})
+        merge(base, [changed], tmp_path / f"merged{number}")
+        assert models.tensor_hashes(tmp_path / f"merged{number}") != before, key
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_a_tensor_of_any_kind_without_a_module_is_refused(tmp_path, name):
+    """The same tensors once more, for a module that the base does not have: exit 65 and its name, nothing written."""
+    kind = EVERY_KIND[name]
+    base, adapter = kind.write_base(tmp_path / "base", "fp32"), kind.write(tmp_path / "adapter")
+    files = files_of(adapter)
+    path = next(iter(kind.adapter()))
+    stem = owner(path)[0] if path in models.tensor_hashes(base) else path
+    extra = {
+        file: {key.replace(stem, f"elsewhere.{stem}"): tensor for key, tensor in tensors.items() if stem in key}
+        for file, tensors in files.items()
+    }
+    assert any(extra.values())
+    other = rewritten(adapter, tmp_path / "other", {file: {**files[file], **extra[file]} for file in files})
+    answer = CliRunner().invoke(main, ["merge", str(base), str(other), "-o", str(tmp_path / "merged")])
+    assert answer.exit_code == 65, answer.output
+    assert "elsewhere" in answer.stderr
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_half_an_update_of_any_kind_is_refused_or_another(tmp_path, name):
+    """Without any one of its tensors an adapter is refused as bad input, or it merges to another checkpoint: nothing
+    takes the place of what is missing."""
+    kind = EVERY_KIND[name]
+    base, adapter = kind.write_base(tmp_path / "base", "fp32"), kind.write(tmp_path / "adapter")
+    merge(base, [adapter], tmp_path / "merged")
+    before, files = models.tensor_hashes(tmp_path / "merged"), files_of(adapter)
+    for number, (file, key) in enumerate((file, key) for file, tensors in files.items() for key in tensors):
+        less = {**files, file: {each: tensor for each, tensor in files[file].items() if each != key}}
+        if not less[file]:
+            continue
+        other = rewritten(adapter, tmp_path / f"other{number}", less)
+        try:
+            merge(base, [other], tmp_path / f"merged{number}")
+        except (InputDataError, UndecidedError):
+            continue
+        assert models.tensor_hashes(tmp_path / f"merged{number}") != before, key
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "whole"])

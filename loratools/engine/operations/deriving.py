@@ -50,7 +50,7 @@ def _with_alpha(target: str, update: AbstractUpdate, alpha: float | None, contex
         return update
     field, divisor, scaling = update.linear_in, update.divisor, update.scaling
     if field is None or divisor is None or scaling is None or alpha == 0:
-        raise UnsupportedError(f"The alpha of a {update.kind} update cannot be restated.", module=target)
+        raise UnsupportedError(f"The alpha of an update of kind {update.kind} cannot be restated.", module=target)
     number = divisor if alpha is None else alpha
     quotient = scaling * divisor / number
     fresh: dict[str, Any] = {"alpha": number}

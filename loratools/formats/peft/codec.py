@@ -237,7 +237,8 @@ def _config(
     whole: list[str],
     siblings: Collection[str],
 ) -> dict[str, Any]:
-    kept = fields.inherited(adapter.config, tuner.peft_type)
+    read = fields.inherited(adapter.config, tuner.peft_type)
+    kept = {field: value for field, value in read.items() if field not in tuner.restated}
     config = {**tuner.defaults, **kept, **tuner.fields(changed, siblings), **tuner.kept_fields(changed, kept)}
     if not siblings and changed and (excluded := fields.inherited_exclusion(adapter.config, list(changed))):
         config["exclude_modules"] = excluded

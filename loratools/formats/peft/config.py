@@ -27,12 +27,6 @@ _NOT_REPEATED: Final = (
 )  # fmt: skip
 """Keys that name code to import, or that say how layers were chosen or initialised: moot once modules are listed."""
 
-_OF_UPDATES: Final = (
-    "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "use_bdlora", "trainable_token_indices",
-    "target_parameters",
-)  # fmt: skip
-"""Keys of LoRA that say what the updates are, which may be others by now: written for those that there are."""
-
 _OF_EVERY_KIND: Final = ("base_model_name_or_path", "revision", "task_type")
 
 
@@ -261,8 +255,7 @@ def inherited(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """
     if "peft_type" in config and peft_type(config) != kind:
         return {key: config[key] for key in _OF_EVERY_KIND if key in config}
-    moot = (*_NOT_REPEATED, *(_OF_UPDATES if kind == "LORA" else ()))
-    return {key: value for key, value in config.items() if key not in moot}
+    return {key: value for key, value in config.items() if key not in _NOT_REPEATED}
 
 
 def one_for_all(field: str, values: Mapping[str, Any]) -> Any:

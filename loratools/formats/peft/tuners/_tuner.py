@@ -58,6 +58,7 @@ class AbstractTuner(abc.ABC):
         roles: what follows a module's path in the keys of this tuner.
         shared: keys of tensors that belong to the model as a whole; `Module.roles` has them for every module.
         defaults: fields that are written as they were read, or else so: PEFT misses them otherwise.
+        restated: fields that are said of the updates as they are now, or not at all: never as they were read.
         holds_biases: whether PEFT loads biases beside it (`bias` in the configuration).
         own_biases: what `bias` is where those of the changed layers are trained.
         tells_orientation: whether the configuration has `fan_in_fan_out`.
@@ -67,6 +68,7 @@ class AbstractTuner(abc.ABC):
     roles: tuple[str, ...]
     shared: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = MappingProxyType({})
+    restated: tuple[str, ...] = ()
     holds_biases: bool = True
     own_biases: str = "lora_only"
     tells_orientation: bool = True

@@ -39,6 +39,7 @@ class LoraTuner(AbstractTuner):
 
     peft_type = "LORA"
     defaults = MappingProxyType({"lora_dropout": 0.0})
+    restated = lora_settings.RESTATED
     roles = (
         lora_forms.A,
         lora_forms.B,
@@ -94,7 +95,7 @@ class LoraTuner(AbstractTuner):
                 raise MalformedError("A DoRA update has no magnitude.", fix=fix, module=module.path)
             return dataclasses.replace(update, **module.rest)
         if not isinstance(update, LowRank):
-            raise UnsupportedError(f"DoRA of a {update.kind} update is not read.", module=module.path)
+            raise UnsupportedError(f"DoRA of an update of kind {update.kind} is not read.", module=module.path)
         return Dora(low_rank=update, magnitude=magnitude.reshaped((magnitude.spec.numel,)), **module.rest)
 
     def holds(self, update: AbstractUpdate) -> bool:

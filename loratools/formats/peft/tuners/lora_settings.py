@@ -15,6 +15,12 @@ from loratools.formats.peft import config as fields
 from loratools.formats.peft.tuners import lora_forms
 from loratools.formats.peft.tuners._tuner import Module
 
+RESTATED: Final = (
+    "use_dora", "lora_bias", "use_qalora", "qalora_group_size", "use_bdlora", "target_parameters",
+    "trainable_token_indices",
+)  # fmt: skip
+"""What a sum of several adapters, or a selection from one, may no longer be."""
+
 _REFUSED_WHEN_SET: Final[Mapping[str, str]] = {
     "layer_replication": "layer replication",
     "kasa_config": "KaSA",
