@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import importlib.metadata
 import math
 from collections.abc import Mapping
@@ -12,6 +13,7 @@ from typing import Any, Final
 REPORT_FILE: Final = "loratools.json"
 
 
+@functools.cache
 def version() -> str:
     """The version of this package."""
     return importlib.metadata.version("loratools")

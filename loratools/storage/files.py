@@ -116,7 +116,9 @@ class ReadOnlyFile(AbstractBytes):
         """Release the descriptor; later reads raise `StorageError`."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
-            os.close(descriptor)
+            self._release(descriptor)
+
+    _release = staticmethod(os.close)  # held by the class: when the interpreter ends, `os` may be gone before a file
 
     def __enter__(self) -> ReadOnlyFile:
         return self
