@@ -18,7 +18,7 @@ from loratools.errors import (
     UsageError,
 )
 from loratools.formats.peft.config import CONFIG_FILE as ADAPTER_CONFIG
-from loratools.storage.files import read_json
+from loratools.storage.strict_json import read_json
 
 Source = str | os.PathLike[str]
 REPORT_FILE: Final = "loratools.json"

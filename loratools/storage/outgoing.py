@@ -18,8 +18,9 @@ from loratools.errors import (
     UnsupportedError,
     UsageError,
 )
-from loratools.storage.files import ReadOnlyFile, read_json
+from loratools.storage.files import ReadOnlyFile
 from loratools.storage.hub_files import LocalFile, check_names, left_out_reason
+from loratools.storage.strict_json import read_json
 
 CARD: Final = "README.md"
 REPORT: Final = "loratools.json"

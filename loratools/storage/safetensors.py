@@ -14,7 +14,8 @@ from types import MappingProxyType
 from typing import Final
 
 from loratools.errors import MalformedError
-from loratools.storage.files import ReadOnlyFile, decode_json, refuse_deep
+from loratools.storage.files import ReadOnlyFile
+from loratools.storage.strict_json import decode_json, refuse_deep
 from loratools.tensors import DTYPES, TensorRef, TensorSpec
 
 PREFIX_BYTES: Final = 8  # the header's length, little-endian, unsigned

@@ -12,9 +12,9 @@ from types import MappingProxyType
 from typing import Final
 
 from loratools.errors import AccessError, InputMissingError, MalformedError, StorageError, UnsupportedError, UsageError
-from loratools.storage.files import read_json
 from loratools.storage.safetensors import SafetensorsFile, open_safetensors
 from loratools.storage.shard_names import require_inside, require_plain
+from loratools.storage.strict_json import read_json
 from loratools.tensors import TensorRef
 
 STEMS: Final = ("model", "diffusion_pytorch_model", "adapter_model")

@@ -118,5 +118,3 @@ class Inputs:
 
     def require_unchanged(self):
         assert state(self.home) == self._before, "an input was changed"
-
-

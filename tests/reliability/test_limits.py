@@ -95,6 +95,7 @@ def test_a_disk_that_fills_up_meanwhile(sixteen, disk):
 @pytest.mark.parametrize("name", ["merge out", "unmerge out.safetensors", "extract out"])
 def test_a_file_that_may_not_grow(inputs, tmp_path, name):
     """P4: a limit on the size of files (`ulimit -f`): 74, it is named, nothing is left."""
+
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 

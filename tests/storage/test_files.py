@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from loratools.errors import AccessError, InputMissingError, MalformedError, StorageError
-from loratools.storage.files import ReadOnlyFile, parse_json, read_json, sha256_of
+from loratools.storage.files import ReadOnlyFile, sha256_of
+from loratools.storage.strict_json import parse_json, read_json
 
 
 @contextmanager

@@ -7,8 +7,8 @@ import tracemalloc
 import pytest
 
 from loratools.errors import MalformedError
-from loratools.storage.files import decode_json
 from loratools.storage.json_cost import MAX_MEMORY, require_affordable
+from loratools.storage.strict_json import decode_json
 
 SHAPES = {
     "lists": lambda count: b"[" + b",".join([b"[]"] * count) + b"]",

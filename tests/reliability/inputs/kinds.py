@@ -10,7 +10,7 @@ TITLES = {64: "other kinds of adapter"}
 LABELS = ("inspect", "merge", "merge two", "stack", "rescale", "unmerge")
 YES, NO_BIAS = Accepted(), Refused(65, "mismatch", "a bias, which the base")
 NOT_MERGED, MIXED = Refused(65, "mismatch", "merged"), Refused(65, "unsupported", "cannot hold")
-NO_SUM = Refused(65, "unsupported", "(?i)merge into (the base|it)")
+NO_SUM = Refused(65, "unsupported", "(?i)merge (it )?into (the base|it)")
 READ = {"inspect": YES, "merge": YES, "merge two": YES, "unmerge": NOT_MERGED}
 SCALED = READ | {"stack": NO_SUM, "rescale": YES}
 MERGED = READ | {"stack": NO_SUM, "rescale": NO_SUM}
@@ -22,7 +22,8 @@ WORKS: dict[str, dict[str, Accepted | Refused]] = {
     "VERA": SUMMED,
     "MISS": SUMMED,
     "TRAINABLE_TOKENS": MERGED | {"stack": YES},
-    **dict.fromkeys(("IA3", "BOFT", "HRA", "FOURIERFT", "C3A"), MERGED),
+    **dict.fromkeys(("IA3", "BOFT", "HRA"), MERGED),
+    **dict.fromkeys(("FOURIERFT", "C3A"), SCALED),
     "LN_TUNING": MERGED | {"stack": YES},
     "OFT": dict.fromkeys(LABELS, Refused(65, "unsupported", "peft_version")),
     "SHIRA": dict.fromkeys(LABELS, Refused(65, "malformed", "incomplete")),
