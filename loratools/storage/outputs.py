@@ -198,22 +198,27 @@ class OutputFiles(AbstractPartial):
         try:
             syscalls.exchange(source, target)
         except OutputError:  # not possible here
+            syscalls.link(target, source.with_name(source.name + _OLD))
             syscalls.replace(source, target)
 
     def _take_back(self, identities: Mapping[str, tuple[int, int]]) -> None:
         """Undo `_place`, however far it came: what lies there and is ours goes, what it took the name of returns."""
-        for old in _siblings(self.target):
+        siblings = {old.name for old in _siblings(self.target)}
+        for name in (self.target.name, *sorted({*identities, *siblings} - {self.target.name})):
             with suppress(LoratoolsError, OSError):
-                if os.path.lexists(self.path / (old.name + _OLD)):
-                    syscalls.replace(self.path / (old.name + _OLD), old)
-        for name, identity in reversed(list(identities.items())):
-            source, target = self.path / name, self.target.with_name(name)
-            with suppress(LoratoolsError, OSError):
-                if os.path.lexists(target) and _identity(target) == identity:
-                    if os.path.lexists(source):
-                        self._put_back(source, target)
-                    else:
-                        syscalls.remove(target)
+                self._take_back_one(name, identities.get(name))
+
+    def _take_back_one(self, name: str, identity: tuple[int, int] | None) -> None:
+        target, old = self.target.with_name(name), self.path / (name + _OLD)
+        if not os.path.lexists(target):
+            if os.path.lexists(old):
+                syscalls.replace(old, target)
+        elif _identity(target) == identity:
+            was = next(filter(os.path.lexists, (self.path / name, old)), None)
+            if was is None:
+                syscalls.remove(target)
+            else:
+                self._put_back(was, target)
 
     @staticmethod
     def _put_back(source: Path, target: Path) -> None:

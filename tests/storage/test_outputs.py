@@ -9,6 +9,7 @@ from loratools.errors import (
     InternalError,
     OutputError,
     OutputExistsError,
+    StorageError,
 )
 from loratools.storage import syscalls
 from loratools.storage.outputs import OutputDirectory, OutputFiles
@@ -136,6 +137,37 @@ def test_files_lost_to_another_run_take_back_their_report(tmp_path):
         with pytest.raises(OutputExistsError):
             out.publish()
     assert state(tmp_path) == {"x.safetensors": b"theirs"}
+
+
+@pytest.mark.parametrize("failing", ["x.loratools.json", "x.safetensors", "x.receipt.superseded"])
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_an_overwritten_file_and_its_report_come_back(tmp_path, monkeypatch, failing, exchanges):
+    """The disk fails at any of the moves, on a file system that exchanges names and on one that cannot."""
+    with OutputFiles(tmp_path / "x.safetensors") as out:
+        for path in (out.file, out.sibling(".receipt"), out.sibling(".loratools.json")):
+            write_bytes_durably(path, b"old")
+        out.publish()
+    before = state(tmp_path)
+    if not exchanges:
+        monkeypatch.setattr(syscalls, "_native", lambda name: None)
+
+    def fails_once(real):
+        def call(source, target):
+            if target.name == failing and not failed:
+                failed.append(target)
+                raise StorageError("The disk failed.")
+            real(source, target)
+
+        return call
+
+    failed = []
+    for name in ("exchange", "replace"):
+        if exchanges or name == "replace":
+            monkeypatch.setattr(syscalls, name, fails_once(getattr(syscalls, name)))
+    with pytest.raises(StorageError):
+        make_files(tmp_path / "x.safetensors", "new", overwrite=True)
+    assert failed
+    assert state(tmp_path) == before
 
 
 def test_an_output_file_needs_its_weights_and_known_siblings(tmp_path):
