@@ -7,8 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from loratools.adapters.low_rank import LowRank
-from loratools.adapters.updates import AbstractUpdate, Sum, Term
+from loratools.adapters.low_rank import LowRank, Sum
+from loratools.adapters.updates import AbstractUpdate, Term
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
 from loratools.tensors import TensorRef, computed, in_memory
 

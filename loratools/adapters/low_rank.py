@@ -1,4 +1,4 @@
-"""LoRA itself: `ΔW = scaling · B A`."""
+"""Products of two factors: LoRA itself, `ΔW = scaling · B A`, and sums of such."""
 
 from __future__ import annotations
 
@@ -12,7 +12,39 @@ from loratools.tensors import TensorRef
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LowRank(AbstractUpdate):
+class AbstractProducts(AbstractUpdate):
+    """`ΔW` is a sum of products `B A`.
+
+    Attributes:
+        of: `linear` (an HF Conv1D too), `embedding`, where in = vocabulary and out = width, or `conv`.
+        parameter: the name of what is changed in the module.
+        kernel: a convolution's kernel size (k, …), where in = channels · k · …; else empty.
+        bias: (out,), added to the module's bias with the scaling of the product.
+    """
+
+    of: Layer = "linear"
+    parameter: str = "weight"
+    kernel: tuple[int, ...] = ()
+    bias: TensorRef | None = None
+
+    @property
+    def kind(self) -> str:
+        """See `AbstractUpdate.kind`."""
+        return "low-rank" if self.of == "linear" else self.of
+
+    @property
+    def layer(self) -> Layer:
+        """See `AbstractUpdate.layer`."""
+        return self.of
+
+    @property
+    def target(self) -> str:
+        """See `AbstractUpdate.target`."""
+        return self.parameter
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRank(AbstractProducts):
     """`ΔW = scaling · B A`, `scaling = alpha / r`, or `alpha / √r` with rsLoRA (https://arxiv.org/abs/2312.03732).
 
     Attributes:
@@ -20,9 +52,6 @@ class LowRank(AbstractUpdate):
         lora_B: (out, r).
         alpha: the numerator of the scaling.
         use_rslora: divide by √r rather than by r.
-        of: `linear` (an HF Conv1D too), `embedding`, where in = vocabulary and out = width, or `conv`.
-        parameter: the name of what is changed in the module.
-        kernel: a convolution's kernel size (k, …), where in = channels · k · …; else empty.
         bias: (out,), `lora_bias`: `b' = b + scaling · bias`.
     """
 
@@ -30,10 +59,6 @@ class LowRank(AbstractUpdate):
     lora_B: TensorRef
     alpha: float
     use_rslora: bool = False
-    of: Layer = "linear"
-    parameter: str = "weight"
-    kernel: tuple[int, ...] = ()
-    bias: TensorRef | None = None
 
     def __post_init__(self) -> None:
         require_product(self.lora_A, self.lora_B)
@@ -53,21 +78,6 @@ class LowRank(AbstractUpdate):
         return (Term(self.lora_A, self.lora_B, self.scaling),)
 
     @property
-    def kind(self) -> str:
-        """See `AbstractUpdate.kind`."""
-        return "low-rank" if self.of == "linear" else self.of
-
-    @property
-    def layer(self) -> Layer:
-        """See `AbstractUpdate.layer`."""
-        return self.of
-
-    @property
-    def target(self) -> str:
-        """See `AbstractUpdate.target`."""
-        return self.parameter
-
-    @property
     def offsets(self) -> Mapping[str, Offset]:
         """See `AbstractUpdate.offsets`."""
         return {"bias": Offset(self.bias, self.scaling)} if self.bias is not None else {}
@@ -77,6 +87,27 @@ class LowRank(AbstractUpdate):
         if self.replaced or self.added_rows or self.patches:
             return super().scaled(weight)
         return dataclasses.replace(self, alpha=self.alpha * weight)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sum(AbstractProducts):
+    """`ΔW = Σ weight_i · ΔW_i`, exact: nothing is multiplied out until it is written.
+
+    Attributes:
+        parts: the products with their weights folded into the scale, as into the bias.
+    """
+
+    parts: tuple[Term, ...]
+
+    @property
+    def terms(self) -> tuple[Term, ...]:
+        """See `AbstractUpdate.terms`."""
+        return self.parts
+
+    @property
+    def offsets(self) -> Mapping[str, Offset]:
+        """See `AbstractUpdate.offsets`."""
+        return {"bias": Offset(self.bias, 1.0)} if self.bias is not None else {}
 
 
 def require_product(lora_A: TensorRef, lora_B: TensorRef) -> None:

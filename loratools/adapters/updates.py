@@ -240,50 +240,6 @@ class AbstractUpdate(abc.ABC):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sum(AbstractUpdate):
-    """`ΔW = Σ weight_i · ΔW_i`, exact: nothing is multiplied out until it is written.
-
-    Attributes:
-        parts: the products with their weights folded into the scale.
-        of: see `LowRank.of`.
-        parameter: see `AbstractUpdate.target`.
-        kernel: see `LowRank.kernel`.
-        bias: (out,), added to the module's bias as it is.
-    """
-
-    parts: tuple[Term, ...]
-    of: Layer = "linear"
-    parameter: str = "weight"
-    kernel: tuple[int, ...] = ()
-    bias: TensorRef | None = None
-
-    @property
-    def terms(self) -> tuple[Term, ...]:
-        """See `AbstractUpdate.terms`."""
-        return self.parts
-
-    @property
-    def kind(self) -> str:
-        """See `AbstractUpdate.kind`."""
-        return "low-rank" if self.of == "linear" else self.of
-
-    @property
-    def layer(self) -> Layer:
-        """See `AbstractUpdate.layer`."""
-        return self.of
-
-    @property
-    def target(self) -> str:
-        """See `AbstractUpdate.target`."""
-        return self.parameter
-
-    @property
-    def offsets(self) -> Mapping[str, Offset]:
-        """See `AbstractUpdate.offsets`."""
-        return {"bias": Offset(self.bias, 1.0)} if self.bias is not None else {}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Full(AbstractUpdate):
     """Parameters replaced whole (`replaced`), lengthened (`added_rows`) or patched (`patches`): `W' = given`.
 

@@ -193,21 +193,14 @@ class ExtractPlanner:
                 return "rows"
             return "rows-whole" if keep or not self.only_low_rank else "left-out"
         if parameter == "weight" and module.kind in {"linear", "conv1d", "embedding", "conv"} and not keep:
-            none = (
-                shared
-                or self._is_router(path)
-                or low_rank_forms.why_none(module, self.pairing.tuned.config) is not None
-            )
-            return whole if none else "low-rank"
+            none = low_rank_forms.why_none(module, self.pairing.tuned.config) is not None
+            return whole if shared or none or self._is_router(path) else "low-rank"
         if module.kind in {"experts", "quantised"} and len(pair.tuned.shape) > 1 and not keep:
             return f"refused:{module.kind}"
         return "whole" if keep else whole
 
     def _is_router(self, path: str) -> bool:
         return is_router(path, self.pairing.tuned.config.get("model_type"))
-
-    def _why_none(self, module: Module) -> str | None:
-        return low_rank_forms.why_none(module, self.pairing.tuned.config)
 
     def _write_bytes(self, rule: str, pair: Pair) -> int:
         if rule == "low-rank":

@@ -315,7 +315,7 @@ def final_kinds():
     while left:
         for child in left.pop().__subclasses__():
             left.append(child)
-            if not inspect.isabstract(child):
+            if not child.__name__.startswith("Abstract"):
                 found.add(child)
     return found
 

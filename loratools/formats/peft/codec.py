@@ -6,9 +6,10 @@ Specification: the checkpoint format page of PEFT's documentation
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -61,11 +62,8 @@ class PeftCodec(AbstractCodec):
         paths = tuner.paths({path: found.roles for path, found in modules.items()}, config)
         _require_one_each(paths)
         updates = {
-            paths[module]: _update(
-                (module, paths[module]), found, tuner, config, (added.get(module, {}), shared), notes
-            )
-            for module, found in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
-            for path in [paths[module]]
+            paths[raw]: _update((raw, paths[raw]), found, tuner, config, (added.get(raw, {}), shared), notes)
+            for raw, found in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
         }
         base = config.get("base_model_name_or_path")
         return Decoded(
@@ -223,11 +221,14 @@ def _saved_modules(adapter: Adapter, siblings: Collection[str]) -> list[str]:
     ]
     if not siblings:
         candidates = [path for path in candidates if path.endswith(tuple(named))]
-    return [path for path in candidates if _alone(path, known)]
+    names, turned = sorted(known), sorted(name[::-1] for name in known)
+    return [path for path in candidates if not _begins(f"{path}.", names) and not _begins(path[::-1], turned)]
 
 
-def _alone(path: str, known: Collection[str]) -> bool:
-    return not any(other != path and (other.endswith(path) or other.startswith(f"{path}.")) for other in known)
+def _begins(start: str, names: Sequence[str]) -> bool:
+    """Whether `start` begins one of the sorted names other than itself."""
+    following = bisect.bisect_right(names, start)
+    return following < len(names) and names[following].startswith(start)
 
 
 def _config(

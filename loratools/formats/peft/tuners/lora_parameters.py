@@ -93,7 +93,7 @@ def _is_layer(module: str, config: Mapping[str, Any]) -> bool:
 
 def is_parameter(key_path: str, path: str) -> bool:
     """Whether a path in keys stands for a parameter of its module."""
-    return path.rpartition(".")[0] == _bare(key_path) and path != key_path and not path.endswith(".in_proj_weight")
+    return path.rpartition(".")[0] == _bare(key_path) and path != key_path and not multihead.is_packed(path)
 
 
 def update(module: Module) -> LowRank | Stacked:
@@ -162,7 +162,7 @@ def _version_fields(updates: Sequence[AbstractUpdate]) -> dict[str, Any]:
 
 
 def _is_ours(path: str, update: AbstractUpdate) -> bool:
-    return update.target == "" and not path.endswith(".in_proj_weight")
+    return update.target == "" and not multihead.is_packed(path)
 
 
 def _wanted(config: Mapping[str, Any]) -> list[str]:

@@ -36,6 +36,11 @@ def path_of(path: str, modules: Mapping[str, Mapping[str, TensorRef]]) -> str:
     return path + _PACKED if path + _WRAPPED_OUT in modules and lora_forms.A in modules[path] else path
 
 
+def is_packed(path: str) -> bool:
+    """Whether an adapter's path is that of an attention's packed projection."""
+    return path.endswith(_PACKED)
+
+
 def pattern_name(path: str) -> str:
     """The module that PEFT looks up rank and alpha of: the attention, for both."""
     return path.removesuffix(_WRAPPED_OUT) if path.endswith(_WRAPPED_OUT) else path
@@ -52,7 +57,7 @@ def refuse_bias(module: Module) -> None:
     Raises:
         UnsupportedError: there is one, which PEFT uses in neither its forward nor its merge.
     """
-    if module.path.endswith(_PACKED) and lora_forms.BIAS in module.roles:
+    if is_packed(module.path) and lora_forms.BIAS in module.roles:
         raise UnsupportedError(
             "PEFT stores a lora_bias for an attention's packed projection and uses it nowhere: what the adapter was "
             "trained as cannot be told.",
@@ -63,7 +68,7 @@ def refuse_bias(module: Module) -> None:
 
 def parameter(path: str) -> str:
     """What `LowRank.parameter` is for a path: the packed weight's path is that of a parameter."""
-    return "" if path.endswith(_PACKED) else "weight"
+    return "" if is_packed(path) else "weight"
 
 
 def wrapped_path(path: str, updates: Mapping[str, AbstractUpdate]) -> str:
@@ -72,7 +77,7 @@ def wrapped_path(path: str, updates: Mapping[str, AbstractUpdate]) -> str:
     Raises:
         UnsupportedError: one of the two is missing, which PEFT cannot load.
     """
-    if path.endswith(_PACKED) and updates[path].target == "":
+    if is_packed(path) and updates[path].target == "":
         attention = path.removesuffix(_PACKED)
         if attention + _OUT not in updates:
             raise UnsupportedError(
@@ -88,7 +93,7 @@ def by_target(updates: Mapping[str, AbstractUpdate]) -> dict[str, AbstractUpdate
     found: dict[str, AbstractUpdate] = {}
     for path, update in updates.items():
         name = wrapped_path(path, updates).removesuffix(_WRAPPED_OUT)
-        if name not in found or path.endswith(_PACKED):
+        if name not in found or is_packed(path):
             found[name] = update
     return found
 
