@@ -6,7 +6,6 @@ A new kind is one entry of `EVERY_KIND`; `test_kinds.py` fails as long as a fina
 import dataclasses
 import functools
 import importlib
-import inspect
 import math
 import pkgutil
 from collections.abc import Callable, Mapping
