@@ -88,7 +88,8 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
         return held[0][1]
     if len(held) == 1 and (scaled := held[0][1].scaled(held[0][0])) is not None:
         return scaled
-    if (native := of_one_kind(path, held)) is not None:
+    native = held[0][1].joined(held) or of_one_kind(path, held)
+    if native is not None:
         return native
     held = _of_known_shape(held)
     _require_summable(path, [update for _, update in held])

@@ -12,6 +12,7 @@ import math
 import threading
 import weakref
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Literal
 
 from loratools.adapters.low_rank import LowRank, require_alpha, require_product
@@ -134,12 +135,47 @@ class Stacked(AbstractUpdate):
         """The same factors with another alpha."""
         return dataclasses.replace(self, alpha=self.alpha * weight)
 
+    def joined(self, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate | None:
+        """See `AbstractUpdate.joined`: every expert's ranks concatenate, and the scales go into lora_B."""
+        updates = [update for _, update in held if isinstance(update, Stacked)]
+        alike = {(update.experts, update.matrix, update.layout) for update in updates}
+        if len(updates) != len(held) or len(alike) > 1:
+            return None
+        if self.layout is None and self.matrix[0] == self.matrix[1]:  # then each could lie the other way round
+            return None
+        rank, (out, into) = sum(update.rank for update in updates), self.matrix
+        scales = [weight * update.scaling for (weight, _), update in zip(held, updates, strict=True)]
+        downs = _by_rank([update.lora_A for update in updates], (self.experts, -1, into), [1.0] * len(held))
+        ups = _by_rank([update.lora_B for update in updates], (out, -1, self.experts), scales)
+        return Stacked(
+            lora_A=downs.reshaped((self.experts * rank, into)),
+            lora_B=ups.reshaped((out, rank * self.experts)),
+            experts=self.experts,
+            alpha=float(rank),
+            layout=self.layout,
+        )
+
 
 def _columns(ref: TensorRef, span: tuple[int, int]) -> TensorRef:
     def compute() -> torch.Tensor:
         return ref.load()[:, slice(*span)].double()
 
     return computed(ref.name, (ref.shape[0], span[1] - span[0]), (ref,), compute)
+
+
+def _by_rank(refs: Sequence[TensorRef], shape: tuple[int, int, int], scales: Sequence[float]) -> TensorRef:
+    """`scale · factor` of several updates as three axes, of which that of the rank, the middle one, concatenates."""
+
+    def compute() -> torch.Tensor:
+        import torch
+
+        from loratools.adapters.algebra import finite
+
+        parts = [finite(ref).double().view(shape) * scale for ref, scale in zip(refs, scales, strict=True)]
+        return torch.cat(parts, dim=1)
+
+    rank = sum(ref.spec.numel for ref in refs) // (shape[0] * shape[2])
+    return computed(refs[0].name, (shape[0], rank, shape[2]), tuple(refs), compute)
 
 
 def _kept(update: Stacked) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from loratools.adapters.actions import AbstractAction, Span, everything
@@ -144,6 +144,11 @@ class AbstractUpdate(abc.ABC):
     @property
     def linear_in(self) -> str | None:
         """The field of a tensor that ΔW is proportional to, which takes a factor that alpha cannot; None: no such."""
+        return None
+
+    def joined(self, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate | None:
+        """`Σ weight · ΔW` of updates of this kind, this one first, as one of this kind; None where there is none."""
+        del held
         return None
 
     def fits(self, shape: tuple[int, ...]) -> bool:

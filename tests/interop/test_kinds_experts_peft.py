@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import loratools as lt
 from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from tests import models
+from tests.interop.judge import load_cleanly
 from tests.interop.kinds import Case, randomise, require_rounded
 
 E, H, WIDE = 3, 10, 14
@@ -95,6 +96,28 @@ def test_stacked_parameters(tmp_path, dtype):
     case.require_written_back(expected=PATTERNS)
     written = json.loads((tmp_path / "written" / "adapter_config.json").read_text())
     assert set(written["target_parameters"]) == set(kinds) - {"q"}
+
+
+def test_a_stack_of_two(tmp_path):
+    """Of other ranks and alphas: every expert's ranks concatenate, PEFT loads it, and its merge is the sum's."""
+    options = {"r": 4, "lora_alpha": 3, "rank_pattern": {}, "alpha_pattern": {}, "use_rslora": True}
+    cases = [Case(tmp_path / "one", config(), net=Net), Case(tmp_path / "two", config(**options), net=Net)]
+    lt.stack([case.adapter for case in cases], tmp_path / "sum", weights=[0.7, -1.5])
+    model = load_cleanly(copy.deepcopy(cases[0].net), tmp_path / "sum", expected=PATTERNS)
+    theirs = model.merge_and_unload().state_dict()
+    one, two = exact(cases[0], SCALES), exact(cases[1], dict.fromkeys(SCALES, 3 / 2))
+    for name, change in one.items():
+        total = 0.7 * change - 1.5 * two[name]
+        found = theirs[f"mlp.experts.{name}"].double() - cases[0].before[f"mlp.experts.{name}"].double()
+        assert (found - total).norm() <= 1e-6 * total.norm(), name
+
+
+def test_a_stack_of_two_layouts(tmp_path):
+    """One of them as PEFT 0.18 laid it out: refused by name."""
+    both = ["experts.down_proj", "experts.gate_up_proj"]
+    case = Case(tmp_path, config(target_modules=[], target_parameters=both), net=Net)
+    with pytest.raises(UnsupportedError, match="kind experts"):
+        lt.stack([case.adapter, turned(case, tmp_path / "old")], tmp_path / "sum")
 
 
 def turned(case, target):

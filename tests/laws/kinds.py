@@ -259,7 +259,7 @@ EVERY_KIND = {
     "trained-tokens": Kind(tokens, EMBEDDING, sums=False, config={"peft_type": "TRAINABLE_TOKENS"}),
     "tokens-beside": Kind(tokens_beside, EMBEDDING, sums=False),
     "grown": Kind(grown, EMBEDDING, sums=False, twice=False),
-    "stacked": Kind(stacked, EXPERTS, sums=False, halves=True),
+    "stacked": Kind(stacked, EXPERTS),
     "grouped": Kind(
         lambda make: {"a.lin": Grouped(lora_A=make(3, 5), lora_B=make(13, 3), alpha=5.0, group=2)}, LINEAR
     ),
