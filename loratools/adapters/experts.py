@@ -136,7 +136,7 @@ class Stacked(AbstractUpdate):
         return dataclasses.replace(self, alpha=self.alpha * weight)
 
     def joined(self, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate | None:
-        """See `AbstractUpdate.joined`: every expert's ranks concatenate, and the scales go into lora_B."""
+        """See `AbstractUpdate.joined`: every expert's ranks concatenate; scales that differ go into lora_B."""
         updates = [update for _, update in held if isinstance(update, Stacked)]
         alike = {(update.experts, update.matrix, update.layout) for update in updates}
         if len(updates) != len(held) or len(alike) > 1:
@@ -145,13 +145,16 @@ class Stacked(AbstractUpdate):
             return None
         rank, (out, into) = sum(update.rank for update in updates), self.matrix
         scales = [weight * update.scaling for (weight, _), update in zip(held, updates, strict=True)]
+        shared = scales[0] if len(set(scales)) == 1 and scales[0] else 1.0
         downs = _by_rank([update.lora_A for update in updates], (self.experts, -1, into), [1.0] * len(held))
-        ups = _by_rank([update.lora_B for update in updates], (out, -1, self.experts), scales)
+        ups = _by_rank(
+            [update.lora_B for update in updates], (out, -1, self.experts), [scale / shared for scale in scales]
+        )
         return Stacked(
             lora_A=downs.reshaped((self.experts * rank, into)),
             lora_B=ups.reshaped((out, rank * self.experts)),
             experts=self.experts,
-            alpha=float(rank),
+            alpha=shared * rank,
             layout=self.layout,
         )
 

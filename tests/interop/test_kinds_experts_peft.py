@@ -112,6 +112,23 @@ def test_a_stack_of_two(tmp_path):
         assert (found - total).norm() <= 1e-6 * total.norm(), name
 
 
+def test_a_stack_of_equal_scales(tmp_path):
+    """The factors keep their bytes, and alpha says the scale."""
+    case = Case(tmp_path, config(), net=Net, dtype="bf16")
+    lt.stack([case.adapter, case.adapter], tmp_path / "sum", weights=[0.7, 0.7])
+    tensors, twice = (load_file(each / "adapter_model.safetensors") for each in (case.adapter, tmp_path / "sum"))
+    for key, tensor in twice.items():
+        assert tensor.dtype == tensors[key].dtype, key
+        assert set(tensor.flatten().tolist()) == set(tensors[key].flatten().tolist()), key
+
+
+def test_a_stack_of_nothing(tmp_path):
+    """Weights of zero: an update of size zero."""
+    case = Case(tmp_path, config(), net=Net)
+    lt.stack([case.adapter, case.adapter], tmp_path / "sum", weights=[0, 0])
+    assert not lt.load_adapter(tmp_path / "sum")["mlp.experts.down_proj"].delta_weight().any()
+
+
 def test_a_stack_of_two_layouts(tmp_path):
     """One of them as PEFT 0.18 laid it out: refused by name."""
     both = ["experts.down_proj", "experts.gate_up_proj"]
@@ -251,8 +268,8 @@ def config_text(case):
     return json.dumps({"rank_pattern": settings.rank_pattern, "target_parameters": list(settings.target_parameters)})
 
 
-def test_experts_are_scaled_and_not_summed(tmp_path):
-    """`rescale --by` is another alpha; a sum of two is refused by name."""
+def test_experts_are_scaled(tmp_path):
+    """`rescale --by` is another alpha."""
     case = Case(tmp_path, config(), net=Net)
     lt.rescale(case.adapter, tmp_path / "half", by=0.5)
     lt.merge(case.base, [tmp_path / "half"], tmp_path / "halved")
@@ -260,16 +277,12 @@ def test_experts_are_scaled_and_not_summed(tmp_path):
     for name, change in exact(case, SCALES).items():
         before = case.before[f"mlp.experts.{name}"]
         require_rounded(halved[f"mlp.experts.{name}"], before.double() + 0.5 * change, before, ulps=0.501)
-    with pytest.raises(UnsupportedError, match="experts"):
-        lt.stack([case.adapter, case.adapter], tmp_path / "x")
 
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_extracted_from_a_matrix_an_expert(tmp_path, family):
     """mergekit's failure b: experts become updates of the stacked parameters, which PEFT loads on transformers 5."""
     from transformers import AutoModelForCausalLM
-
-    from tests.interop.judge import load_cleanly
 
     with models.quiet():
         model = mixture(family)
