@@ -27,6 +27,7 @@ class RestorePlanner:
         base: what comes back.
         touched: base tensor name → how it was changed (None: known from the report only).
         renaming: base names → names in the merged checkpoint.
+        foreign: whether no report of ours says how it was merged.
         notes: what was decided.
     """
 
@@ -34,6 +35,7 @@ class RestorePlanner:
     base: Checkpoint
     touched: Mapping[str, TensorChange | None]
     renaming: Renaming
+    foreign: bool
     notes: tuple[str, ...]
 
     @classmethod
@@ -67,7 +69,7 @@ class RestorePlanner:
         notes = list(changes.notes if changes is not None else ())
         if dropped:
             notes.append(f"Left out, since only the merge brought them: {', '.join(dropped[:5])}.")
-        return cls(merged, base, touched, renaming, tuple(notes))
+        return cls(merged, base, touched, renaming, not recorded.known, tuple(notes))
 
     def files(self, *, single: bool, name: str) -> list[tuple[str, list[layout.Planned]]]:
         """The base's files with its own headers."""
@@ -138,7 +140,7 @@ class RestorePlanner:
             name,
             inputs=(Input("merged", merged.name), Input("base", name)),
             file=file,
-            parameters=change.parameters(),
+            parameters={**change.parameters(), "foreign": self.foreign},
             read_bytes=merged.nbytes + base.nbytes,
             write_bytes=base.nbytes,
             peak_bytes=peak_bytes(base.spec, change, tiles=3),

@@ -23,6 +23,7 @@ from loratools.storage.targets import absolute
 
 _NAME_BYTES: Final = 200  # leaves room for the rest of the partial's name in the 255 that a name may have
 _LOCK_SECONDS: Final = 10.0
+_PARTIAL: Final = re.compile(r"\..*\.[0-9a-f]{16}\.partial", re.DOTALL)
 
 
 def stale_partials(path: Path) -> list[Path]:
@@ -100,8 +101,12 @@ def _remove_tree(partial: Path) -> None:
 def publishing(directory: Path) -> Iterator[None]:
     """While outputs in `directory` get their names: one run at a time, so that no two mix.
 
-    Where locks do not work, or somebody holds this one for long, it goes on without.
+    Where locks do not work, or somebody holds this one for long, it goes on without. Into a partial nobody publishes
+    but the run that has it locked.
     """
+    if _PARTIAL.fullmatch(directory.name):
+        yield
+        return
     with syscalls.reported("Opening the directory", directory):
         descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:

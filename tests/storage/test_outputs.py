@@ -1,6 +1,7 @@
 import contextlib
 import os
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,17 @@ def test_of_two_runs_one_wins(tmp_path, make):
     assert len(results) == 1
     assert list(state(tmp_path).values()) == [str(results[0]).encode()]
     assert names(tmp_path) == ["x.safetensors"]
+
+
+def test_outputs_within_an_output_do_not_wait(tmp_path):
+    """A run that writes several outputs into one of its own has locked that directory itself."""
+    started = time.monotonic()
+    with OutputDirectory(tmp_path / "story") as story:
+        make_directory(story.path / "adapter", "new")
+        make_files(story.path / "x.safetensors", "new")
+        story.publish()
+    assert names(tmp_path / "story") == ["adapter", "x.loratools.json", "x.safetensors"]
+    assert time.monotonic() - started < 5
 
 
 def test_only_what_a_dead_run_left_is_named_as_left(tmp_path):

@@ -11,6 +11,7 @@ from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.bounds import Bound
 from loratools.engine.operations.change import Change, matrices
 from loratools.engine.operations.copying import write_cast
+from loratools.engine.operations.differences import Difference, differing_entries
 from loratools.engine.operations.tiles import differing_bytes, require_all_finite, row_bytes, row_ranges
 from loratools.engine.plan import Input, Unit
 from loratools.errors import MismatchError, NonFiniteError
@@ -77,16 +78,6 @@ def _recomputed(
             yield tile, result, partial(_require_finite_result, result, matrix, change, context)
 
 
-def differing_entries(one: torch.Tensor, other: torch.Tensor) -> int:
-    """How many entries differ: by their bits where the dtypes agree, which is many times faster."""
-    import torch
-
-    if one.dtype != other.dtype:
-        return int(torch.count_nonzero(one.double() != other.double()))
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[one.element_size()]
-    return int(torch.count_nonzero(one.view(bits) ^ other.view(bits)))
-
-
 def _stretch(ref: TensorRef, start: int, nbytes: int) -> TensorRef:
     """A run of a tensor's bytes as a flat tensor."""
     count = nbytes * ref.spec.numel // max(ref.nbytes, 1)
@@ -136,36 +127,33 @@ def add(unit: Unit, context: Context) -> Outcome:
 def restore(unit: Unit, context: Context) -> Outcome:
     """Put the base's bytes back, after checking that the merged tensor is what the adapters make of it.
 
-    Inputs: the merged tensor, the base's. The check recomputes the merge; an entry may differ by two units in the last
-    place of the largest of W, W' and what W' should be, since others round ΔW first, and |ΔW| ≤ |W| + |W'|.
+    Inputs: the merged tensor, the base's. The check recomputes the merge; what an entry may be off, see `Difference`.
 
     Raises:
         MismatchError: merged is not base + adapters.
     """
-    import torch
-
-    from loratools.linalg import ulp
-
     merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
+    difference = Difference(foreign=bool(unit.parameters.get("foreign")))
     if base.dtype not in COMPUTABLE:
-        return _restored(unit, base, differing_bytes(merged, _given(unit, context)), context)
+        difference.entries = differing_bytes(merged, _given(unit, context))
+        return _restored(unit, base, difference, context)
     dtype = torch_dtype(merged.dtype)
-    read = differing = 0
+    read = 0
     for before, expected, _ in _recomputed(unit, base, dtype, context):
         nbytes = before.numel() * dtype.itemsize
         found = context.on_device(_stretch(merged, read, nbytes).load().view(before.shape))
         read += nbytes
         if differing_entries(found, expected):
-            largest = torch.maximum(torch.maximum(found.abs(), expected.abs()), before.to(dtype).abs())
-            differing += int((~((found.double() - expected.double()).abs() <= 2 * ulp(largest))).sum())
+            difference.see(before, expected, found)
         context.advance(2 * found.numel() * found.element_size(), unit.target)
-    return _restored(unit, base, differing, context)
+    return _restored(unit, base, difference, context)
 
 
-def _restored(unit: Unit, base: TensorRef, differing: int, context: Context) -> Outcome:
-    if differing:
+def _restored(unit: Unit, base: TensorRef, difference: Difference, context: Context) -> Outcome:
+    if difference.entries:
         raise MismatchError(
-            f"The merged tensor is not this base plus these adapters: {differing} of {base.spec.numel} entries differ.",
+            "The merged tensor is not this base plus these adapters: "
+            f"{difference.entries} of {base.spec.numel} entries differ{difference}.",
             fix="Are these the base, the adapters and the weights that it was merged from?",
             tensor=unit.target,
         )
