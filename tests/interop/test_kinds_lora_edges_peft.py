@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import IA3Config, LoraConfig
 from peft.tuners.lora.config import BdLoraConfig, MontecloraConfig, VeloraConfig
 from safetensors.torch import load_file
 
@@ -263,6 +263,31 @@ def test_a_flag_that_peft_ignored(tmp_path):
     case = Case(tmp_path, config(["block.q"], use_qalora=True, qalora_group_size=4))
     with pytest.raises(MismatchError, match=r"(?s)qalora"):
         case.merged()
+
+
+REPLACED = {"dora": {"use_dora": True}, "ia3": None}
+
+
+@pytest.mark.parametrize("kind", REPLACED)
+def test_each_adapter_acts_on_what_it_knows(tmp_path, kind):
+    """An adapter that replaces a weight and acts on it acts on its own replacement, whatever weights and others are:
+    W + Σ w (W'_i − W), each W'_i as if it were alone."""
+    setting = config(["block.q"], use_dora=True) if kind == "dora" else IA3Config(
+        target_modules=["block.q"], feedforward_modules=[])  # fmt: skip
+    case = Case(tmp_path / "one", setting)
+    given = normal(5, 18, 12)
+    rewrite(case, lambda tensors: tensors | {"base_model.model.block.q.base_layer.weight": given})
+    other = Case(tmp_path / "two", setting, seed=3)
+    rewrite(other, lambda tensors: {key: value * 1.5 for key, value in tensors.items()})
+    key = "block.q.weight"
+    before = case.before[key].double()
+    alone = case.merged()[key].double() - before
+    half = case.merged(weights=[0.5], name="half")[key].double()
+    torch.testing.assert_close(half, before + 0.5 * alone, rtol=0, atol=1e-5)
+    lt.merge(case.base, [other.adapter], tmp_path / "second")
+    second = load_file(tmp_path / "second" / "model.safetensors")[key].double() - before
+    both = case.merged(other.adapter, weights=[0.5, 2], name="both")[key].double()
+    torch.testing.assert_close(both, before + 0.5 * alone + 2 * second, rtol=0, atol=1e-5)
 
 
 EVERY = {

@@ -31,20 +31,20 @@ class Change:
     """What is added to one stored matrix, in the order in which it is done.
 
     Attributes:
-        wholes: (weight, replacement) pairs: `weight · (W' − W)` is added for each.
-        patches: (weight, index of the row, its replacement) alike.
+        wholes: (weight, adapter, replacement): `weight · (G − W)` is added for each.
+        patches: (weight, adapter, index of the row, its replacement) alike.
         products: Σ scale · B A, prepared, or None.
-        actions: (weight, action) pairs: `weight · (W' − W)`, each of the W that wholes and patches leave.
-        offsets: (factor, vector, whether the vector multiplies what is there) of what is added to a vector.
+        actions: (weight, adapter, action): `weight · (G' − G)`, of the G that the same adapter makes of W otherwise.
+        offsets: (factor, adapter, vector, whether the vector multiplies what is there) of what is added to a vector.
         transposed: the matrix is stored (in, out); actions see it the other way round.
         at_once: an action needs more than a row tile.
     """
 
-    wholes: tuple[tuple[float, TensorRef], ...] = ()
-    patches: tuple[tuple[float, int, TensorRef], ...] = ()
+    wholes: tuple[tuple[float, str, TensorRef], ...] = ()
+    patches: tuple[tuple[float, str, int, TensorRef], ...] = ()
     products: LowRankSum | None = None
-    actions: tuple[tuple[float, AbstractAction], ...] = ()
-    offsets: tuple[tuple[float, torch.Tensor, bool], ...] = ()
+    actions: tuple[tuple[float, str, AbstractAction], ...] = ()
+    offsets: tuple[tuple[float, str, torch.Tensor, bool], ...] = ()
     transposed: bool = False
     at_once: bool = False
 
@@ -66,7 +66,7 @@ class Change:
                 continue
             update = _update(term, unit, context, expert)
             if not update.terms:
-                actions.append((float(term["weight"]), update.action()))
+                actions.append((float(term["weight"]), str(term["source"]), update.action()))
             for product in update.terms:
                 lora_A, lora_B = (context.on_device(finite(ref)) for ref in (product.lora_A, product.lora_B))
                 products.append((lora_A, lora_B, float(term["weight"]) * product.scale))
@@ -85,12 +85,12 @@ class Change:
     @property
     def inputs(self) -> list[TensorRef]:
         """The tensors of adapters that are taken as they are, and were not held against NaN when they were read."""
-        return [*(ref for _, ref in self.wholes), *(ref for _, _, ref in self.patches)]
+        return [*(ref for *_, ref in self.wholes), *(ref for *_, ref in self.patches)]
 
     @property
     def looks(self) -> bool:
         """Whether the actions have to see all of the base before: row tiles do not hold whole rows of theirs."""
-        return self.transposed and not self.at_once and any(action.looks for _, action in self.actions)
+        return self.transposed and not self.at_once and any(action.looks for *_, action in self.actions)
 
     def tiles(self, ref: TensorRef, context: Context) -> Sequence[tuple[int, int]]:
         """Row ranges of the stored matrix."""
@@ -100,9 +100,9 @@ class Change:
 
     def look(self, base: torch.Tensor, rows: tuple[int, int]) -> None:
         """Show a tile of the base to the actions."""
-        total, region = self._matrix(self._replaced(base, rows)), self._region(base, rows)
-        for _, action in self.actions:
-            action.look(total, region)
+        region = self._region(base, rows)
+        for _, source, action in self.actions:
+            action.look(self._matrix(self._own(source, base, rows)), region)
 
     def tile(
         self, base: torch.Tensor, rows: tuple[int, int], dtype: torch.dtype, buffer: torch.Tensor | None = None
@@ -111,13 +111,12 @@ class Change:
         from loratools.linalg import round_to
 
         if self.wholes or self.patches or self.actions or self.offsets:
-            total = self._replaced(base, rows)
+            total = self.replaced(base, rows)
             if self.actions:
-                total = self._acted(total, rows)
-            before = total
-            for factor, vector, multiplies in self.offsets:
+                total = self._acted(total, base, rows)
+            for factor, source, vector, multiplies in self.offsets:
                 piece = vector[slice(*rows)].to(total.device)
-                total = total + factor * ((piece - 1) * before if multiplies else piece)
+                total = total + factor * ((piece - 1) * self._own(source, base, rows) if multiplies else piece)
         else:
             total = base
         if self.products is None:
@@ -127,12 +126,13 @@ class Change:
             out = buffer[: total.numel() * dtype.itemsize].view(dtype).view(flat.shape)
         return self.products.add_to(flat, start=rows[0], out_dtype=dtype, out=out).view(base.shape)
 
-    def _replaced(self, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+    def replaced(self, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+        """A tile with all that is given whole, in float64."""
         total = base.double()
-        for weight, ref in self.wholes:
+        for weight, _, ref in self.wholes:
             given = ref.rows(*rows).load().to(base.device).double()
             total = given if weight == 1 and len(self.wholes) == 1 else total + weight * (given - base.double())
-        mine = [each for each in self.patches if rows[0] <= each[1] < rows[1]]
+        mine = [(weight, index, ref) for weight, _, index, ref in self.patches if rows[0] <= index < rows[1]]
         if mine and total is base:
             total = total.clone()
         times = Counter(index for _, index, _ in mine)
@@ -144,11 +144,18 @@ class Change:
                 total[index - rows[0]] += weight * (given - before)
         return total
 
-    def _acted(self, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        seen, region = self._matrix(base), self._region(base, rows)
-        total = seen.clone()
-        for weight, action in self.actions:
-            change = action.change(seen, region)
+    def _own(self, source: str, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+        """What one adapter finds: the base with what this adapter itself replaces in it."""
+        if not self.wholes and not self.patches:
+            return base.double()
+        wholes = tuple((1.0, *each[1:]) for each in self.wholes if each[1] == source)
+        patches = tuple((1.0, *each[1:]) for each in self.patches if each[1] == source)
+        return Change(wholes=wholes, patches=patches).replaced(base, rows)
+
+    def _acted(self, replaced: torch.Tensor, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+        region, total = self._region(base, rows), self._matrix(replaced).clone()
+        for weight, source, action in self.actions:
+            change = action.change(self._matrix(self._own(source, base, rows)), region)
             total += change if weight == 1 else weight * change
         return (total.T if self.transposed else total).reshape(base.shape)
 
@@ -203,26 +210,26 @@ def _placed(update: AbstractUpdate, first: int, last: int, *, rows: int) -> Abst
     return Sum(parts=tuple(terms), parameter="")
 
 
-def _wholes(unit: Unit, context: Context, expert: int | None) -> Iterator[tuple[float, TensorRef]]:
+def _wholes(unit: Unit, context: Context, expert: int | None) -> Iterator[tuple[float, str, TensorRef]]:
     for whole in unit.parameters.get("wholes", ()):
         ref = context.update(Input(whole["source"], whole["module"])).replaced[whole["parameter"]]
         if expert is not None:
             ref = ref.rows(expert, expert + 1).reshaped(ref.shape[1:])
-        yield float(whole["weight"]), (ref if ref.shape else ref.reshaped((1,)))
+        yield float(whole["weight"]), str(whole["source"]), (ref if ref.shape else ref.reshaped((1,)))
 
 
-def _patches(unit: Unit, context: Context) -> Iterator[tuple[float, int, TensorRef]]:
+def _patches(unit: Unit, context: Context) -> Iterator[tuple[float, str, int, TensorRef]]:
     for each in unit.parameters.get("patches", ()):
         patch = context.update(Input(each["source"], each["module"])).patches[each["parameter"]]
         for row, index in enumerate(patch.indices):
-            yield float(each["weight"]), index, patch.rows.rows(row, row + 1)
+            yield float(each["weight"]), str(each["source"]), index, patch.rows.rows(row, row + 1)
 
 
-def _offsets(unit: Unit, context: Context) -> Iterator[tuple[float, torch.Tensor, bool]]:
+def _offsets(unit: Unit, context: Context) -> Iterator[tuple[float, str, torch.Tensor, bool]]:
     for each in unit.parameters.get("offsets", ()):
         offset = context.update(Input(each["source"], each["module"])).offsets[each["parameter"]]
         vector = context.on_device(finite(offset.vector).double())
-        yield float(each["weight"]) * offset.scale, vector, offset.multiplies
+        yield float(each["weight"]) * offset.scale, str(each["source"]), vector, offset.multiplies
 
 
 def _pieces(dtype: torch.dtype, rank: int) -> int:
