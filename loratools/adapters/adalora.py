@@ -104,8 +104,6 @@ class AdaLora(AbstractUpdate):
         """See `AbstractUpdate.scaled`; lora_E takes a sign that alpha may not have."""
         from loratools.adapters.algebra import times
 
-        if self.replaced or self.added_rows or self.patches:
-            return super().scaled(weight)
         if weight > 0:
             return dataclasses.replace(self, alpha=self.alpha * weight)
         if weight == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -132,10 +133,17 @@ def combined(adapters: list[Adapter], weights: list[float]) -> Adapter:
 
 
 def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:
-    """The first adapter's configuration, which names the modules that any of them brings whole."""
-    saved = [adapter.config.get("modules_to_save") or [] for adapter in adapters]
-    names = dict.fromkeys(name for each in saved if isinstance(each, (list, tuple)) for name in each)
-    return {**adapters[0].config, "modules_to_save": list(names)} if names else adapters[0].config
+    """The first adapter's configuration, with the modules that any of them brings whole or keeps from PEFT."""
+    config = dict(adapters[0].config)
+    for field in ("modules_to_save", "exclude_modules"):
+        values = [adapter.config.get(field) or [] for adapter in adapters]
+        names = dict.fromkeys(name for each in values if isinstance(each, (list, tuple)) for name in each)
+        expressions = dict.fromkeys(each for each in values if isinstance(each, str) and field == "exclude_modules")
+        if expressions:
+            config[field] = "|".join([*expressions, *(re.escape(name) for name in names if isinstance(name, str))])
+        elif names:
+            config[field] = list(names)
+    return config
 
 
 def merged_provenance(adapters: list[Adapter]) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters.low_rank import LowRank, Sum
-from loratools.adapters.updates import AbstractUpdate, Term
+from loratools.adapters.updates import AbstractUpdate, Full, Term
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
 from loratools.tensors import TensorRef, computed, in_memory
 
@@ -86,11 +86,11 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
         raise UsageError("A weight must be a finite number.", module=path)
     if len(held) == 1 and held[0][0] == 1:
         return held[0][1]
-    if len(held) == 1 and (scaled := held[0][1].scaled(held[0][0])) is not None:
-        return scaled
-    native = held[0][1].joined(held) or of_one_kind(path, held)
-    if native is not None:
-        return native
+    if not any(update.gives_whole for _, update in held):
+        scaled = held[0][1].scaled(held[0][0]) if len(held) == 1 else None
+        native = scaled or held[0][1].joined(held) or of_one_kind(path, held)
+        if native is not None:
+            return native
     held = _of_known_shape(held)
     _require_summable(path, [update for _, update in held])
     terms = [
@@ -109,7 +109,7 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
 def of_one_kind(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate | None:
     """`Σ weight · ΔW` of updates that differ only in the tensor that ΔW is linear in; None for any others."""
     first, field = held[0][1], held[0][1].linear_in
-    if field is None or first.replaced or first.added_rows or first.patches:
+    if field is None or first.gives_whole:
         return None
     tensors: list[TensorRef] = []
     for _, update in held:
@@ -228,10 +228,10 @@ def inner(path: str, one: AbstractUpdate, other: AbstractUpdate) -> float:
     """⟨ΔW, ΔW'⟩_F = tr((BᵀB')(A'Aᵀ)), in float64.
 
     Raises:
-        UnsupportedError: one of them replaces the weight whole.
+        UnsupportedError: one of them gives parameters or rows whole.
     """
-    if "weight" in one.replaced or "weight" in other.replaced:
-        raise UnsupportedError("The size of a parameter replaced whole depends on the base.", module=path)
+    if one.gives_whole or other.gives_whole:
+        raise UnsupportedError("The size of what is given whole depends on the base.", module=path)
     for update in (one, other):
         if update.changes_weight and not update.terms:
             raise UnsupportedError(f"The size of an update of kind {update.kind} is not computed yet.", module=path)
@@ -242,6 +242,26 @@ def inner(path: str, one: AbstractUpdate, other: AbstractUpdate) -> float:
     down, up = concatenated(one)
     other_down, other_up = concatenated(other)
     return float(((up.T @ other_up) * (down @ other_down.T)).sum())
+
+
+def without_products(path: str, update: AbstractUpdate) -> AbstractUpdate | None:
+    """What is left of an update whose ΔW is zero: what it gives whole, or adds to a bias; else None."""
+    import torch
+
+    rest: dict[str, Any] = {"replaced": update.replaced, "added_rows": update.added_rows, "patches": update.patches}
+    if update.offsets and update.shape is not None:
+        out, into = update.shape
+        return LowRank(
+            lora_A=in_memory(f"{path}.lora_A", torch.zeros(1, into)),
+            lora_B=in_memory(f"{path}.lora_B", torch.zeros(out, 1)),
+            alpha=1.0,
+            of=update.layer,
+            parameter=update.target,
+            kernel=update.kernel,
+            bias=_summed_bias(path, [(1.0, update)]),
+            **rest,
+        )
+    return Full(**rest) if update.gives_whole else None
 
 
 def truncated(
@@ -257,7 +277,7 @@ def truncated(
     down, up = concatenated(update)
     U, S, Vh, _ = truncate_low_rank(down, up, rank=rank, energy=energy, error=error, max_rank=max_rank)
     if S.numel() == 0:
-        return None
+        return without_products(path, update)
     lora_A, lora_B = balanced_factors(U, S, Vh)
     return LowRank(
         lora_A=in_memory(f"{path}.lora_A", lora_A.float()),

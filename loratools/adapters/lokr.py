@@ -115,8 +115,6 @@ class LoKr(AbstractUpdate):
 
     def scaled(self, weight: float) -> AbstractUpdate | None:
         """The same factors with another alpha."""
-        if self.replaced or self.added_rows or self.patches:
-            return super().scaled(weight)
         return dataclasses.replace(self, alpha=self.alpha * weight)
 
     def action(self) -> AbstractAction:

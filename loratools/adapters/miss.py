@@ -49,7 +49,7 @@ class AbstractMiss(AbstractUpdate):
         """See `AbstractUpdate.scaled`."""
         from loratools.adapters.algebra import times
 
-        if weight == 1 or self.replaced or self.added_rows or self.patches:
+        if weight == 1:
             return super().scaled(weight)
         fresh: dict[str, Any] = {"miss_block": times(self.miss_block, weight)}
         return dataclasses.replace(self, **fresh)

@@ -202,8 +202,16 @@ class AbstractUpdate(abc.ABC):
         """
         raise InternalError("This kind of update has no action.", kind=self.kind)
 
+    @property
+    def gives_whole(self) -> bool:
+        """Whether parameters or rows are given whole beside ΔW: a multiple of those depends on the base."""
+        return bool(self.replaced or self.added_rows or self.patches)
+
     def scaled(self, weight: float) -> AbstractUpdate | None:
-        """`weight · ΔW` with the same factors, where the kind can say that; None where it cannot."""
+        """`weight · ΔW` with the same factors, where the kind can say that; None where it cannot.
+
+        For an update that gives nothing whole; `algebra.summed` sees to that.
+        """
         return self if weight == 1 else None
 
     def delta_weight(self, base: torch.Tensor | None = None) -> torch.Tensor:

@@ -110,7 +110,7 @@ class Vera(AbstractUpdate):
         """See `AbstractUpdate.scaled`."""
         from loratools.adapters.algebra import times
 
-        if weight == 1 or self.replaced or self.added_rows or self.patches:
+        if weight == 1:
             return super().scaled(weight)
         return dataclasses.replace(self, vera_lambda_b=times(self.vera_lambda_b, weight))
 

@@ -93,6 +93,10 @@ class Target:
         """Whether the adapter brings the module along."""
         return self.module is None
 
+    def has(self, parameter: str) -> bool:
+        """Whether the base's module has this parameter."""
+        return self.module is not None and parameter in self.module.parameters
+
     def tensor(self, parameter: str) -> str:
         """The tensor name of a parameter; of the target itself, where that is a parameter."""
         return f"{self.name}.{parameter}" if self.name and parameter else self.name or parameter

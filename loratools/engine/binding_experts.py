@@ -93,15 +93,17 @@ def piece_site(path: str, update: AbstractUpdate, name: str, base: Checkpoint) -
 
     Raises:
         MismatchError: the base has no such expert, or another shape.
-        UnsupportedError: the family keeps (experts, in, out), or the update is no sum of products.
+        UnsupportedError: the family keeps (experts, in, out), the update is no sum of products, or gives more than ΔW.
     """
     piece = experts.piece_of(name, base)
     if piece is None or not update.changes_weight:
         return None
     shape = base[piece.tensor].shape
-    if len(shape) != _AXES or experts.is_transposed(base.config) or update.offsets or not update.terms:
+    beside = [*update.replaced, *update.added_rows, *update.patches, *update.offsets]
+    if len(shape) != _AXES or experts.is_transposed(base.config) or beside or not update.terms:
+        given = f" that gives its {' and '.join(dict.fromkeys(beside))}" if beside else ""
         raise UnsupportedError(
-            f"A {update.kind} update of one expert is not merged into this stacked parameter.",
+            f"A {update.kind} update of one expert{given} is not merged into this stacked parameter.",
             fix="Merge it into the checkpoint that keeps a matrix an expert.",
             module=path,
             tensor=piece.tensor,

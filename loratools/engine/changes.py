@@ -13,7 +13,7 @@ from loratools.engine.binding import Bindings, Renaming, Target, bind
 from loratools.engine.sites import Site
 from loratools.engine.tensor_change import TensorChange, factor_elements
 from loratools.engine.ties import changes_both, mirror, untie
-from loratools.errors import MismatchError, UnsupportedError
+from loratools.errors import InternalError, MismatchError, UnsupportedError
 from loratools.tensors import COMPUTABLE, TensorSpec
 
 _ONE_OF_THEM: Final = "Merge one of them, and stack the others without it (--exclude)."
@@ -72,7 +72,7 @@ def collect(
     added: dict[str, AddedTensor] = {}
     notes: list[str] = []
     renaming = Renaming()
-    alone = False
+    alone, tied_by = False, []
     for index, (adapter, weight) in enumerate(zip(adapters, weights, strict=True)):
         bindings = bind(adapter, base)
         notes += [*adapter.notes, *bindings.notes]
@@ -88,8 +88,12 @@ def collect(
         both = changes_both(adapter, bindings, base)
         alone |= both is False
         if both and base.tied_head is not None:
-            mirror(source_id(index), base.tied_head, tensors)
+            tied_by.append(source_id(index))
             notes.append(f"{base.tied_head[1]} is tied to {base.tied_head[0]}: one update, applied once.")
+    for source in tied_by:  # once all are gathered: the order of adapters does not matter
+        assert base.tied_head is not None
+        mirror(source, base.tied_head, tensors)
+    _require_there(base, tensors)
     untied = untie(base, tensors, alone=alone, notes=notes)
     _require_computable(base, tensors)
     return Changes(tensors, added, untied, renaming, tuple(dict.fromkeys(notes)))
@@ -129,6 +133,8 @@ def _gather_parts(
         change.rows = {"source": source, "module": path, "parameter": parameter, "count": ref.shape[0]}
     for kind, parameters in (("patches", update.patches), ("offsets", update.offsets)):
         for parameter in parameters:
+            if kind == "offsets" and update.offsets[parameter].multiplies and not target.has(parameter):
+                continue  # nothing to multiply
             change = tensors.setdefault(target.tensor(parameter), TensorChange())
             getattr(change, kind).append({"source": source, "module": path, "parameter": parameter, "weight": weight})
 
@@ -181,6 +187,13 @@ def _require_fitting(adapter: Adapter, bindings: Bindings) -> None:
                     module=path,
                     adapter=adapter.name,
                 )
+
+
+def _require_there(base: Checkpoint, tensors: Mapping[str, TensorChange]) -> None:
+    """Every change is of a tensor that the base stores, or of a tied head: else it would be lost without a word."""
+    lost = [name for name in tensors if name not in base and name not in (base.tied_head or ())]
+    if lost:
+        raise InternalError("A change of a tensor that is not there.", tensor=lost[0])
 
 
 def _require_computable(base: Checkpoint, tensors: Mapping[str, TensorChange]) -> None:

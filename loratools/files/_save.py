@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import AbstractUpdate, Adapter, LowRank, Sum
-from loratools.adapters.algebra import as_products, finite
+from loratools.adapters.algebra import as_products, finite, without_products
 from loratools.errors import NonFiniteError, UsageError
 from loratools.files import locate
 from loratools.formats import Encoded, codec_named
@@ -46,7 +46,9 @@ def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overw
         keep = partial(to_scratch, scratch)
         summed = any(isinstance(update, Sum) for update in adapter.values())
         alike = {name: as_products(update) if summed else update for name, update in adapter.items()}
-        whole = adapter.with_updates({name: settled(name, update, keep) for name, update in alike.items()})
+        held = {name: without_products(name, update) if isinstance(update, Sum) and not update.rank else update
+                for name, update in alike.items()}  # fmt: skip
+        whole = adapter.with_updates({name: settled(name, each, keep) for name, each in held.items() if each})
         write_weights(encode_adapter(whole, format=format), out.path)
         out.publish()
 

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank, Sum
-from loratools.adapters.algebra import as_products, finite, summed
+from loratools.adapters.algebra import as_products, finite, summed, without_products
 from loratools.engine.context import Context, Outcome
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
@@ -26,9 +26,10 @@ def derive(unit: Unit, context: Context) -> Outcome:
     update = summed(unit.target, held)
     if unit.parameters.get("products"):
         update = as_products(update)
-    if isinstance(update, Sum) and not update.rank:
+    rest = without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update
+    if rest is None:
         return Outcome(unit.target, "derive", LEFT_OUT, {"rank": 0, "alpha": None, "scaling": None})
-    update = settled(unit.target, update, context.sink.keep)
+    update = settled(unit.target, rest, context.sink.keep)
     alpha = unit.parameters["alpha"]
     if alpha != "keep":
         update = _with_alpha(unit.target, update, None if alpha == "bake" else float(alpha), context)

@@ -236,8 +236,9 @@ def inherited_exclusion(config: Mapping[str, Any], targets: Sequence[str]) -> li
     given = config.get("exclude_modules")
     if isinstance(given, str):
         names = [re.sub(r"\\(.)", r"\1", piece) for piece in given.split("|")]
-        plain = "|".join(re.escape(name) for name in names) == given and not set(names) & set(targets)
-        return given if plain else None
+        if "|".join(map(re.escape, names)) != given:
+            return None
+        return "|".join(re.escape(name) for name in dict.fromkeys(names) if name not in set(targets)) or None
     named = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
     caught = _caught_by(targets)
     return [name for name in named if name not in caught] or None
