@@ -177,7 +177,20 @@ def _update(
         wrapped = path.endswith(tuple(fields.saved_modules(config)))
         return Full(shared=not wrapped, **rest)
     roles = MappingProxyType({**shared, **found.roles})
-    return tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes, raw))
+    update = tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes, raw))
+    _require_all_used(path, found, tuner, update)
+    return update
+
+
+def _require_all_used(path: str, found: _Found, tuner: AbstractTuner, update: AbstractUpdate) -> None:
+    """Refuse an update that is less than what the file holds of the module: `tensors` is the inverse of `update`."""
+    used = {role.removesuffix(".weight") for role in tuner.tensors(update)}
+    unused = [role for role in found.roles if role.removesuffix(".weight") not in used]
+    if unused:
+        raise UnsupportedError(
+            f"The module has {unused[0]} beside an update of kind {update.kind}, which is not read with it.",
+            module=path,
+        )
 
 
 def _require_one_each(paths: Mapping[str, str]) -> None:

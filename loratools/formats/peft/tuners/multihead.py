@@ -17,7 +17,7 @@ from loratools.adapters import AbstractUpdate, LowRank
 from loratools.errors import MismatchError, UnsupportedError
 from loratools.formats.peft.tuners import lora_forms
 from loratools.formats.peft.tuners._tuner import Module
-from loratools.tensors import TensorRef, computed
+from loratools.tensors import TensorRef, in_memory
 
 _PACKED: Final = ".in_proj_weight"
 _OUT: Final = ".out_proj"
@@ -115,6 +115,22 @@ def levelled(path: str, update: AbstractUpdate, updates: Mapping[str, AbstractUp
             fix="Bring them to one: `loratools rescale --bake`, or adapters of one rank.",
             module=path,
         )
-    given = update.lora_B
-    lora_B = computed(given.name, given.shape, (given,), lambda: given.load() * quotient, given.dtype)
+    lora_B = _multiplied(path, update.lora_B, quotient)
     return dataclasses.replace(update, lora_B=lora_B, alpha=packed.alpha, use_rslora=packed.use_rslora)
+
+
+def _multiplied(path: str, factor: TensorRef, quotient: float) -> TensorRef:
+    """A factor times a power of two, in its own dtype where that can hold it, else in float32."""
+    import torch
+
+    given = factor.load()
+    wanted = given.double() * quotient
+    for dtype in (given.dtype, torch.float32):
+        if torch.equal((found := wanted.to(dtype)).double(), wanted):
+            return in_memory(factor.name, found)
+    raise MismatchError(
+        f"PEFT's format gives the two projections of an attention one alpha; {quotient:g} times this lora_B is beyond "
+        "float32.",
+        fix="Bring them closer to each other: `loratools rescale`.",
+        module=path,
+    )
