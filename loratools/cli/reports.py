@@ -65,7 +65,7 @@ def unmerge(report: UnmergeReport) -> list[str]:
     rows = [
         ("method", f"{report.method}: {'bit for bit' if exact else 'within the bound'}"),
         ("bound", f"{totals['bound']:.3g} per entry" if totals["bound"] else ""),
-        ("tensors", f"{totals['tensors']:,}, of which {totals['checked']:,} held an adapter"),
+        ("tensors", f"{totals['tensors']:,}, of which {totals['changed']:,} held an adapter"),
         _files(report.files),
     ]
     return page("Unmerged.", rows, report.notes)

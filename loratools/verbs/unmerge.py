@@ -121,9 +121,10 @@ def _prepare(
     recorded = Recorded.of(checkpoint)
     if base is None:
         if not loaded:
+            names = ", ".join(part.name for part in recorded.adapters)
             raise UndecidedError(
-                "Neither adapters nor a base are given, and this checkpoint carries no receipt.",
-                fix="Name the adapters to subtract, or --base for an exact result.",
+                "Neither adapters nor a base are given: nothing says what to take out, or what was there before.",
+                fix=f"Name --base for an exact result, or adapters to subtract{f' ({names})' if names else ''}.",
                 merged=checkpoint.name,
             )
         factors = recorded.weights_for(loaded, weights)
@@ -136,9 +137,9 @@ def _subtract(
     merged: Checkpoint, output: Source, loaded: list[Adapter], factors: Sequence[float], run: Run, *, foreign: bool
 ) -> _Prepared:
     changes = collect(merged, loaded, [-factor for factor in factors], merged=True)
-    _refuse_replacements(changes)
     sources: dict[str, Checkpoint | Adapter] = {"base": merged}
     sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
+    _refuse_replacements(changes, {key: each for key, each in sources.items() if isinstance(each, Adapter)}, foreign)
     planner = MergePlanner(merged, changes, sources, None)
     path = Path(output)
     single = path.suffix == ".safetensors"
@@ -157,13 +158,22 @@ def _with_bound(unit: Unit, *, foreign: bool) -> Unit:
     return dataclasses.replace(unit, parameters={**unit.parameters, "bound": True, "foreign": foreign})
 
 
-def _refuse_replacements(changes: Changes) -> None:
-    computed = [name for name, change in changes.tensors.items() if change.actions]
-    if computed:
+def _refuse_replacements(changes: Changes, adapters: Mapping[str, Adapter], foreign: bool) -> None:
+    """Refuse what cannot be subtracted: W' − W that follows from W, or that replaced it."""
+    computed = [(name, change) for name, change in changes.tensors.items() if change.actions]
+    for name, change in computed:
+        if any(adapters[term["source"]][term["module"]].depends_on_base for term in change.terms):
+            raise UnsupportedError(
+                "The change of this tensor depends on what was there before, which cannot be computed from it.",
+                fix="Give --base.",
+                tensor=name,
+            )
+    if computed and foreign:
         raise UnsupportedError(
-            f"The change of {len(computed)} tensors is no sum of products; what was there before cannot be computed.",
+            f"The change of {len(computed)} tensors is no sum of products, and no report of ours says how it was "
+            "added: how far the result can be off is not known.",
             fix="Give --base.",
-            first=computed[0],
+            first=computed[0][0],
         )
     replaced = [name for name, change in changes.tensors.items() if change.wholes or change.rows or change.patches]
     replaced += list(changes.added)
@@ -265,6 +275,7 @@ def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:
         modules=tuple(modules),
         totals={
             "tensors": sum(len(file.tensors) for file in plan.files),
+            "changed": len(modules),
             "checked": sum(outcome.operation == "restore" for outcome in execution.outcomes),
             "unchanged": sum(outcome.facts["count"] for outcome in execution.of("same")),
             "bound": max(bounds) if bounds else 0.0 if exact else None,

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loratools.checkpoints import owner
-from loratools.errors import MismatchError
+from loratools.errors import MismatchError, UnsupportedError
+from loratools.files import load_adapter
 from loratools.verbs.merge import merge
 from loratools.verbs.unmerge import unmerge
 from tests import models
@@ -86,6 +87,34 @@ def test_subtraction_is_within_its_bound(tmp_path, kind, dtype):
         distance = float((after[name].double() - tensor.double()).abs().max()) if tensor.numel() else 0.0
         assert distance <= bounds.get(name, 0.0), name
     assert report.totals["bound"] == max(bounds.values())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_subtraction_of_every_kind(tmp_path, name, dtype):
+    """Within the reported bound of what was there, or refused where the change depends on it; without a report of ours,
+    kinds that are no sums of products are refused too."""
+    kind = EVERY_KIND[name]
+    base, adapter = kind.write_base(tmp_path / "base", dtype), kind.write(tmp_path / "adapter")
+    merge(base, [adapter], tmp_path / "merged", weights=[0.7] if kind.twice else None)
+    updates = load_adapter(adapter, base=base).values()
+    whole = any(update.gives_whole for update in updates)
+    if whole or any(update.depends_on_base for update in updates):
+        with pytest.raises(UnsupportedError, match="--base"):
+            unmerge(tmp_path / "merged", tmp_path / "back", adapters=[adapter])
+        return
+    report = unmerge(tmp_path / "merged", tmp_path / "back", adapters=[adapter])
+    before, after = models.tensors_of(base), models.tensors_of(tmp_path / "back")
+    bounds = {module["name"]: module["bound"] for module in report.modules}
+    assert bounds
+    assert report.totals["changed"] == len(bounds)
+    for key, tensor in before.items():
+        distance = float((after[key].double() - tensor.double()).abs().max()) if tensor.numel() else 0.0
+        assert distance <= bounds.get(key, 0.0), key
+    (tmp_path / "merged" / "loratools.json").unlink()
+    if not all(update.terms or not update.changes_weight or update.kind == "experts" for update in updates):
+        with pytest.raises(UnsupportedError, match="--base"):
+            unmerge(tmp_path / "merged", tmp_path / "other", adapters=[adapter])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
