@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, TypeVar
@@ -115,7 +115,7 @@ def plan_of(request: Request, run: Run) -> Plan:
             "format": _format(request),
         },
         rules=RULES,
-        notes=tuple(note for adapter in request.adapters for note in adapter.notes) + _format_notes(request),
+        notes=(*(note for adapter in request.adapters for note in adapter.notes), *_notes(request)),
     )
 
 
@@ -124,15 +124,18 @@ def _format(request: Request) -> str:
     return request.format or (formats.pop() if len(formats) == 1 else "peft")
 
 
-def _format_notes(request: Request) -> tuple[str, ...]:
+def _notes(request: Request) -> Iterator[str]:
     formats = {adapter.format for adapter in request.adapters}
     if request.format is None and len(formats) > 1:
-        return (f"The inputs are {', '.join(sorted(formats))}; the output is peft.",)
-    return ()
+        yield f"The inputs are {', '.join(sorted(formats))}; the output is peft."
+    if len({adapter.base_model for adapter in request.adapters if adapter.base_model}) > 1:
+        yield "The adapters name different bases; the output names the first one's."
 
 
 def _products(request: Request, chosen: Collection[str]) -> bool:
     """Whether the output is plain LoRA whatever the inputs: where modules of other kinds are added or meet others."""
+    if len(request.adapters) == 1:
+        return False
     held = [[adapter[path] for adapter in request.adapters if path in adapter] for path in chosen]
     changing = [updates for each in held if (updates := [update for update in each if update.changes_weight])]
     if {type(update) for updates in changing for update in updates} <= {LowRank}:

@@ -64,8 +64,8 @@ def require(plan: Plan, limit: int | None) -> None:
         return
     largest = max(plan.units, key=lambda unit: unit.peak_bytes, default=None)
     raise MemoryLimitError(
-        f"The plan needs about {plan.bounds.peak_bytes / MIB:.0f} MiB, the limit is {limit / MIB:.0f} MiB.",
-        fix=f"Allow {plan.bounds.peak_bytes / MIB:.0f} MiB, or exclude the largest module.",
+        f"The plan needs {-(-plan.bounds.peak_bytes // MIB)} MiB, the limit is {limit / MIB:.0f} MiB.",
+        fix=f"Allow {-(-plan.bounds.peak_bytes // MIB)} MiB.",
         largest=largest.target if largest else "headers",
     )
 

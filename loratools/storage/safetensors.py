@@ -85,6 +85,12 @@ def read_header(file: ReadOnlyFile) -> Header:
     prefix = bytearray(PREFIX_BYTES)
     file.read_into(memoryview(prefix), 0)
     length = int.from_bytes(prefix, "little")
+    if length > MAX_HEADER_BYTES and prefix.lstrip().startswith((b"{", b"[")):
+        raise MalformedError(
+            "This is no safetensors file: it begins like JSON.",
+            fix="Name the directory that it lies in, or the weights beside it.",
+            file=file.label,
+        )
     if length > MAX_HEADER_BYTES:
         raise _malformed(f"The header claims {length} bytes; 100,000,000 is the most.", file=file.label)
     if length > file.size - PREFIX_BYTES:

@@ -117,6 +117,27 @@ def test_a_stack_keeps_what_a_pruned_module_gives_whole(tmp_path):
     assert torch.equal(lt.load_adapter(tmp_path / "sum")["block.q"].replaced["bias"].load(), bias)
 
 
+def test_a_multiple_of_an_adapter_of_two_kinds(tmp_path):
+    """Half of a block-diagonal module beside a plain one: both keep their kinds, and their factors their bytes."""
+    blocks = BdLoraConfig(target_modules_bd_a=["block.q"], nblocks=2, match_strict=False)
+    case = Case(tmp_path, config(["block.q", "block.k"], use_bdlora=blocks))
+    lt.rescale(case.adapter, tmp_path / "half", by=0.5)
+    before, after = (load_file(each / "adapter_model.safetensors") for each in (case.adapter, tmp_path / "half"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[key]) for key, tensor in before.items())
+
+
+def test_bases_that_differ_are_named(tmp_path):
+    """A stack of adapters whose configurations name two bases says so."""
+    cases = [Case(tmp_path / name, config(["block.q"])) for name in ("one", "two")]
+    for case in cases:
+        settings = case.config | {"base_model_name_or_path": f"somebody/{case.folder.name}"}
+        (case.adapter / "adapter_config.json").write_text(json.dumps(settings))
+    report = lt.stack([case.adapter for case in cases], tmp_path / "sum")
+    assert any("different bases" in note for note in report.notes)
+    assert not any("different bases" in note for note in lt.stack([cases[0].adapter] * 2, tmp_path / "twice").notes)
+
+
 def test_the_size_of_trained_tokens(tmp_path):
     """It depends on the base: refused, where it once was 0."""
     case = Case(tmp_path, LoraConfig(r=2, target_modules=["block.q"], trainable_token_indices={"embed": [1, 3]}))

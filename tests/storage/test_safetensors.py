@@ -25,6 +25,12 @@ def read(tmp_path, data):
     return open_safetensors(path)
 
 
+@pytest.mark.parametrize("data", [b'{"peft_type": "LORA"}', b"\n [1, 2, 3, 4, 5]"])
+def test_json_is_called_what_it_is(tmp_path, data):
+    with pytest.raises(MalformedError, match=r"begins like JSON.*directory"):
+        read(tmp_path, data)
+
+
 def test_reads_what_the_library_writes(tmp_path):
     tensors = {
         f"t.{at}": torch.randint(0, 2, (at + 1, 3)).to(dtype)
