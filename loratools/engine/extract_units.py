@@ -251,10 +251,7 @@ class ExtractPlanner:
         return Adapter({}, format=format, config=config, base_model=self.hub_name(base_model))
 
     def complete(self, adapter: Adapter) -> Adapter:
-        """What only the factors tell: PEFT warns of a fan_in_fan_out that does not fit the layers it wraps.
-
-        And layers that PEFT takes for experts are updates of their weights.
-        """
+        """What only the factors tell: fan_in_fan_out has to fit; layers that PEFT takes for experts are parameters."""
         kinds = {self.pairing.tuned_module(path).kind for path, update in adapter.items() if update.terms}
         turned = "conv1d" in kinds and "linear" not in kinds
         placed = low_rank_forms.as_parameters(adapter, self._family)
