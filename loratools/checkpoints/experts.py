@@ -20,12 +20,15 @@ _STACKS: Final = (("gate_up_proj", ("gate_proj", "up_proj")), ("down_proj", ("do
 _IN_MEMORY: Final = {"block_sparse_moe": "mlp"}
 """What a file calls the block → what the model class does, where they differ (Mixtral)."""
 
-_ROUTERS: Final = (".mlp.gate", ".block_sparse_moe.gate")
+_ROUTERS: Final = frozenset({"gate", "router"})
 
 
-def is_router(path: str, family: object) -> bool:
-    """Whether a module weighs the experts: no Linear in the model class, so that no LoRA layer can wrap it."""
-    return family in FUSED_FAMILIES and f".{path}".endswith(_ROUTERS)
+def routers_of(paths: Collection[str]) -> frozenset[str]:
+    """The modules that weigh experts beside them: mostly no Linear in the model class, which no LoRA layer can wrap."""
+    blocks = {path[: at - 1] for path in paths if (at := f".{path}.".find(".experts.")) > 0}
+    return frozenset(
+        path for path in paths if path.rpartition(".")[2] in _ROUTERS and path.rpartition(".")[0] in blocks
+    )
 
 
 def in_memory_path(path: str) -> str:
@@ -170,3 +173,29 @@ _OTHERS: Final = frozenset(
     }
 )  # fmt: skip
 """`model_type` of other classes that stack experts and do not say `is_transposed`."""
+
+_MOVED_BY_PEFT: Final = (
+    (frozenset({"w1", "w2", "w3"}), frozenset({"minimax", "minimax_m2", "mixtral"})),
+    (
+        frozenset({"gate_proj", "up_proj", "down_proj"}),
+        frozenset(
+            {
+                "afmoe", "beam", "cohere2_moe", "deepseek_v2", "deepseek_v3", "deepseek_v32", "dots1", "ernie4_5_moe",
+                "exaone_moe", "flex_olmo", "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm_moe_dsa", "hunyuan_v1_moe",
+                "longcat_flash", "mellum", "olmoe", "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_text",
+                "qwen3_omni_moe_thinker", "sarvam_mla", "solar_open",
+            }
+        ),
+    ),
+)  # fmt: skip
+
+
+def is_moved_by_peft(path: str, family: object) -> bool:
+    """Whether PEFT takes a target of this name for the experts' of the stacked class, wherever it is.
+
+    In these families (`_MODEL_TO_CONVERSION_PATTERN`) PEFT 0.19 and later turn it into a target parameter of that name
+    and double the rank of `gate_up_proj` (`_convert_peft_config_moe`, `peft/utils/transformers_weight_conversion.py`):
+    a dense layer or a shared expert is then not wrapped, and the experts are in another shape.
+    """
+    last = path.rpartition(".")[2]
+    return _ONE.match(path) is None and any(last in names and family in known for names, known in _MOVED_BY_PEFT)

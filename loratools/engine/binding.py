@@ -12,6 +12,7 @@ from loratools.adapters import AbstractUpdate, Adapter
 from loratools.adapters.experts import Stacked
 from loratools.checkpoints import Checkpoint, Module, owner
 from loratools.checkpoints.experts import on_disk_paths, stacks_of
+from loratools.checkpoints.renamed import is_renamed
 from loratools.engine.binding_experts import apart_sites, piece_site, stacked_site
 from loratools.engine.sites import Site
 from loratools.errors import MismatchError, UnsupportedError
@@ -98,8 +99,9 @@ class Target:
         return self.module is not None and parameter in self.module.parameters
 
     def tensor(self, parameter: str) -> str:
-        """The tensor name of a parameter; of the target itself, where that is a parameter."""
-        return f"{self.name}.{parameter}" if self.name and parameter else self.name or parameter
+        """The tensor name of a parameter; of the target itself, where that is a parameter and none is named."""
+        inside = self.module.name if self.module is not None else self.name
+        return f"{inside}.{parameter}" if inside and parameter else parameter or self.name
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
             targets[path] = _parameter_target(path, update, name, base, adapter)
         elif isinstance(update, Stacked) and name in stacks:
             module = Module(name, "experts", {}, "inferred")
+            _require_parameters(path, update, module)
             targets[path] = Target(name, module, apart_sites(path, update, stacks[name], base, adapter))
         elif (name := next((each for each in (name, *on_disk_paths(name)) if each in known), name)) in known:
             targets[path] = _target(path, update, name, _module(name, modules, head), adapter, notes)
@@ -144,14 +147,23 @@ def bind(adapter: Adapter, base: Checkpoint) -> Bindings:
             targets[path] = Target(path, None)
             notes.append(f"{path} is added: the base does not have it.")
     if missing:
-        raise MismatchError(
-            f"{len(missing)} of the adapter's {len(adapter)} modules are not in the base.",
-            fix="Is this the base that the adapter was made for?",
-            adapter=adapter.name,
-            base=base.name,
-            missing=", ".join(missing[:_LISTED]) + (", …" if len(missing) > _LISTED else ""),
-        )
+        raise _missing(missing, adapter, base)
     return Bindings(targets, renaming, tuple(dict.fromkeys(notes)))
+
+
+def _missing(missing: list[str], adapter: Adapter, base: Checkpoint) -> MismatchError:
+    family = base.config.get("model_type")
+    renamed = (
+        f"transformers 5 calls modules of {family} otherwise than the file when it loads it. Adapters that were made "
+        "there are not mapped to the file's names yet: merge this one in PEFT."
+    )
+    return MismatchError(
+        f"{len(missing)} of the adapter's {len(adapter)} modules are not in the base.",
+        fix=renamed if is_renamed(family) else "Is this the base that the adapter was made for?",
+        adapter=adapter.name,
+        base=base.name,
+        missing=", ".join(missing[:_LISTED]) + (", …" if len(missing) > _LISTED else ""),
+    )
 
 
 def _module(name: str, modules: Mapping[str, Module], head: tuple[str, str] | None) -> Module:
@@ -170,10 +182,7 @@ def _declared(path: str, adapter: Adapter) -> bool:
 
 
 def _target(path: str, update: AbstractUpdate, name: str, module: Module, adapter: Adapter, notes: list[str]) -> Target:
-    offsets = [name for name, offset in update.offsets.items() if not offset.multiplies]
-    for parameter in (*update.replaced, *update.added_rows, *update.patches, *offsets):
-        if parameter not in module.parameters:
-            raise MismatchError(f"The adapter gives a {parameter}, which the base's module does not have.", module=path)
+    _require_parameters(path, update, module)
     if not update.changes_weight:
         return Target(name, module)
     target = Target(name, module)
@@ -181,9 +190,17 @@ def _target(path: str, update: AbstractUpdate, name: str, module: Module, adapte
     return dataclasses.replace(target, sites=(Site(target.tensor(update.target), transposed),))
 
 
+def _require_parameters(path: str, update: AbstractUpdate, module: Module) -> None:
+    offsets = [name for name, offset in update.offsets.items() if not offset.multiplies]
+    for parameter in (*update.replaced, *update.added_rows, *update.patches, *offsets):
+        if parameter not in module.parameters:
+            raise MismatchError(f"The adapter gives a {parameter}, which the base's module does not have.", module=path)
+
+
 def _parameter_target(path: str, update: AbstractUpdate, name: str, base: Checkpoint, adapter: Adapter) -> Target:
     """The target of an update whose path is that of a parameter."""
     stored, module = base[name].shape, base.modules[owner(name)[0]]
+    _require_parameters(path, update, module)
     if isinstance(update, Stacked):
         return Target(name, module, (stacked_site(path, update, name, base, adapter),))
     if update.shape is None or stored != update.shape:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from loratools.checkpoints import Module
 from loratools.checkpoints.experts import FUSED_FAMILIES, is_turned, stacks_of
 from loratools.engine import memory
 from loratools.engine.pairing import Pair, Pairing
@@ -71,6 +72,19 @@ def _stored_apart(pairing: Pairing, wanted: Collection[str]) -> Iterator[Stacked
             continue
         seen.add(names[0])
         yield StackedPair(path, stack.experts, tuple(matrices[name] for name in names), members)
+
+
+def refusal(parameter: str, pair: Pair, module: Module, *, only_low_rank: bool) -> str | None:
+    """What a changed parameter of a module is called where no adapter of ours can hold it, or None.
+
+    PEFT loads a vector of every expert beside stacked matrices only below the wrappers of those, under a key such as
+    `experts.base_layer.base_layer.down_proj_bias`, which is not read or written here.
+    """
+    if module.kind not in {"experts", "quantised"} or len(pair.tuned.shape) < _STACKED_AXES - 1:
+        return None
+    if parameter.endswith("bias") and len(pair.tuned.shape) == _STACKED_AXES - 1:
+        return None if only_low_rank else f"{module.kind}, a vector of each,"
+    return module.kind
 
 
 def unit(stacked: StackedPair, svd: Mapping[str, Any], cap: int, preset: str) -> Unit:

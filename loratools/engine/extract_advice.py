@@ -2,10 +2,25 @@
 
 from __future__ import annotations
 
-from loratools.adapters import Adapter
+from loratools.adapters import Adapter, LowRank
 from loratools.adapters.experts import Stacked
+from loratools.checkpoints import Checkpoint
+from loratools.checkpoints.renamed import is_renamed
 from loratools.engine import low_rank_forms
 from loratools.engine.pairing import Pairing
+
+
+def beforehand(tuned: Checkpoint, format: str) -> tuple[str, ...]:
+    """What can be said of the adapter before it is made."""
+    family = tuned.config.get("model_type")
+    if format != "peft" or not is_renamed(family):
+        return ()
+    note = (
+        f"transformers 5 calls modules of {family} otherwise than the file when it loads it. The adapter has the "
+        "file's names: PEFT on transformers 5 does not find all of them, and may not say so. `loratools merge` takes "
+        "the adapter as it is."
+    )
+    return (note,)
 
 
 def advice(pairing: Pairing, adapter: Adapter | None) -> list[str]:
@@ -32,6 +47,12 @@ def advice(pairing: Pairing, adapter: Adapter | None) -> list[str]:
             "Experts are stored as updates of the stacked parameters that the model class has (target_parameters), "
             "gate and up by one SVD, at the largest rank that any expert needs: PEFT 0.19.1 and later loads them with "
             "transformers 5."
+        )
+    dense = [path for path, update in updates.items() if isinstance(update, LowRank) and not update.parameter]
+    if dense:
+        notes.append(
+            f"{len(dense)} dense layers ({dense[0]}, …) are stored as updates of their weights (target_parameters): as "
+            "layers, PEFT would take them for experts by their names."
         )
     notes += low_rank_forms.advice(known, pairing.tuned_module, pairing.tuned.config)
     if any(pairing.is_tied_embedding(path) for path in updates):

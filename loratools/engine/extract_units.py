@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from loratools.adapters import Adapter, Selection
 from loratools.adapters.selection import matches_any
 from loratools.checkpoints import Checkpoint, Module
-from loratools.checkpoints.experts import Stack, in_memory_path, is_router, on_disk_paths, stacks_of
+from loratools.checkpoints.experts import FUSED_FAMILIES, Stack, in_memory_path, on_disk_paths, routers_of, stacks_of
 from loratools.engine import expert_units, fingerprint, low_rank_forms, memory
 from loratools.engine.binding import matrix_shape
 from loratools.engine.cards import is_hub_id
@@ -146,7 +147,7 @@ class ExtractPlanner:
 
     def _unit(self, path: str, pairs: Mapping[str, Pair]) -> Unit:
         module = self.pairing.tuned_module(path)
-        shared = self.pairing.is_tied_embedding(path)
+        shared = self.pairing.is_tied_embedding(path) or self._holds_more(path)
         inputs: list[Input] = []
         rules: dict[str, Any] = {}
         for parameter, pair in pairs.items():
@@ -159,7 +160,7 @@ class ExtractPlanner:
         weight = rules.get("weight", {}).get("rule")
         return Unit(
             "extract",
-            in_memory_path(path) if self._is_router(path) else path,
+            in_memory_path(path) if self._is_router(path) and self._family in FUSED_FAMILIES else path,
             inputs=tuple(inputs),
             parameters={
                 "rules": rules,
@@ -174,7 +175,7 @@ class ExtractPlanner:
             peak_bytes=max((self._peak(rules[name]["rule"], pair) for name, pair in pairs.items()), default=0),
         )
 
-    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:  # noqa: PLR0911
+    def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:
         whole = "left-out" if self.only_low_rank else "whole"
         if pair.base is None or pair.relation == "reshaped":
             if pair.relation == "new-parameter" and not self.only_low_rank:
@@ -193,14 +194,30 @@ class ExtractPlanner:
                 return "rows"
             return "rows-whole" if keep or not self.only_low_rank else "left-out"
         if parameter == "weight" and module.kind in {"linear", "conv1d", "embedding", "conv"} and not keep:
-            none = low_rank_forms.why_none(module, self.pairing.tuned.config) is not None
-            return whole if shared or none or self._is_router(path) else "low-rank"
-        if module.kind in {"experts", "quantised"} and len(pair.tuned.shape) > 1 and not keep:
-            return f"refused:{module.kind}"
-        return "whole" if keep else whole
+            return whole if shared or self._stays_whole(path, module) else "low-rank"
+        refused = expert_units.refusal(parameter, pair, module, only_low_rank=self.only_low_rank)
+        return "whole" if keep else f"refused:{refused}" if refused else whole
+
+    def _stays_whole(self, path: str, module: Module) -> bool:
+        """Whether no low-rank form of PEFT can say what became of a matrix, or not beside the module's bias."""
+        biased = not self.only_low_rank and low_rank_forms.is_biased_parameter(path, module, self._family)
+        none = low_rank_forms.why_none(module, self.pairing.tuned.config) is not None
+        return none or biased or self._is_router(path)
+
+    @property
+    def _family(self) -> object:
+        return self.pairing.tuned.config.get("model_type")
+
+    def _holds_more(self, path: str) -> bool:
+        """Whether the class's router has what the file has beside it (ERNIE): PEFT wants all of a saved module."""
+        return self._is_router(path) and f"{path.rpartition('.')[0]}.moe_statics" in self.pairing.modules
 
     def _is_router(self, path: str) -> bool:
-        return is_router(path, self.pairing.tuned.config.get("model_type"))
+        return path in self._routers
+
+    @functools.cached_property
+    def _routers(self) -> frozenset[str]:
+        return routers_of(self.pairing.modules)
 
     def _write_bytes(self, rule: str, pair: Pair) -> int:
         if rule == "low-rank":
@@ -234,10 +251,13 @@ class ExtractPlanner:
         return Adapter({}, format=format, config=config, base_model=self.hub_name(base_model))
 
     def complete(self, adapter: Adapter) -> Adapter:
-        """What only the factors tell: PEFT warns of a fan_in_fan_out that does not fit the layers it wraps."""
+        """What only the factors tell: fan_in_fan_out has to fit; layers that PEFT takes for experts are parameters."""
         kinds = {self.pairing.tuned_module(path).kind for path, update in adapter.items() if update.terms}
         turned = "conv1d" in kinds and "linear" not in kinds
-        return dataclasses.replace(adapter, config={**adapter.config, "fan_in_fan_out": turned})
+        placed = low_rank_forms.as_parameters(adapter, self._family)
+        return dataclasses.replace(
+            adapter, updates=MappingProxyType(placed), config={**adapter.config, "fan_in_fan_out": turned}
+        )
 
     def fingerprints(self, paths: Sequence[str]) -> dict[str, str]:
         """Fingerprints of the base's weights of these modules."""

@@ -8,12 +8,14 @@ does not wrap at all, nor two modules of state-space models (`tuners_utils.py`).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final
 
-from loratools.adapters import AbstractUpdate
+from loratools.adapters import AbstractUpdate, LowRank
 from loratools.checkpoints import Module, families
 from loratools.checkpoints.convolutions import Form, form_of
+from loratools.checkpoints.experts import is_moved_by_peft
 
 _WHY: Final[Mapping[Form, str]] = {
     "one-channel": "PEFT's LoRA has no kernel for a depthwise convolution, and saves nothing over a single channel",
@@ -30,6 +32,22 @@ def why_none(module: Module, config: Mapping[str, Any]) -> str | None:
     if str(config.get("model_type", "")) in _STATE_SPACE and families.last(module.name) in _NOT_WRAPPED:
         return "PEFT refuses to wrap these modules of a state-space model, whose fast path reads the bare weights"
     return _WHY.get(form_of(module, config)) if module.kind == "conv" else None
+
+
+def is_biased_parameter(path: str, module: Module, family: object) -> bool:
+    """Whether the weight would be wrapped as a bare parameter, beside a bias that may have changed too."""
+    return "bias" in module.parameters and is_moved_by_peft(path, family)
+
+
+def as_parameters(updates: Mapping[str, AbstractUpdate], family: object) -> dict[str, AbstractUpdate]:
+    """The updates, with layers that PEFT would take for experts as what nothing is taken for: updates of `weight`."""
+    found: dict[str, AbstractUpdate] = {}
+    for path, update in updates.items():
+        if isinstance(update, LowRank) and update.parameter == "weight" and is_moved_by_peft(path, family):
+            found[f"{path}.weight"] = dataclasses.replace(update, parameter="")
+        else:
+            found[path] = update
+    return found
 
 
 def advice(

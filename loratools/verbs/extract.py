@@ -14,7 +14,7 @@ from loratools.engine import planning
 from loratools.engine.cards import is_hub_id
 from loratools.engine.context import Outcome
 from loratools.engine.execute import Execution, execute
-from loratools.engine.extract_advice import advice
+from loratools.engine.extract_advice import advice, beforehand
 from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
@@ -205,7 +205,7 @@ def _prepare(
             "base_model": options.base_model,
         },
         rules=RULES,
-        notes=(*before.notes, *after.notes, *planner.notes),
+        notes=(*before.notes, *after.notes, *planner.notes, *beforehand(after, options.format)),
     )
     return _Prepared(plan, sources, planner, run)
 
