@@ -18,6 +18,7 @@ from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats._codec import AbstractCodec, Contents, Decoded, Encoded
 from loratools.formats.peft import config as fields
 from loratools.formats.peft import keys, limits
+from loratools.formats.peft.names import Endings
 from loratools.formats.peft.patterns import prepared
 from loratools.formats.peft.tuners import TUNERS, AbstractTuner, Module, tuner_of
 from loratools.tensors import TensorRef
@@ -51,7 +52,7 @@ class PeftCodec(AbstractCodec):
         tuner = tuner_of(config).knowing(contents.shapes)
         limits.refuse_absurd(config)
         tuner.refuse(config)
-        config = prepared(config, fields.CONFIG_FILE)
+        config = tuner.prepared(prepared(config, fields.CONFIG_FILE))
         notes: list[str] = []
         shared = {key: ref for key, ref in contents.tensors.items() if key in tuner.shared}
         own = {key: ref for key, ref in contents.tensors.items() if key not in shared}
@@ -61,8 +62,11 @@ class PeftCodec(AbstractCodec):
             modules.setdefault(module, _Found())
         paths = tuner.paths({path: found.roles for path, found in modules.items()}, config)
         _require_one_each(paths)
+        beside = _Beside(
+            added, shared, _wrapped({paths[raw] for raw, found in modules.items() if not found.roles}, config)
+        )
         updates = {
-            paths[raw]: _update((raw, paths[raw]), found, tuner, config, (added.get(raw, {}), shared), notes)
+            paths[raw]: _update((raw, paths[raw]), found, tuner, config, beside, notes)
             for raw, found in sorted(modules.items(), key=lambda item: order.get(item[0], len(order)))
         }
         base = config.get("base_model_name_or_path")
@@ -94,10 +98,11 @@ class PeftCodec(AbstractCodec):
         assert tuner is not None
         whole = _saved_modules(adapter, siblings)
         keyed = tuner.keyed(changed)
+        places = tuner.key_paths(changed)
         tensors: dict[str, TensorRef] = dict(tuner.shared_tensors(changed))
         for path, update in adapter.items():
             tensors |= keyed.get(path, {})
-            place = tuner.key_path(path, changed) if path in changed else path
+            place = places.get(path, path)
             for parameter, ref in tuner.beside(update).items():
                 tensors[keys.parameter_key(place, parameter, wrapped=update.changes_weight)] = ref
         config = _config(adapter, tuner, changed, whole, siblings)
@@ -116,6 +121,15 @@ class _Found:
 
     roles: dict[str, TensorRef] = dataclasses.field(default_factory=dict)
     parameters: dict[str, TensorRef] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Beside:
+    """What modules have beside their own tensors: added rows by module, tensors of the model, PEFT's wrapper."""
+
+    added: Mapping[str, Mapping[str, TensorRef]]
+    shared: Mapping[str, TensorRef]
+    wrapped: Collection[str]
 
 
 def _carried(adapter: Adapter) -> dict[str, AbstractUpdate]:
@@ -165,18 +179,17 @@ def _update(
     found: _Found,
     tuner: AbstractTuner,
     config: Mapping[str, Any],
-    beside: tuple[Mapping[str, TensorRef], Mapping[str, TensorRef]],
+    beside: _Beside,
     notes: list[str],
 ) -> AbstractUpdate:
-    (raw, path), (added, shared) = names, beside
+    raw, path = names
     rest: dict[str, Any] = {
         "replaced": MappingProxyType(found.parameters),
-        "added_rows": MappingProxyType(dict(added)),
+        "added_rows": MappingProxyType(dict(beside.added.get(raw, {}))),
     }
     if not found.roles:
-        wrapped = path.endswith(tuple(fields.saved_modules(config)))
-        return Full(shared=not wrapped, **rest)
-    roles = MappingProxyType({**shared, **found.roles})
+        return Full(shared=path not in beside.wrapped, **rest)
+    roles = MappingProxyType({**beside.shared, **found.roles})
     update = tuner.update(Module(path, tuner.pattern_name(raw, path), roles, config, rest, notes, raw))
     _require_all_used(path, found, tuner, update)
     return update
@@ -191,6 +204,12 @@ def _require_all_used(path: str, found: _Found, tuner: AbstractTuner, update: Ab
             f"The module has {unused[0]} beside an update of kind {update.kind}, which is not read with it.",
             module=path,
         )
+
+
+def _wrapped(whole: Collection[str], config: Mapping[str, Any]) -> set[str]:
+    """Which of the modules given whole PEFT wraps: those that `modules_to_save` names."""
+    named = Endings(fields.saved_modules(config) if whole else ())
+    return {path for path in whole if named.end(path)}
 
 
 def _require_one_each(paths: Mapping[str, str]) -> None:
@@ -226,14 +245,14 @@ def _saved_modules(adapter: Adapter, siblings: Collection[str]) -> list[str]:
     plain key sets the parameter of the base in place, which is all that a bare parameter allows.
     """
     known = {*siblings, *adapter}
-    named = fields.saved_modules(adapter.config)
+    named = Endings(fields.saved_modules(adapter.config))
     candidates = [
         path
         for path, update in adapter.items()
         if path and isinstance(update, Full) and not update.shared and set(update.replaced) in _WRAPPABLE
     ]
     if not siblings:
-        candidates = [path for path in candidates if path.endswith(tuple(named))]
+        candidates = [path for path in candidates if named.end(path)]
     names, turned = sorted(known), sorted(name[::-1] for name in known)
     return [path for path in candidates if not _begins(f"{path}.", names) and not _begins(path[::-1], turned)]
 
@@ -273,7 +292,8 @@ def _config(
 
 def _biases(adapter: Adapter, changed: Mapping[str, AbstractUpdate], whole: Collection[str], own: str) -> str:
     """Which biases are given whole: of no layer, of the layers that are changed, or of others too."""
-    others = [path for path, update in adapter.items() if path not in changed and path not in whole]
+    apart = {*changed, *whole}
+    others = [path for path in adapter if path not in apart]
     if any("bias" in adapter[path].replaced for path in others):
         return "all"
     return own if any("bias" in update.replaced for update in changed.values()) else "none"

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 from loratools.errors import InputDataError, MalformedError, UnsupportedError
+from loratools.formats.peft.names import listed
 from loratools.formats.peft.patterns import ModuleKeys, ModulePattern, suffixes
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -97,12 +98,7 @@ def saved_modules(config: Mapping[str, Any]) -> list[str]:
     Raises:
         MalformedError: it is no list of names.
     """
-    value = config.get("modules_to_save") or []
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise MalformedError(
-            "This field must be a list of names.", file=CONFIG_FILE, field="modules_to_save", value=value
-        )
-    return value
+    return listed(config, "modules_to_save", file=CONFIG_FILE)
 
 
 def matched(pattern: Any, module: str, default: float, *, field: str) -> float:

@@ -80,6 +80,14 @@ class AbstractTuner(abc.ABC):
             UnsupportedError: names it.
         """
 
+    def prepared(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The configuration with what `update` looks up for every module sorted out once.
+
+        Raises:
+            MalformedError: a field is not what it must be.
+        """
+        return config
+
     def knowing(self, shapes: Mapping[str, tuple[int, ...]]) -> AbstractTuner:
         """The tuner that knows the shapes of the base's parameters; most need none."""
         del shapes
@@ -133,10 +141,9 @@ class AbstractTuner(abc.ABC):
         del updates, config
         return {}
 
-    def key_path(self, path: str, updates: Mapping[str, AbstractUpdate]) -> str:
-        """The path in the keys for a module path of the adapter: the inverse of `paths`."""
-        del updates
-        return path
+    def key_paths(self, updates: Mapping[str, AbstractUpdate]) -> Mapping[str, str]:
+        """The path in the keys for every module path of the adapter: the inverse of `paths`."""
+        return {path: path for path in updates}
 
     def keyed(self, updates: Mapping[str, AbstractUpdate]) -> dict[str, dict[str, TensorRef]]:
         """For every update its tensors by whole key, in the order in which they are written."""

@@ -13,6 +13,7 @@ from loratools.adapters import AbstractUpdate
 from loratools.adapters.ia3 import Ia3
 from loratools.errors import MalformedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft.names import Endings
 from loratools.formats.peft.patterns import WholeExpression
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
@@ -28,6 +29,15 @@ class Ia3Tuner(AbstractTuner):
     peft_type = "IA3"
     roles = (_L,)
     holds_biases = False
+
+    def prepared(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `AbstractTuner.prepared`."""
+        value = config.get(_FIELD)
+        if value is None or isinstance(value, WholeExpression):
+            return config
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise MalformedError("This field must be a list of names, or an expression.", field=_FIELD, value=value)
+        return {**config, _FIELD: Endings(value)}
 
     def update(self, module: Module) -> AbstractUpdate:
         """See `AbstractTuner.update`."""
@@ -49,8 +59,8 @@ class Ia3Tuner(AbstractTuner):
         catch others.
         """
         inputs = [path for path, update in updates.items() if isinstance(update, Ia3) and update.feedforward]
-        others = [path for path in updates if path not in inputs]
-        caught = any(other.endswith(path) for other in others for path in inputs)
+        known, ends = set(inputs), Endings(inputs)
+        caught = any(ends.end(path) for path in updates if path not in known)
         return {
             **fields.target_fields(list(updates), siblings),
             _FIELD: "|".join(re.escape(path) for path in inputs) if caught else inputs,
@@ -86,6 +96,5 @@ def _said(module: Module) -> bool | None:
         return None
     if isinstance(value, WholeExpression):
         return value.matches(module.path)
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise MalformedError("This field must be a list of names, or an expression.", field=_FIELD, value=value)
-    return module.path.endswith(tuple(value))
+    assert isinstance(value, Endings)
+    return value.end(module.path)

@@ -59,6 +59,11 @@ class LoraTuner(AbstractTuner):
         """See `AbstractTuner.knowing`."""
         return LoraTuner(shapes)
 
+    def prepared(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `AbstractTuner.prepared`."""
+        setting = config.get("use_bdlora")
+        return {**config, "use_bdlora": lora_forms.Blocks(setting)} if isinstance(setting, Mapping) else config
+
     def paths(self, modules: Mapping[str, Mapping[str, TensorRef]], config: Mapping[str, Any]) -> Mapping[str, str]:
         """See `AbstractTuner.paths`."""
         parameters = lora_parameters.paths_of(modules, config, self.shapes)
@@ -117,14 +122,15 @@ class LoraTuner(AbstractTuner):
             shape = (1, *shape, *(1 for _ in low_rank.kernel))
         return {**lora_forms.low_rank_tensors(low_rank), _MAGNITUDES[0]: update.magnitude.reshaped(shape)}
 
-    def key_path(self, path: str, updates: Mapping[str, AbstractUpdate]) -> str:
-        """See `AbstractTuner.key_path`."""
-        return lora_parameters.wrapped_path(path, updates)
+    def key_paths(self, updates: Mapping[str, AbstractUpdate]) -> Mapping[str, str]:
+        """See `AbstractTuner.key_paths`."""
+        return lora_parameters.wrapped_paths(updates)
 
     def keyed(self, updates: Mapping[str, AbstractUpdate]) -> dict[str, dict[str, TensorRef]]:
         """See `AbstractTuner.keyed`."""
+        places = self.key_paths(updates)
         return {
-            path: {keys.role_key(self.key_path(path, updates), role): ref for role, ref in tensors.items()}
+            path: {keys.role_key(places[path], role): ref for role, ref in tensors.items()}
             for path, tensors in (
                 (path, self.tensors(multihead.levelled(path, update, updates))) for path, update in updates.items()
             )
@@ -144,7 +150,7 @@ class LoraTuner(AbstractTuner):
 
 def _form(module: Module) -> LowRank | Grouped | BlockDiagonal:
     setting = module.config.get("use_bdlora")
-    if isinstance(setting, Mapping):
+    if isinstance(setting, lora_forms.Blocks):
         return lora_forms.block_diagonal(module, setting)
     if fields.flag(module.config, "use_qalora"):
         return lora_forms.grouped(module)

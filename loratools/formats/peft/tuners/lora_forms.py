@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any, Final, final
 
 from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.block_diagonal import BlockDiagonal
@@ -12,6 +12,7 @@ from loratools.adapters.experts import Stacked
 from loratools.adapters.grouped import Grouped
 from loratools.errors import MalformedError, MismatchError, UnsupportedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft.names import Anywhere, listed
 from loratools.formats.peft.tuners._tuner import Module
 from loratools.tensors import TensorRef
 
@@ -76,17 +77,34 @@ def grouped(module: Module) -> Grouped:
         lora_A=module[A],
         lora_B=module[B],
         alpha=fields.alpha_of(module.config, module.name),
-        group=int(fields.number(module.config, "qalora_group_size", 16)),
+        group=fields.integer(module.config, "qalora_group_size", 16),
         use_rslora=fields.flag(module.config, "use_rslora"),
     )
 
 
-def block_diagonal(module: Module, setting: Mapping[str, Any]) -> BlockDiagonal | LowRank:
-    """BD-LoRA, where `use_bdlora` says that this module has a block-diagonal factor; else plain LoRA.
+@final
+class Blocks:
+    """`use_bdlora`, ready for many modules. PEFT looks for each name of its lists anywhere in the module's path.
 
-    PEFT looks for each name of its lists anywhere in the module's path.
+    Raises:
+        MalformedError: a list is none of names, or the number of blocks none.
     """
-    compact = [side for side in ("A", "B") if _names(setting, f"target_modules_bd_{side.lower()}", module.path)]
+
+    def __init__(self, setting: Mapping[str, Any]) -> None:
+        self._named = {
+            side: Anywhere(listed(setting, f"target_modules_bd_{side.lower()}", file=fields.CONFIG_FILE))
+            for side in ("A", "B")
+        }
+        self.number = fields.integer(setting, "nblocks", 1)
+
+    def sides(self, path: str) -> list[str]:
+        """For which factors the lists name a module."""
+        return [side for side, names in self._named.items() if names.find(path) is not None]
+
+
+def block_diagonal(module: Module, setting: Blocks) -> BlockDiagonal | LowRank:
+    """BD-LoRA, where `use_bdlora` says that this module has a block-diagonal factor; else plain LoRA."""
+    compact = setting.sides(module.path)
     if not compact:
         return low_rank(module)
     if len(compact) > 1:
@@ -95,17 +113,10 @@ def block_diagonal(module: Module, setting: Mapping[str, Any]) -> BlockDiagonal 
         lora_A=module[A],
         lora_B=module[B],
         alpha=fields.alpha_of(module.config, module.name),
-        blocks=int(fields.number(setting, "nblocks", 1)),
+        blocks=setting.number,
         compact="A" if compact == ["A"] else "B",
         use_rslora=fields.flag(module.config, "use_rslora"),
     )
-
-
-def _names(setting: Mapping[str, Any], field: str, path: str) -> bool:
-    names = setting.get(field) or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise MalformedError("This field must be a list of names.", file=fields.CONFIG_FILE, field=field, value=names)
-    return any(name in path for name in names)
 
 
 def rank_of(update: AbstractUpdate) -> int:

@@ -15,15 +15,14 @@ from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.experts import Layout, Stacked
 from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from loratools.formats.peft import config as fields
-from loratools.formats.peft.patterns import WholeExpression
 from loratools.formats.peft.tuners import lora_forms, multihead
 from loratools.formats.peft.tuners._tuner import Module
+from loratools.formats.peft.tuners.lora_targets import PARAMETERS, Layers, Parameters
 from loratools.tensors import TensorRef
 
 _INNER: Final = ".base_layer"
 _REGISTERED: Final = ("gate_proj", "gate_up_proj", "w1", "w13_weight", "up_proj", "w3", "down_proj", "w2", "w2_weight")
 """Parameters of experts in the order in which the model classes of transformers 5 register them."""
-_PARAMETERS: Final = "target_parameters"
 _MATRIX: Final = 2
 _STACK: Final = 3
 _NUMBER: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)")
@@ -61,34 +60,29 @@ def paths_of(
         shapes: of the base's parameters, where it is known.
 
     Raises:
-        MalformedError: a wrapper is missing, or there are more than parameters.
+        MalformedError: a wrapper is missing, or there are more than parameters; a field is not what it must be.
         UndecidedError: a module has several, and neither the order of their wrappers nor shapes tell which is whose.
     """
-    wanted = _wanted(config)
+    wanted = Parameters(config)
+    if not wanted:
+        return {}
+    layers = Layers(config)
     depths: dict[str, list[str]] = {}
-    for path in modules if wanted else ():
+    for path in modules:
         depths.setdefault(_bare(path), []).append(path)
     found: dict[str, str] = {}
     for module, wrapped in depths.items():
-        parameters = _parameters(module, wanted)
-        if not parameters or _is_layer(module, config) or all(lora_forms.A not in modules[path] for path in wrapped):
+        bare = all(lora_forms.A not in modules[path] for path in wrapped)
+        if bare or not wanted.name(module) or layers.hold(module):
             continue
         ordered = sorted(wrapped, key=len)  # the outermost first
         if any(path != module + _INNER * depth for depth, path in enumerate(ordered)):
             raise MalformedError(
                 "A wrapper between others has no tensors.", fix="The file is incomplete.", module=module
             )
-        chosen = _assigned(module, [modules[path] for path in ordered], parameters, shapes)
+        chosen = _assigned(module, [modules[path] for path in ordered], wanted.of(module), shapes)
         found |= {path: f"{module}.{parameter}" for path, parameter in zip(ordered, chosen, strict=True)}
     return found
-
-
-def _is_layer(module: str, config: Mapping[str, Any]) -> bool:
-    """Whether the module itself is wrapped as a layer: PEFT refuses to do both."""
-    named = config.get("target_modules") or []
-    if isinstance(named, str):
-        return WholeExpression(named, file=fields.CONFIG_FILE, field="target_modules").matches(module)
-    return any(module == name or module.endswith(f".{name}") for name in named if isinstance(name, str))
 
 
 def is_parameter(key_path: str, path: str) -> bool:
@@ -122,15 +116,20 @@ def update(module: Module) -> LowRank | Stacked:
     return Stacked(lora_A=lora_A, lora_B=lora_B, experts=experts, alpha=alpha, use_rslora=rslora, layout=layout)
 
 
-def wrapped_path(path: str, updates: Mapping[str, AbstractUpdate]) -> str:
-    """The path in keys: the inverse of `paths_of`, and of `multihead.path_of` for all others."""
-    if not _is_ours(path, updates[path]):
-        return multihead.wrapped_path(path, updates)
-    module, _, parameter = path.rpartition(".")
-    beside = [name.rpartition(".")[2] for name, each in updates.items()
-              if name.rpartition(".")[0] == module and _is_ours(name, each)]  # fmt: skip
-    ordered = _registered(beside)
-    return module + _INNER * (len(ordered) - 1 - ordered.index(parameter))
+def wrapped_paths(updates: Mapping[str, AbstractUpdate]) -> dict[str, str]:
+    """The paths in keys: the inverse of `paths_of`, and of `multihead.path_of` for all others."""
+    found: dict[str, str] = {}
+    parameters: dict[str, list[str]] = {}
+    for path, update in updates.items():
+        if _is_ours(path, update):
+            module, _, parameter = path.rpartition(".")
+            parameters.setdefault(module, []).append(parameter)
+        else:
+            found[path] = multihead.wrapped_path(path, updates)
+    for module, beside in parameters.items():
+        for depth, parameter in enumerate(reversed(_registered(beside))):
+            found[f"{module}.{parameter}" if module else parameter] = module + _INNER * depth
+    return found
 
 
 def target_fields(
@@ -138,10 +137,11 @@ def target_fields(
 ) -> dict[str, Any]:
     """`target_modules` for layers, of which PEFT wants a list even where there are none, and `target_parameters`."""
     parameters = [path for path in targets if path in updates and _is_ours(path, updates[path])]
-    layers = [path for path in targets if path not in set(parameters)]
+    known = set(parameters)
+    layers = [path for path in targets if path not in known]
     found = fields.target_fields(layers, siblings)
     if parameters:
-        found |= {_PARAMETERS: parameters, "lora_dropout": 0.0} | ({} if layers else {"target_modules": []})
+        found |= {PARAMETERS: parameters, "lora_dropout": 0.0} | ({} if layers else {"target_modules": []})
         found |= _version_fields([updates[path] for path in parameters])
     return found
 
@@ -165,25 +165,10 @@ def _is_ours(path: str, update: AbstractUpdate) -> bool:
     return update.target == "" and not multihead.is_packed(path)
 
 
-def _wanted(config: Mapping[str, Any]) -> list[str]:
-    value = config.get(_PARAMETERS) or []
-    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
-        raise MalformedError(
-            "This field must be a list of names.", file=fields.CONFIG_FILE, field=_PARAMETERS, value=value
-        )
-    return value
-
-
 def _bare(path: str) -> str:
     while path.endswith(_INNER):
         path = path.removesuffix(_INNER)
     return path
-
-
-def _parameters(module: str, wanted: Sequence[str]) -> list[str]:
-    """The parameters that the configuration names of a module, each once."""
-    pairs = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in wanted]
-    return list(dict.fromkeys(last for head, last in pairs if not head or f".{module}".endswith(f".{head}")))
 
 
 def _assigned(
@@ -195,7 +180,7 @@ def _assigned(
     """The parameter of each wrapper, from the outermost: by the order of registration, held against shapes."""
     if len(roles) > len(names):
         raise MalformedError(
-            f"The module has {len(roles)} wrappers, and {_PARAMETERS} names {len(names)} of its parameters.",
+            f"The module has {len(roles)} wrappers, and {PARAMETERS} names {len(names)} of its parameters.",
             module=module,
         )
     known = {name: shape for name in names if (shape := _shape_of(f"{module}.{name}", shapes)) is not None}

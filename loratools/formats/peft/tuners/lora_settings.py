@@ -10,8 +10,9 @@ from loratools.adapters.block_diagonal import BlockDiagonal
 from loratools.adapters.dora import Dora
 from loratools.adapters.experts import Stacked
 from loratools.adapters.grouped import Grouped
-from loratools.errors import UnsupportedError
+from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft.names import Anywhere
 from loratools.formats.peft.tuners import lora_forms
 from loratools.formats.peft.tuners._tuner import Module
 
@@ -37,8 +38,12 @@ def refuse(config: Mapping[str, Any]) -> None:
 
     Raises:
         UnsupportedError: names the setting and the way out.
+        MalformedError: a setting is not what it must be.
     """
     fields.refuse_set(config, _REFUSED_WHEN_SET)
+    blocks = config.get("use_bdlora")
+    if blocks and not isinstance(blocks, Mapping):
+        raise MalformedError("This field must be an object.", file=fields.CONFIG_FILE, field="use_bdlora", value=blocks)
     initialisation = config.get("init_lora_weights")
     if isinstance(initialisation, str) and initialisation.lower().startswith(_REFUSED_INITIALISATIONS):
         raise UnsupportedError(
@@ -104,8 +109,9 @@ def variant_fields(updates: Mapping[str, AbstractUpdate]) -> dict[str, Any]:
 def _require_told_apart(sides: Mapping[str, list[str]], updates: Mapping[str, AbstractUpdate]) -> None:
     """Refuse block-diagonal modules whose names others contain: PEFT would take these for such ones too."""
     for side, names in sides.items():
+        known, named = set(names), Anywhere(names)
         for path in updates:
-            caught = next((name for name in names if name in path and path not in names), None)
+            caught = named.find(path) if path not in known else None
             if caught is not None:
                 raise UnsupportedError(
                     f"PEFT's format cannot hold: {caught} has a block-diagonal lora_{side} and {path} has not, and "
