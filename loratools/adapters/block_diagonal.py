@@ -41,8 +41,11 @@ class BlockDiagonal(AbstractUpdate):
             raise MismatchError(
                 f"A factor of shape {small.shape} cannot be cut into {self.blocks} blocks.", tensor=small.name
             )
-        term = self.terms[0]
-        require_product(term.lora_A, term.lora_B)
+        compact_A = self.compact == "A"
+        require_product(
+            self._whole(self.lora_A) if compact_A else self.lora_A,
+            self.lora_B if compact_A else self._whole(self.lora_B),
+        )
         require_alpha(self.alpha, self.lora_A)
 
     @property

@@ -58,7 +58,7 @@ def _loaded(path: Path, format: str | None, shapes: Mapping[str, tuple[int, ...]
     )
     codec = codec_named(format) if format is not None else detect(contents, file=path.name)
     decoded = codec.decode(contents)
-    report = locate.read_object(locate.report_path(path))
+    report = locate.read_report_of(path)
     return Adapter(
         updates=decoded.updates,
         format=codec.name,

@@ -57,7 +57,7 @@ def _opened(path: Path) -> Checkpoint:
         files=files,
         companions=_companions(directory) if path.is_dir() else (),
         index_name=_index_name(directory, files) if path.is_dir() else None,
-        report=MappingProxyType(locate.read_object(locate.report_path(path))),
+        report=MappingProxyType(locate.read_report_of(path)),
         notes=(*weights.warnings, *_left_aside(path, files)),
         location=str(path),
     )

@@ -18,7 +18,7 @@ from loratools.errors import (
     UsageError,
 )
 from loratools.formats.peft.config import CONFIG_FILE as ADAPTER_CONFIG
-from loratools.storage.strict_json import read_json
+from loratools.storage.strict_json import read_json, read_report
 
 Source = str | os.PathLike[str]
 REPORT_FILE: Final = "loratools.json"
@@ -115,9 +115,16 @@ def read_object(path: Path) -> dict[str, Any]:
         MalformedError: it is not an object, or not even a regular file.
         LoratoolsError: it cannot be read; see `ReadOnlyFile`.
     """
-    if not os.path.lexists(path):
-        return {}
-    document = read_json(path, max_bytes=_MAX_CONFIG_BYTES)
+    return _object(path, read_json(path, max_bytes=_MAX_CONFIG_BYTES)) if os.path.lexists(path) else {}
+
+
+def read_report_of(output: Path) -> dict[str, Any]:
+    """The report of an output of ours, empty where there is none; raises as `read_object`."""
+    path = report_path(output)
+    return _object(path, read_report(path)) if os.path.lexists(path) else {}
+
+
+def _object(path: Path, document: object) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise MalformedError("A JSON object is expected here.", file=path.name)
     return document

@@ -29,6 +29,8 @@ def non_finite_count(tensor: Tensor) -> int:
     """How many entries are NaN or infinite."""
     if tensor.numel() == 0 or not tensor.is_floating_point():
         return 0
+    if tensor.element_size() == 1:
+        tensor = tensor.to(torch.float32)  # exact; torch looks for extremes in no float of eight bits
     low, high = torch.aminmax(tensor)
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return 0

@@ -20,13 +20,12 @@ from loratools.errors import (
 )
 from loratools.storage.files import ReadOnlyFile
 from loratools.storage.hub_files import LocalFile, check_names, left_out_reason
-from loratools.storage.strict_json import read_json
+from loratools.storage.strict_json import read_report
 
 CARD: Final = "README.md"
 REPORT: Final = "loratools.json"
 MAX_SCANNED_BYTES: Final = 1 << 20
 
-_MAX_REPORT_BYTES: Final = 256 << 20
 _WEIGHTS: Final = frozenset({".gguf", ".safetensors"})
 _TEXTS: Final = frozenset({".json", ".md", ".txt"})
 _SECRETS: Final = (
@@ -112,7 +111,7 @@ def check_manifest(directory: Path, files: Sequence[LocalFile]) -> None:
     found = {file.name: file for file in files}
     if REPORT not in found:
         return
-    report = read_json(directory / REPORT, _MAX_REPORT_BYTES)
+    report = read_report(directory / REPORT)
     rows = report.get("files") if isinstance(report, dict) else None
     if not isinstance(rows, list):
         raise MalformedError("This report lists no files.", fix="Write the output again.", file=REPORT)

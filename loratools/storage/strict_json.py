@@ -10,18 +10,25 @@ from typing import Final, NoReturn
 
 from loratools.errors import MalformedError
 from loratools.storage.files import ReadOnlyFile
-from loratools.storage.json_cost import require_affordable
+from loratools.storage.json_cost import MAX_MEMORY, MAX_REPORT_MEMORY, require_affordable
 
 MAX_JSON_BYTES: Final = 16 << 20
+MAX_REPORT_BYTES: Final = 256 << 20
 MAX_JSON_DEPTH: Final = 128
 
 
-def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> object:
+def read_report(path: str | os.PathLike[str]) -> object:
+    """The value in the report of one of our outputs, as `read_json`; it may be larger than other documents."""
+    return read_json(path, MAX_REPORT_BYTES, max_memory=MAX_REPORT_MEMORY)
+
+
+def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES, *, max_memory: int = MAX_MEMORY) -> object:
     """The value in a JSON file, read as `parse_json` does.
 
     Args:
         path: the file.
         max_bytes: largest size in bytes that is read at all.
+        max_memory: bytes that reading it may take.
 
     Raises:
         MalformedError: the file is larger, or is not strict JSON.
@@ -31,10 +38,12 @@ def read_json(path: str | os.PathLike[str], max_bytes: int = MAX_JSON_BYTES) -> 
         _limit_size(file.size, max_bytes, file.label)
         data = bytearray(file.size)
         file.read_into(memoryview(data), 0)
-        return parse_json(data, file=file.label, max_bytes=max_bytes)
+        return parse_json(data, file=file.label, max_bytes=max_bytes, max_memory=max_memory)
 
 
-def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_BYTES) -> object:
+def parse_json(
+    data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_BYTES, max_memory: int = MAX_MEMORY
+) -> object:
     """The value of a strict JSON document.
 
     Python's own reader takes NaN, duplicate keys (the last one silently wins) and unpaired
@@ -45,14 +54,20 @@ def parse_json(data: bytes | bytearray, *, file: str, max_bytes: int = MAX_JSON_
             long, an unpaired surrogate, nested deeper than 128, or larger than `max_bytes`.
     """
     _limit_size(len(data), max_bytes, file)
-    value = decode_json(data, file=file)
+    value = decode_json(data, file=file, max_memory=max_memory)
     refuse_deep(value, file=file)
     return value
 
 
-def decode_json(data: bytes | bytearray, *, file: str, integer: Callable[[str], int | float] = int) -> object:
+def decode_json(
+    data: bytes | bytearray,
+    *,
+    file: str,
+    integer: Callable[[str], int | float] = int,
+    max_memory: int = MAX_MEMORY,
+) -> object:
     """`parse_json` without its limits but that of memory; `integer` reads numbers without fraction and exponent."""
-    require_affordable(data, file=file)
+    require_affordable(data, file=file, most=max_memory)
     try:
         value: object = json.loads(
             str(data, "utf-8"),

@@ -4,6 +4,7 @@ import pytest
 
 from loratools.errors import InputMissingError, MalformedError, UnsupportedError
 from loratools.files import load_adapter, locate, open_checkpoint
+from loratools.verbs.merge import merge
 from tests.tiny import write_adapter, write_checkpoint
 
 
@@ -99,3 +100,22 @@ def test_names_are_base_names(tmp_path, monkeypatch):
     assert load_adapter(".").name == "mine"
     assert load_adapter(f"{adapter}/").name == "mine"
     assert json.loads((adapter / "adapter_config.json").read_text())["r"] == 4
+
+
+def test_a_report_on_a_large_model_is_read(tmp_path):
+    """Rows as a merge writes them, 120 thousand of them: more than other documents may take."""
+    base, adapter = write_checkpoint(tmp_path / "base"), write_adapter(tmp_path / "adapter")
+    merge(base, [adapter], tmp_path / "merged")
+    document = json.loads((tmp_path / "merged" / locate.REPORT_FILE).read_text())
+    names = [f"model.layers.{at // 128}.mlp.experts.{at % 128}.gate_proj" for at in range(120_000)]
+    document["modules"] = [{**document["modules"][0], "module": name} for name in names]
+    row = next(iter(document["base"]["fingerprint"].values()))
+    document["base"]["fingerprint"] = {f"{name}.weight": row for name in names}
+    text = json.dumps(document)
+    for directory in (tmp_path / "merged", adapter):
+        (directory / locate.REPORT_FILE).write_text(text)
+    assert len(open_checkpoint(tmp_path / "merged").report["modules"]) == 120_000
+    assert load_adapter(adapter).provenance == document["base"]
+    (adapter / "adapter_config.json").write_text(text)
+    with pytest.raises(MalformedError, match="bytes of memory"):
+        load_adapter(adapter)

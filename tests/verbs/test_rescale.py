@@ -5,6 +5,7 @@ import torch
 
 from loratools.errors import NonFiniteError, UnsupportedError, UsageError
 from loratools.files import load_adapter
+from loratools.verbs.merge import merge
 from loratools.verbs.rescale import rescale
 from tests.tiny import (
     PREFIX,
@@ -13,11 +14,14 @@ from tests.tiny import (
     Q,
     equal_bits,
     factors,
+    llama,
     lora_tensors,
     normal,
     report_of,
     state,
+    tensors_of,
     write_adapter,
+    write_checkpoint,
 )
 
 
@@ -144,3 +148,26 @@ def test_the_report_and_unknown_fields(tmp_path, source):
     assert report_of(tmp_path / "out") == json.loads(json.dumps(report.to_json()))
     assert report.parameters["by"] == 2
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["a_field_of_2031"] == {"x": 1}
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_factors_of_eight_bits(tmp_path, dtype):
+    """Merged, rescaled and baked as what they stand for in float64; NaN in them is found."""
+    pairs = {path: tuple(each.to(dtype) for each in pair) for path, pair in factors(3).items()}
+    source = write_adapter(tmp_path / "a", lora_tensors(pairs), r=3, lora_alpha=6)
+    tensors = llama(torch.float32)
+    base = write_checkpoint(tmp_path / "base", tensors)
+    for options in ({"by": 3.0}, {"by": -3.0}, {"bake": True}):
+        rescale(source, tmp_path / "b", **options, overwrite=True)
+        merge(base, [source, tmp_path / "b"], tmp_path / "merged", overwrite=True)
+        found = tensors_of(tmp_path / "merged")
+        for path, (A, B) in pairs.items():
+            name = f"{path}.weight"
+            exact = tensors[name].double() + 2.0 * (1.0 + options.get("by", 1.0)) * (B.double() @ A.double())
+            torch.testing.assert_close(found[name].double(), exact, rtol=1e-6, atol=1e-6)
+    broken = pairs[Q][0].clone()
+    broken.view(torch.uint8)[0, 0] = 0x7F
+    tensors = lora_tensors({**pairs, Q: (broken, pairs[Q][1])})
+    source = write_adapter(tmp_path / "c", tensors, r=3, lora_alpha=6)
+    with pytest.raises(NonFiniteError, match="1 of"):
+        merge(base, [source], tmp_path / "not")

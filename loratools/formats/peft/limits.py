@@ -15,6 +15,7 @@ from loratools.errors import MalformedError
 
 _FILE: Final = "adapter_config.json"
 _MAX_RANK: Final = 1 << 20
+_RANKS: Final = ("r", "init_r", "target_r")
 _MAX_KEYS: Final = 1 << 17  # the largest public models have 94 thousand modules
 _DISTRUST: Final = "Do not trust this adapter: get it from its publisher."
 
@@ -23,8 +24,11 @@ def refuse_absurd(config: Mapping[str, Any]) -> None:
     """Raise for a configuration that cannot be meant.
 
     Raises:
-        MalformedError: patterns of more keys than a model has modules, a module to import that holds no model.
+        MalformedError: patterns of more keys than a model has modules, an enormous rank, a module to import that
+            holds no model.
     """
+    for field in _RANKS:
+        _require_rank(config.get(field), field, least=0)  # OFT says 0 where the size of blocks is given
     for field in ("rank_pattern", "alpha_pattern"):
         pattern = config.get(field)
         if isinstance(pattern, Mapping):
@@ -44,13 +48,13 @@ def require_ranks(config: Mapping[str, Any]) -> None:
         _require_rank(value, "rank_pattern")
 
 
-def _require_rank(value: Any, field: str) -> None:
+def _require_rank(value: Any, field: str, least: int = 1) -> None:
     if value is None:
         return
     whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value // 1
-    if not whole or not 1 <= value <= _MAX_RANK:
+    if not whole or not least <= value <= _MAX_RANK:
         raise MalformedError(
-            f"A rank must be an integer from 1 to {_MAX_RANK}.",
+            f"A rank must be an integer from {least} to {_MAX_RANK}.",
             fix="Correct it, or remove the field: the tensors' own rank counts.",
             file=_FILE,
             field=field,

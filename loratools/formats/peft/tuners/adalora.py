@@ -12,12 +12,13 @@ from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate
 from loratools.adapters.adalora import AdaLora
-from loratools.errors import MalformedError
+from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
 
 _DEFAULT_RANK: Final = 12
+_MAX_PATTERN: Final = 1 << 22  # true and false, of which a configuration that is read can have as many
 _ROLES: Final = ("lora_A", "lora_B", "lora_E")
 _REFUSED_WHEN_SET: Final[Mapping[str, str]] = {
     "layer_replication": "layer replication",
@@ -40,7 +41,7 @@ class AdaLoraTuner(AbstractTuner):
     def update(self, module: Module) -> AbstractUpdate:
         """See `AbstractTuner.update`."""
         lora_A, lora_B, lora_E = (module[role] for role in _ROLES)
-        initial = int(fields.number(module.config, "init_r", _DEFAULT_RANK))
+        initial = fields.integer(module.config, "init_r", _DEFAULT_RANK)
         alpha = fields.number(module.config, "lora_alpha", fields.DEFAULT_ALPHA)
         rank = lora_E.shape[0] if lora_E.shape else 0
         claimed = _kept(module, initial)
@@ -76,15 +77,30 @@ class AdaLoraTuner(AbstractTuner):
         """
         held = {path: update for path, update in updates.items() if isinstance(update, AdaLora)}
         initial = fields.one_for_all("init_r", {path: update.ranknum for path, update in held.items()})
-        kept = {f"{path}.lora_E": [index < update.rank for index in range(initial)] for path, update in held.items()}
         return {
             **fields.target_fields(list(updates), siblings),
             "init_r": initial,
             "lora_alpha": fields.tidy(
                 fields.one_for_all("lora_alpha", {path: update.alpha for path, update in held.items()})
             ),
-            "rank_pattern": kept if any(update.rank != initial for update in held.values()) else None,
+            "rank_pattern": _pattern(held, initial),
         }
+
+
+def _pattern(held: Mapping[str, AdaLora], initial: int) -> dict[str, list[bool]] | None:
+    """What pruning kept, module by module; None where it took nothing.
+
+    Raises:
+        UnsupportedError: it would be too long to be read again.
+    """
+    if all(update.rank == initial for update in held.values()):
+        return None
+    if initial * len(held) > _MAX_PATTERN:
+        raise UnsupportedError(
+            f"PEFT's format cannot hold: a rank_pattern of {len(held)} modules with {initial} components each.",
+            fix="Is init_r right?",
+        )
+    return {f"{path}.lora_E": [index < update.rank for index in range(initial)] for path, update in held.items()}
 
 
 def _kept(module: Module, initial: int) -> int:

@@ -11,12 +11,15 @@ from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate
 from loratools.adapters.fourierft import FourierFt
+from loratools.errors import MalformedError
 from loratools.formats.peft import config as fields
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
 
 _SPECTRUM: Final = "fourierft_spectrum"
 _SEED: Final = 777
+_SEEDS: Final = range(-(1 << 63), 1 << 64)
+"""What torch seeds a generator with."""
 _SCALING: Final = 150.0
 
 
@@ -31,7 +34,7 @@ class FourierFtTuner(AbstractTuner):
         """See `AbstractTuner.update`."""
         return FourierFt(
             spectrum=module[_SPECTRUM],
-            seed=fields.integer(module.config, "random_loc_seed", _SEED),
+            seed=_seed(module.config),
             factor=float(fields.number(module.config, "scaling", _SCALING)),
             **module.rest,
         )
@@ -57,3 +60,12 @@ class FourierFtTuner(AbstractTuner):
             ),
             "scaling": fields.one_for_all("scaling", {path: update.factor for path, update in held.items()}),
         }
+
+
+def _seed(config: Mapping[str, Any]) -> int:
+    seed = fields.integer(config, "random_loc_seed", _SEED)
+    if seed not in _SEEDS:
+        raise MalformedError(
+            "This field must be a number of 64 bits.", file=fields.CONFIG_FILE, field="random_loc_seed", value=seed
+        )
+    return seed

@@ -45,7 +45,7 @@ class LoKrTuner(AbstractTuner):
             **tensors,
             alpha=fields.alpha_of(module.config, module.path, "alpha"),
             r=rank,
-            decompose_factor=int(fields.number(module.config, "decompose_factor", -1)),
+            decompose_factor=fields.integer(module.config, "decompose_factor", -1),
             **module.rest,
         )
 

@@ -20,6 +20,8 @@ _R: Final = "oft_R.weight"
 _EMBEDDING_R: Final = "oft_embedding_R.weight"
 _EPS: Final = 6e-5
 _TERMS: Final = 5
+_MAX_TERMS: Final = 1024
+_FIELD: Final = "num_cayley_neumann_terms"
 _SERIES_SINCE: Final = (0, 18)
 
 
@@ -90,7 +92,17 @@ class OftTuner(AbstractTuner):
 
 def _series(config: Mapping[str, Any]) -> int | None:
     neumann = True if config.get("use_cayley_neumann") is None else fields.flag(config, "use_cayley_neumann")
-    return fields.integer(config, "num_cayley_neumann_terms", _TERMS) if neumann else None
+    if not neumann:
+        return None
+    terms = fields.integer(config, _FIELD, _TERMS)
+    if terms > _MAX_TERMS:
+        raise MalformedError(
+            f"A series of more than {_MAX_TERMS} terms cannot be meant.",
+            file=fields.CONFIG_FILE,
+            field=_FIELD,
+            value=terms,
+        )
+    return terms
 
 
 def _numbers(version: Any) -> tuple[int, ...]:
