@@ -9,7 +9,7 @@ from loratools.errors import MalformedError
 MAX_MEMORY: Final = 350_000_000
 """Bytes that one document may take; a header of 200 thousand tensors comes to 300 million by the estimate below."""
 
-MAX_REPORT_MEMORY: Final = 1_000_000_000
+MAX_REPORT_MEMORY: Final = 700_000_000
 """The same for the report of one of our outputs: its row of a tensor says three times as much as a header's."""
 
 _PAIR: Final = 170  # a key of its own, and its place in a dictionary
