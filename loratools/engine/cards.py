@@ -23,11 +23,9 @@ _WORST: Final = 10
 _MAX_ROWS: Final = 20
 _FULL_MODELS: Final = frozenset({"merge", "unmerge"})
 _DONE: Final = {
-    "convert": "rewritten in another format",
     "extract": "extracted from the difference of two checkpoints",
     "merge": "made by adding adapters to a checkpoint",
     "rescale": "made by scaling another adapter",
-    "resize": "made by reducing another adapter to a lower rank",
     "stack": "made by combining adapters",
     "unmerge": "made by taking adapters out of a checkpoint",
 }

@@ -77,8 +77,7 @@ def _stored_apart(pairing: Pairing, wanted: Collection[str]) -> Iterator[Stacked
 def refusal(parameter: str, pair: Pair, module: Module, *, only_low_rank: bool) -> str | None:
     """What a changed parameter of a module is called where no adapter of ours can hold it, or None.
 
-    PEFT loads a vector of every expert beside stacked matrices only below the wrappers of those, under a key such as
-    `experts.base_layer.base_layer.down_proj_bias`, which is not read or written here.
+    A vector of every expert belongs to the module whose stacked matrices PEFT wraps; no key for it is read or written.
     """
     if module.kind not in {"experts", "quantised"} or len(pair.tuned.shape) < _STACKED_AXES - 1:
         return None

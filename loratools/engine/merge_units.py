@@ -161,7 +161,7 @@ def peak_bytes(spec: TensorSpec, change: TensorChange, tiles: int = 1) -> int:
     wanted = tiles + len(change.wholes) + len(change.patches) + 2 * change.actions
     factors = memory.factor_bytes(change.factor_elements)
     if change.at_once:
-        return factors + 8 * spec.numel * (2 + wanted)
+        return factors + 8 * spec.numel * (3 + wanted)
     if change.experts:
         spec = TensorSpec(spec.name, spec.dtype, spec.shape[1:])
     return factors + memory.tile_bytes(spec, wanted)

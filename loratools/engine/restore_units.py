@@ -140,7 +140,7 @@ class RestorePlanner:
             name,
             inputs=(Input("merged", merged.name), Input("base", name)),
             file=file,
-            parameters={**change.parameters(), "foreign": self.foreign},
+            parameters={**change.parameters(), "foreign": self.foreign, "acts": bool(change.actions)},
             read_bytes=merged.nbytes + base.nbytes,
             write_bytes=base.nbytes,
             peak_bytes=peak_bytes(base.spec, change, tiles=3),

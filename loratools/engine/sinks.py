@@ -139,11 +139,6 @@ class AdapterSink(AbstractSink):
         self._lock = threading.Lock()
 
     @property
-    def scratch(self) -> ScratchFile:
-        """Where factors wait."""
-        return self._scratch
-
-    @property
     def adapter(self) -> Adapter:
         """What has come together, in the planned order."""
         updates = {path: self._updates[path] for path in self._order if path in self._updates}

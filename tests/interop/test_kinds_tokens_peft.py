@@ -87,15 +87,21 @@ def require_base_again(base, merged, adapter, tmp_path):
     assert models.tensor_hashes(tmp_path / "back") == models.tensor_hashes(base)
 
 
-@pytest.mark.parametrize("listed", [[3, 7], {"embed_tokens": [3, 7]}, {"embed_tokens": [3, 7], "lm_head": [3, 7]}])
-def test_tokens_of_tied_matrices(tmp_path, tied, listed):
-    """Trained in the embedding, they are trained in the head: both stay one matrix."""
+def merged_and_back(tied, listed, tmp_path, *, stays_tied):
+    """A merge of trained tokens computes what PEFT's unmerged model does, and the base comes back."""
     base, write = tied
     model, adapter = write(config(["q_proj"], trainable_token_indices=listed))
     lt.merge(base, [adapter], tmp_path / "merged")
     require_same_output(model, tmp_path / "merged")
-    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is True
+    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is stays_tied
     require_base_again(base, tmp_path / "merged", adapter, tmp_path)
+    return base, model, adapter
+
+
+@pytest.mark.parametrize("listed", [[3, 7], {"embed_tokens": [3, 7]}, {"embed_tokens": [3, 7], "lm_head": [3, 7]}])
+def test_tokens_of_tied_matrices(tmp_path, tied, listed):
+    """Trained in the embedding, they are trained in the head: both stay one matrix."""
+    base, model, adapter = merged_and_back(tied, listed, tmp_path, stays_tied=True)
     lt.save(lt.load_adapter(adapter), tmp_path / "written")
     written = load_cleanly(models.load(base), tmp_path / "written")
     torch.testing.assert_close(models.output_of(written), models.output_of(model))
@@ -104,12 +110,7 @@ def test_tokens_of_tied_matrices(tmp_path, tied, listed):
 @pytest.mark.parametrize("listed", [{"lm_head": [3, 7]}, {"embed_tokens": [3, 7], "lm_head": [3, 9]}])
 def test_tokens_that_untie(tmp_path, tied, listed):
     """Trained in the head alone, or other ones in the head: PEFT's unmerged model computes with two matrices."""
-    base, write = tied
-    model, adapter = write(config(["q_proj"], trainable_token_indices=listed))
-    lt.merge(base, [adapter], tmp_path / "merged")
-    require_same_output(model, tmp_path / "merged")
-    assert models.config_of(tmp_path / "merged", "config.json")["tie_word_embeddings"] is False
-    require_base_again(base, tmp_path / "merged", adapter, tmp_path)
+    merged_and_back(tied, listed, tmp_path, stays_tied=False)
 
 
 @pytest.mark.parametrize("targets", [["embed_tokens"], None])

@@ -9,7 +9,7 @@ from peft.tuners.lora.config import BdLoraConfig
 from safetensors.torch import load_file, save_file
 
 import loratools as lt
-from loratools.errors import UnsupportedError
+from loratools.errors import MalformedError, UnsupportedError
 from tests import models
 from tests.interop.kinds import Case, config, rewrite
 from tests.tiny import normal
@@ -136,6 +136,19 @@ def test_bases_that_differ_are_named(tmp_path):
     report = lt.stack([case.adapter for case in cases], tmp_path / "sum")
     assert any("different bases" in note for note in report.notes)
     assert not any("different bases" in note for note in lt.stack([cases[0].adapter] * 2, tmp_path / "twice").notes)
+
+
+def test_more_names_than_can_be_told_apart(tmp_path):
+    """Wrappers nested in an unknown order: n! assignments are not tried one by one."""
+    factors = {}
+    for depth in range(12):
+        start = f"{START}experts{'.base_layer' * depth}"
+        factors |= {f"{start}.lora_A.weight": normal(depth, 2, 4), f"{start}.lora_B.weight": normal(depth, 4, 2)}
+    names = [f"experts.p{at}" for at in range(12)]
+    settings = {"r": 2, "lora_alpha": 3, "target_modules": [], "target_parameters": names}
+    adapter = models.write_adapter(tmp_path / "a", factors, settings)
+    with pytest.raises(MalformedError, match="too many to tell"):
+        lt.load_adapter(adapter)
 
 
 def test_the_size_of_trained_tokens(tmp_path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import torch
 
-_OF_CHANGE: Final = 2.0**-13
+_LOST: Final = 64 * 2.0**-24
 
 
 def differing_entries(one: torch.Tensor, other: torch.Tensor) -> int:
@@ -26,11 +26,13 @@ class Difference:
     """How far a merged tensor is from what it should be.
 
     An entry may be off by two units in the last place of the largest of W, W' and what W' should be, since others round
-    ΔW first, and |ΔW| ≤ |W| + |W'|. A merge of which no report of ours says that we made it may have computed ΔW in
-    float32, of factors or of W itself: there an entry may be off by 1/8192 of the largest change around it, too.
+    ΔW first, and |ΔW| ≤ |W| + |W'|. A merge of which no report of ours says that we made it may have been computed in
+    float32: there an entry may be off by 64 roundings of a sum, too, of the largest change around it or, where W itself
+    was summed over (OFT, HRA, DoRA, …), of the largest entry.
     """
 
     foreign: bool
+    acts: bool = False
     entries: int = 0
     most: float = 0.0
     change: float = 0.0
@@ -43,7 +45,8 @@ class Difference:
 
         largest = torch.maximum(torch.maximum(found.abs(), expected.abs()), before.to(expected.dtype).abs())
         change = float((expected.double() - before.double()).abs().max())
-        allowed = 2 * ulp(largest) + (change * _OF_CHANGE if self.foreign else 0.0)
+        summed = max(change, float(largest.max())) if self.acts else change
+        allowed = 2 * ulp(largest) + (_LOST * summed if self.foreign else 0.0)
         off = (found.double() - expected.double()).abs()
         self.entries += int((~(off <= allowed)).sum())
         self.most, self.change = max(self.most, float(off.max())), max(self.change, change)

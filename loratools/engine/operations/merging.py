@@ -133,7 +133,7 @@ def restore(unit: Unit, context: Context) -> Outcome:
         MismatchError: merged is not base + adapters.
     """
     merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
-    difference = Difference(foreign=bool(unit.parameters.get("foreign")))
+    difference = Difference(bool(unit.parameters.get("foreign")), bool(unit.parameters.get("acts")))
     if base.dtype not in COMPUTABLE:
         difference.entries = differing_bytes(merged, _given(unit, context))
         return _restored(unit, base, difference, context)

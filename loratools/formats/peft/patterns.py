@@ -183,10 +183,6 @@ class ModulePattern(Mapping[str, Any]):
         found = self._keys.first(module)
         return module if found is None else found
 
-    def idle(self, modules: Iterable[str]) -> list[str]:
-        """The keys that match none of `modules`; errors as in `key`."""
-        return self._keys.idle(modules)
-
 
 @final
 class WholeExpression:

@@ -7,6 +7,7 @@ PEFT wraps the module once for every parameter, in the order in which the module
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -24,6 +25,7 @@ _INNER: Final = ".base_layer"
 _REGISTERED: Final = ("gate_proj", "gate_up_proj", "w1", "w13_weight", "up_proj", "w3", "down_proj", "w2", "w2_weight")
 """Parameters of experts in the order in which the model classes of transformers 5 register them."""
 _MATRIX: Final = 2
+_MAX_CHOICES: Final = 10_000
 _STACK: Final = 3
 _NUMBER: Final = re.compile(r"(\d+)\.(\d+)(?:\.(\d+))?(.*)")
 _WRITTEN: Final[Mapping[Layout | None, str | None]] = {
@@ -186,6 +188,12 @@ def _assigned(
     known = {name: shape for name in names if (shape := _shape_of(f"{module}.{name}", shapes)) is not None}
     names = [name for name in names if name in known] if known else names
     usual = sorted(names, key=_REGISTERED.index, reverse=True) if set(names) <= set(_REGISTERED) else None
+    if math.perm(len(names), len(roles)) > _MAX_CHOICES:
+        raise MalformedError(
+            f"{PARAMETERS} names {len(names)} parameters of one module: too many to tell whose each wrapper is.",
+            fix="Name what the module has.",
+            module=module,
+        )
     choices = [list(each) for each in itertools.permutations(names, len(roles)) if _fit(each, roles, known)]
     if len(choices) > 1 and usual is not None and len(usual) == len(roles) and usual in choices:
         return usual
