@@ -1,7 +1,12 @@
+import os
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -131,3 +136,20 @@ def test_the_plan_says_the_limit_it_was_made_for(tmp_path, files):
         alone = plan(max_memory=1).bounds.peak_bytes
         limit = (free + alone) // 2
         assert alone <= plan(max_memory=limit).bounds.peak_bytes <= max(limit, alone)
+
+
+def test_a_kind_that_needs_all_of_a_weight_stays_within_its_plan(tmp_path):
+    """FourierFT on a weight of 64 MiB: several of it in float64 at once, and no more than the plan says."""
+    write_checkpoint(tmp_path / "base", {"model.q.weight": torch.ones(4096, 4096)})
+    spectrum = {"base_model.model.model.q.fourierft_spectrum": torch.ones(100)}
+    write_adapter(tmp_path / "a", spectrum, peft_type="FOURIERFT", n_frequency=100, target_modules=["q"])
+    planned = plan_merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "out", threads=1).bounds.peak_bytes
+    script = (
+        "import resource; from loratools.verbs.merge import merge\n"
+        "merge('base', ['a'], 'out', threads=1)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    assert int(done.stdout) <= planned

@@ -102,7 +102,7 @@ class Change:
         """Show a tile of the base to the actions."""
         region = self._region(base, rows)
         for _, source, action in self.actions:
-            action.look(self._matrix(self._own(source, base, rows)), region)
+            action.look(self._matrix(self._own(source, base, rows, base)), region)
 
     def tile(
         self, base: torch.Tensor, rows: tuple[int, int], dtype: torch.dtype, buffer: torch.Tensor | None = None
@@ -111,12 +111,14 @@ class Change:
         from loratools.linalg import round_to
 
         if self.wholes or self.patches or self.actions or self.offsets:
-            total = self.replaced(base, rows)
+            total = replaced = self.replaced(base, rows)
             if self.actions:
-                total = self._acted(total, base, rows)
+                total = self._acted(replaced, base, rows)
             for factor, source, vector, multiplies in self.offsets:
                 piece = vector[slice(*rows)].to(total.device)
-                total = total + factor * ((piece - 1) * self._own(source, base, rows) if multiplies else piece)
+                total = total + factor * (
+                    (piece - 1) * self._own(source, base, rows, replaced) if multiplies else piece
+                )
         else:
             total = base
         if self.products is None:
@@ -144,10 +146,10 @@ class Change:
                 total[index - rows[0]] += weight * (given - before)
         return total
 
-    def _own(self, source: str, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
-        """What one adapter finds: the base with what this adapter itself replaces in it."""
+    def _own(self, source: str, base: torch.Tensor, rows: tuple[int, int], replaced: torch.Tensor) -> torch.Tensor:
+        """What one adapter finds: the base with what this adapter itself replaces in it; `replaced` where none does."""
         if not self.wholes and not self.patches:
-            return base.double()
+            return replaced.double()  # which is no copy where it is float64 already
         wholes = tuple((1.0, *each[1:]) for each in self.wholes if each[1] == source)
         patches = tuple((1.0, *each[1:]) for each in self.patches if each[1] == source)
         return Change(wholes=wholes, patches=patches).replaced(base, rows)
@@ -155,7 +157,7 @@ class Change:
     def _acted(self, replaced: torch.Tensor, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
         region, total = self._region(base, rows), self._matrix(replaced).clone()
         for weight, source, action in self.actions:
-            change = action.change(self._matrix(self._own(source, base, rows)), region)
+            change = action.change(self._matrix(self._own(source, base, rows, replaced)), region)
             total += change if weight == 1 else weight * change
         return (total.T if self.transposed else total).reshape(base.shape)
 
