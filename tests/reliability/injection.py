@@ -165,21 +165,35 @@ class Bench:
     @functools.cache  # noqa: B019  (lives as long as the session's fixture)
     def survey(self, scene):
         """Every call that the scene's command makes on its way, and what is there before and after."""
-        place, log = self.place(), self._root / "log"
+        place = self.place()
         old = prepare(scene, self.inputs.home, place)
+        calls, new = self._calls(scene, place), outputs(place)
+        shutil.rmtree(place)
+        return tuple(calls), old, new
+
+    def calls(self, scene):
+        """Every call of another run, in order."""
+        place = self.place()
+        prepare(scene, self.inputs.home, place)
+        calls = self._calls(scene, place)
+        shutil.rmtree(place)
+        return calls
+
+    def _calls(self, scene, place):
+        log = self._root / "log"
         trace = self.trace(scene, place, log)
         numbers = dict(json.loads(log.read_text())["threads"])
         calls, counts = [], {}
         for line in trace.splitlines():
             if (found := _STARTS.match(line)) is None:
                 continue
+            if f'"{log}"' in line:  # the command is over
+                break
             thread, name = numbers.get(int(found[1]), 0), found[2]
             counts[thread, name] = counts.get((thread, name), 0) + 1
             if _is_ours(name, found[3], place):
                 calls.append(Call(thread, name, counts[thread, name], found[3]))
-        new = outputs(place)
-        shutil.rmtree(place)
-        return tuple(calls), old, new
+        return calls
 
     def trace(self, scene, place, log=None):
         """Every call that matters of a run in `place`, as strace tells it."""

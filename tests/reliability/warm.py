@@ -4,11 +4,14 @@
 
 It reads one JSON request per line and answers each with one. A fork runs the entry point of the real command, and may
 be watched by strace: as a whole, or one thread of it, by the order in which threads are started (the main one is 0);
-strace counts calls per thread, so that only this reaches every call of every thread. Without strace it may be
+strace counts calls per thread, so that only this reaches every call of every thread. Under strace the threads of a
+pool take tasks in turn, so that every run makes the same calls in the same threads. Without strace it may be
 interrupted before its n-th line.
 """
 
+import concurrent.futures as cf
 import ctypes
+import itertools
 import json
 import os
 import signal
@@ -58,6 +61,33 @@ def number_threads(wanted, pipe):
 
     threading.Thread.start, threading.Thread.run = numbered_start, numbered_run
     return seen
+
+
+class Turns(cf.Executor):
+    """A pool whose task number n is its worker n's, modulo their number: not whoever is idle first.
+
+    Which of a real pool's threads takes a task, and how many threads there are at all, is a matter of microseconds.
+    """
+
+    def __init__(self, max_workers, thread_name_prefix=""):
+        self._workers = [cf.ThreadPoolExecutor(1, thread_name_prefix) for _ in range(max_workers)]
+        self._turns = itertools.cycle(self._workers)
+
+    def submit(self, task, /, *arguments, **named):
+        return next(self._turns).submit(task, *arguments, **named)
+
+    def shutdown(self, wait=True, *, cancel_futures=False):
+        for worker in self._workers:
+            worker.shutdown(wait=False, cancel_futures=cancel_futures)
+        for worker in self._workers:
+            worker.shutdown(wait=wait)
+
+
+def take_turns():
+    """Have every pool of the package be one of turns."""
+    for name, module in tuple(sys.modules.items()):
+        if name.startswith("loratools.") and vars(module).get("ThreadPoolExecutor") is cf.ThreadPoolExecutor:
+            module.ThreadPoolExecutor = Turns
 
 
 def interrupt_before_line(wanted, number, log):
@@ -110,6 +140,7 @@ def child(request, barrier, pipe):
             os.setresuid(user, user, user)
         count, threads = [0], []
         if request.get("strace"):
+            take_turns()
             threads = number_threads(request["thread"], pipe)
             if not request["thread"]:
                 wait_for_tracer(pipe)
@@ -117,10 +148,10 @@ def child(request, barrier, pipe):
             count = interrupt_before_line(request["line"], request["signal"], request["log"])
         code = entry_point(request["arguments"])
         sys.settrace(None)
-        if request.get("survey"):
-            Path(request["log"]).write_text(json.dumps({"threads": threads, "lines": count[0]}), encoding="ascii")
         sys.stdout.flush()
         sys.stderr.flush()
+        if request.get("survey"):  # the last thing: what comes after the log was opened is no call of the command
+            Path(request["log"]).write_text(json.dumps({"threads": threads, "lines": count[0]}), encoding="ascii")
     finally:
         os._exit(code)
 
