@@ -12,7 +12,9 @@ from loratools.errors import MalformedError
 from loratools.formats import Contents
 from loratools.formats.peft.codec import PeftCodec
 from loratools.formats.peft.names import Anywhere, Endings
+from loratools.formats.peft.tuners.lora_parameters import Known
 from loratools.formats.peft.tuners.lora_targets import Layers, Parameters
+from loratools.formats.peft.tuners.tokens import Listed
 from loratools.tensors import in_memory
 from tests.tiny import PREFIX, normal
 
@@ -52,7 +54,21 @@ CASES = {
         products([*PATHS, *(path.rpartition(".")[0] for path in STACKS)]),
         {**LORA, "target_modules": PATHS, "target_parameters": STACKS},
     ),
+    "trained tokens beside lora": (
+        products(["q"]) | {f"{path}.token_adapter.trainable_tokens_delta": WIDE for path in PATHS},
+        {**LORA, "target_modules": ["q"], "trainable_token_indices": {path: [1, 3] for path in PATHS}},
+    ),
+    "trained tokens alone": (
+        {f"{path}.trainable_tokens_delta": WIDE for path in PATHS},
+        {"peft_type": "TRAINABLE_TOKENS", "target_modules": PATHS, "token_indices": [1, 3]},
+    ),
+    "parameters of a known base": (
+        products([path.rpartition(".")[0] for path in STACKS]),
+        {**LORA, "target_modules": [], "target_parameters": STACKS},
+    ),
 }  # fmt: skip
+SHAPES = {"parameters of a known base": {f"base.{path}": (4, 2) for path in (*PATHS, *STACKS)}}
+"""Of the base's parameters, under names that differ by a prefix."""
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -61,12 +77,12 @@ def test_many_modules_are_read_and_written_in_little_time(name):
     kinds = {shape: normal(1, *shape) for shape in set(shapes.values())}
     tensors = {PREFIX + key: in_memory(PREFIX + key, kinds[shape]) for key, shape in shapes.items()}
     start = time.thread_time()
-    decoded = CODEC.decode(Contents(tensors, config))
+    decoded = CODEC.decode(Contents(tensors, config, shapes=SHAPES.get(name, {})))
     encoded = CODEC.encode(Adapter(decoded.updates, config=config))
     assert time.thread_time() - start < SECONDS
     assert encoded.tensors.keys() == tensors.keys()
     written = next(json.loads(text) for text in encoded.texts.values())
-    for field in ("modules_to_save", "feedforward_modules", "target_parameters"):
+    for field in ("modules_to_save", "feedforward_modules", "target_parameters", "trainable_token_indices"):
         assert written.get(field) == config.get(field)
 
 
@@ -99,6 +115,25 @@ def test_the_parameters_of_a_module(names, module):
 def test_the_modules_that_are_layers(names, module):
     expected = any(module == name or module.endswith(f".{name}") for name in names)
     assert Layers({"target_modules": names}).hold(module) == expected
+
+
+@given(st.dictionaries(TEXTS, st.integers(0, 1), max_size=8), TEXTS)
+def test_the_tokens_that_are_listed_of_a_module(lists, path):
+    values = [value for name, value in lists.items() if path.endswith(name)]
+    if len(set(values)) > 1:
+        with pytest.raises(MalformedError, match="which list other tokens"):
+            Listed(lists).of(path)
+    else:
+        assert Listed(lists).of(path) == next(iter(values), None)
+
+
+@given(st.lists(TEXTS, max_size=8), TEXTS)
+def test_the_shape_of_a_parameter(names, path):
+    """Its own name's; else that of the only name that is longer or shorter by a prefix."""
+    shapes = {name: (at,) for at, name in enumerate(names)}
+    others = [name for name in shapes if name.endswith(f".{path}") or path.endswith(f".{name}")]
+    expected = shapes.get(path, shapes[others[0]] if len(others) == 1 else None)
+    assert Known(shapes).of(path) == expected
 
 
 @pytest.mark.parametrize("value", [True, 1, 1.5, {"q": 1}])

@@ -6,12 +6,14 @@ counted to `counts/crashes.json`.
 
 import collections
 import random
+import threading
 
 import pytest
 
 from tests.reliability import counts
 from tests.reliability.injection import strace_version
 from tests.reliability.scenes import SCENES, named
+from tests.reliability.warm import Turns
 
 SAMPLE = 40
 
@@ -55,6 +57,15 @@ def tried(bench, scene, point, number):
         if reached:
             return found, ended
     return "not reached", None
+
+
+def test_a_pool_of_turns():
+    """However quick its tasks are, each is its own worker's: the first of a real pool would take them all."""
+    with Turns(3) as pool:
+        idents = [pool.submit(threading.get_ident).result() for _ in range(6)]
+        assert list(pool.map(abs, [-1, 2])) == [1, 2]
+    assert len(set(idents)) == 3
+    assert idents[:3] == idents[3:]
 
 
 @pytest.mark.slow

@@ -6,10 +6,9 @@ Specification: the checkpoint format page of PEFT's documentation
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -18,7 +17,7 @@ from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats._codec import AbstractCodec, Contents, Decoded, Encoded
 from loratools.formats.peft import config as fields
 from loratools.formats.peft import keys, limits
-from loratools.formats.peft.names import Endings
+from loratools.formats.peft.names import Endings, begins_another
 from loratools.formats.peft.patterns import prepared
 from loratools.formats.peft.tuners import TUNERS, AbstractTuner, Module, tuner_of
 from loratools.tensors import TensorRef
@@ -254,13 +253,9 @@ def _saved_modules(adapter: Adapter, siblings: Collection[str]) -> list[str]:
     if not siblings:
         candidates = [path for path in candidates if named.end(path)]
     names, turned = sorted(known), sorted(name[::-1] for name in known)
-    return [path for path in candidates if not _begins(f"{path}.", names) and not _begins(path[::-1], turned)]
-
-
-def _begins(start: str, names: Sequence[str]) -> bool:
-    """Whether `start` begins one of the sorted names other than itself."""
-    following = bisect.bisect_right(names, start)
-    return following < len(names) and names[following].startswith(start)
+    return [
+        path for path in candidates if not begins_another(f"{path}.", names) and not begins_another(path[::-1], turned)
+    ]
 
 
 def _config(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, final
 
 from loratools.errors import MalformedError
@@ -53,6 +53,12 @@ class Anywhere:
             return next((name for name in self._names if name in path), None)
         starts = (_start(self._names, path[at : at + self._longest]) for at in range(len(path) + 1))
         return next((name for name in starts if name is not None), None)
+
+
+def begins_another(start: str, names: Sequence[str]) -> bool:
+    """Whether `start` begins one of the sorted names other than itself."""
+    following = bisect.bisect_right(names, start)
+    return following < len(names) and names[following].startswith(start)
 
 
 def _shortest(names: Iterable[str]) -> list[str]:

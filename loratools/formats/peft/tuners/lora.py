@@ -61,6 +61,7 @@ class LoraTuner(AbstractTuner):
 
     def prepared(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """See `AbstractTuner.prepared`."""
+        config = tokens.prepared(config, tokens.LORA_FIELD)
         setting = config.get("use_bdlora")
         return {**config, "use_bdlora": lora_forms.Blocks(setting)} if isinstance(setting, Mapping) else config
 
@@ -81,7 +82,7 @@ class LoraTuner(AbstractTuner):
     def update(self, module: Module) -> AbstractUpdate:
         """See `AbstractTuner.update`."""
         if tokens.LORA_ROLE in module.roles:
-            return tokens.update(module, tokens.LORA_ROLE, module.config.get("trainable_token_indices"))
+            return tokens.update(module, tokens.LORA_ROLE, module.config.get(tokens.LORA_FIELD))
         if module.config.get("lora_alpha") is None:
             module.notes.append(
                 f"{fields.CONFIG_FILE} has no lora_alpha; PEFT's default of {fields.DEFAULT_ALPHA} is taken."

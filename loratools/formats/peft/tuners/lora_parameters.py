@@ -6,16 +6,18 @@ PEFT wraps the module once for every parameter, in the order in which the module
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, final
 
 from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.experts import Layout, Stacked
 from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft.patterns import suffixes
 from loratools.formats.peft.tuners import lora_forms, multihead
 from loratools.formats.peft.tuners._tuner import Module
 from loratools.formats.peft.tuners.lora_targets import PARAMETERS, Layers, Parameters
@@ -72,6 +74,7 @@ def paths_of(
     depths: dict[str, list[str]] = {}
     for path in modules:
         depths.setdefault(_bare(path), []).append(path)
+    known = Known(shapes)
     found: dict[str, str] = {}
     for module, wrapped in depths.items():
         bare = all(lora_forms.A not in modules[path] for path in wrapped)
@@ -82,7 +85,7 @@ def paths_of(
             raise MalformedError(
                 "A wrapper between others has no tensors.", fix="The file is incomplete.", module=module
             )
-        chosen = _assigned(module, [modules[path] for path in ordered], wanted.of(module), shapes)
+        chosen = _assigned(module, [modules[path] for path in ordered], wanted.of(module), known)
         found |= {path: f"{module}.{parameter}" for path, parameter in zip(ordered, chosen, strict=True)}
     return found
 
@@ -177,7 +180,7 @@ def _assigned(
     module: str,
     roles: Sequence[Mapping[str, TensorRef]],
     names: Sequence[str],
-    shapes: Shapes,
+    shapes: Known,
 ) -> list[str]:
     """The parameter of each wrapper, from the outermost: by the order of registration, held against shapes."""
     if len(roles) > len(names):
@@ -185,7 +188,7 @@ def _assigned(
             f"The module has {len(roles)} wrappers, and {PARAMETERS} names {len(names)} of its parameters.",
             module=module,
         )
-    known = {name: shape for name in names if (shape := _shape_of(f"{module}.{name}", shapes)) is not None}
+    known = {name: shape for name in names if (shape := shapes.of(f"{module}.{name}")) is not None}
     names = [name for name in names if name in known] if known else names
     usual = sorted(names, key=_REGISTERED.index, reverse=True) if set(names) <= set(_REGISTERED) else None
     if math.perm(len(names), len(roles)) > _MAX_CHOICES:
@@ -214,12 +217,23 @@ def _assigned(
     )
 
 
-def _shape_of(path: str, shapes: Shapes) -> tuple[int, ...] | None:
-    """The base's shape of a parameter; names may differ by a prefix."""
-    if path in shapes:
-        return shapes[path]
-    found = [shape for name, shape in shapes.items() if name.endswith(f".{path}") or path.endswith(f".{name}")]
-    return found[0] if len(found) == 1 else None
+@final
+class Known:
+    """The base's shapes of parameters, ready for many; names may differ by a prefix."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        self._shapes = shapes
+        self._turned = sorted(name[::-1] for name in shapes)
+
+    def of(self, path: str) -> tuple[int, ...] | None:
+        """The shape of a parameter: of its name, else of the only one whose name ends so or that ends this one."""
+        if path in self._shapes:
+            return self._shapes[path]
+        found = [end for end in suffixes(path) if end in self._shapes]
+        start = f".{path}"[::-1]
+        at = bisect.bisect_left(self._turned, start)
+        found += [turned[::-1] for turned in self._turned[at : at + 2] if turned.startswith(start)]
+        return self._shapes[found[0]] if len(found) == 1 else None
 
 
 def _fit(names: Iterable[str], roles: Sequence[Mapping[str, TensorRef]], known: Shapes) -> bool:

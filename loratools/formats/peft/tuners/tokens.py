@@ -6,15 +6,18 @@ Despite its name, `trainable_tokens_delta` holds the new rows themselves (`peft/
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Final
+from typing import Any, Final, final
 
 from loratools.adapters import AbstractUpdate, Full, RowPatch
 from loratools.errors import MalformedError, MismatchError, UnsupportedError
 from loratools.formats.peft import config as fields
+from loratools.formats.peft.names import begins_another
+from loratools.formats.peft.patterns import suffixes
 from loratools.formats.peft.tuners._tuner import AbstractTuner, Module
 from loratools.tensors import TensorRef
 
 LORA_ROLE: Final = "token_adapter.trainable_tokens_delta"
+LORA_FIELD: Final = "trainable_token_indices"
 ROLE: Final = "trainable_tokens_delta"
 
 
@@ -25,6 +28,10 @@ class TrainableTokensTuner(AbstractTuner):
     roles = (ROLE,)
     holds_biases = False
     tells_orientation = False
+
+    def prepared(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """See `AbstractTuner.prepared`."""
+        return prepared(config, "token_indices")
 
     def update(self, module: Module) -> AbstractUpdate:
         """See `AbstractTuner.update`."""
@@ -45,7 +52,8 @@ class TrainableTokensTuner(AbstractTuner):
         """See `AbstractTuner.kept_fields`: what was not targeted was stored since it is tied, and stays so."""
         named = config.get("target_modules")
         names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
-        found = [path for path in updates if any(isinstance(name, str) and _ends(path, name) for name in names)]
+        known = {name for name in names if isinstance(name, str)}
+        found = [path for path in updates if any(end in known for end in suffixes(path))]
         return {"target_modules": found} if found else {}
 
     def holds(self, update: AbstractUpdate) -> bool:
@@ -64,8 +72,35 @@ class TrainableTokensTuner(AbstractTuner):
         return {**fields.target_fields(list(updates), siblings), "token_indices": list(next(iter(lists), ()))}
 
 
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
+@final
+class Listed:
+    """Indices by module name, ready for many modules: PEFT looks for names that end a path, at a dot or not."""
+
+    def __init__(self, lists: Mapping[str, object]) -> None:
+        self._lists = {str(name): value for name, value in lists.items()}
+        self._lengths = sorted({len(name) for name in self._lists})
+
+    def of(self, path: str) -> object:
+        """What is listed for a module; None where nothing is.
+
+        Raises:
+            MalformedError: several names end its path, with other lists.
+        """
+        ends = (path[len(path) - length :] for length in self._lengths if length <= len(path))
+        found = {name: self._lists[name] for name in ends if name in self._lists}
+        if any(value != next(iter(found.values())) for value in found.values()):
+            raise MalformedError(
+                f"The module's path ends with each of {', '.join(found)}, which list other tokens.",
+                file=fields.CONFIG_FILE,
+                module=path,
+            )
+        return next(iter(found.values()), None)
+
+
+def prepared(config: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """The configuration with the indices in `field` ready for many modules, where they are listed by module."""
+    lists = config.get(field)
+    return {**config, field: Listed(lists)} if isinstance(lists, Mapping) else config
 
 
 def are_all_of(update: AbstractUpdate) -> bool:
@@ -87,8 +122,8 @@ def update(module: Module, role: str, listed: object) -> Full:
             "Trained tokens of a module that has a low-rank update too are not read.", module=module.path
         )
     rows = module[role]
-    if isinstance(listed, Mapping):
-        listed = _of_name(listed, module.path)
+    if isinstance(listed, Listed):
+        listed = listed.of(module.path)
     if not isinstance(listed, list) or not all(type(index) is int and index >= 0 for index in listed):
         raise MalformedError(
             "The configuration does not list the rows of these trained tokens.",
@@ -105,22 +140,6 @@ def update(module: Module, role: str, listed: object) -> Full:
     return Full(patches={"weight": RowPatch(tuple(listed), rows)}, shared=True, **rest)
 
 
-def _of_name(listed: Mapping[str, object], path: str) -> object:
-    """What a configuration lists for a module, whose path ends with a name as plain text, as in PEFT.
-
-    Raises:
-        MalformedError: several names do, with other lists.
-    """
-    found = {name: value for name, value in listed.items() if path.endswith(str(name))}
-    if any(value != next(iter(found.values())) for value in found.values()):
-        raise MalformedError(
-            f"The module's path ends with each of {', '.join(map(str, found))}, which list other tokens.",
-            file=fields.CONFIG_FILE,
-            module=path,
-        )
-    return next(iter(found.values()), None)
-
-
 def lora_fields(updates: Mapping[str, AbstractUpdate], siblings: Collection[str]) -> dict[str, Any]:
     """What `LoraConfig` says of them; left out where there are none, so that older PEFT reads it too.
 
@@ -128,10 +147,12 @@ def lora_fields(updates: Mapping[str, AbstractUpdate], siblings: Collection[str]
         UnsupportedError: PEFT, which takes each module whose path ends with a name, would take another one too.
     """
     listed = {path: list(each.patches["weight"].indices) for path, each in updates.items() if "weight" in each.patches}
+    known = {*siblings, *listed} if listed else ()
+    turned = sorted(path[::-1] for path in known)
     for name in listed:
-        caught = next((path for path in (*siblings, *listed) if path != name and path.endswith(name)), None)
-        if caught is not None:
+        if begins_another(name[::-1], turned):
+            caught = min(path for path in known if path != name and path.endswith(name))
             raise UnsupportedError(
                 f"PEFT's format cannot hold: trained tokens of {name}, since it would take {caught} for it too."
             )
-    return {"trainable_token_indices": listed} if listed else {}
+    return {LORA_FIELD: listed} if listed else {}
