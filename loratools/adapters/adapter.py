@@ -7,11 +7,13 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Final
 
 from loratools.adapters import algebra
 from loratools.adapters.updates import AbstractUpdate
 from loratools.errors import MismatchError, UsageError
+
+_HUB_NAME: Final = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -130,6 +132,12 @@ def combined(adapters: list[Adapter], weights: list[float]) -> Adapter:
         location=None,
         notes=tuple(dict.fromkeys(note for adapter in adapters for note in adapter.notes)),
     )
+
+
+def hub_name(name: object) -> str | None:
+    """`name` where it has the form of a repository on the Hub, `owner/name` or `name`; None for a path, or no text."""
+    found = _HUB_NAME.fullmatch(name) if isinstance(name, str) and ".." not in name else None
+    return found[0] if found else None
 
 
 def merged_config(adapters: Sequence[Adapter]) -> Mapping[str, Any]:

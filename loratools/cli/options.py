@@ -80,7 +80,13 @@ COMMON: Final = (
     click.Option(
         ["--json"], is_flag=True, expose_value=False, callback=_flag("json"), help="One JSON document on stdout."
     ),
-    click.Option(["-q"], is_flag=True, expose_value=False, callback=_flag("quiet"), help="No progress, no report."),
+    click.Option(
+        ["-q"],
+        is_flag=True,
+        expose_value=False,
+        callback=_flag("quiet"),
+        help="No progress, no report of what was written.",
+    ),
     click.Option(
         ["--debug"], is_flag=True, expose_value=False, callback=_flag("debug"), help="Show a traceback with an error."
     ),

@@ -9,17 +9,18 @@ from types import MappingProxyType
 from typing import Any, Final, TypeVar
 
 from loratools.adapters import Adapter, LowRank, Selection
-from loratools.adapters.adapter import merged_config, merged_provenance
-from loratools.adapters.algebra import of_one_kind
+from loratools.adapters.adapter import hub_name, merged_config, merged_provenance
+from loratools.adapters.algebra import of_one_kind, summed
 from loratools.engine import planning
 from loratools.engine.changes import source_id
 from loratools.engine.execute import Execution, execute
-from loratools.engine.operations.deriving import LEFT_OUT
+from loratools.engine.operations.deriving import LEFT_OUT, require_alpha
 from loratools.engine.plan import Input, Plan, Unit
 from loratools.engine.planning import Run
 from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
+from loratools.errors import UnsupportedError
 from loratools.files.locate import Source, require_directory_name
 from loratools.formats import codec_named
 
@@ -31,6 +32,7 @@ RULES: Final = {
     "restate": "alpha becomes the given number and lora_B takes the quotient",
     "dtype": "a factor keeps its dtype where the multiplication is exact in it (a power of two), else float32",
 }
+_NAMED: Final = 5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +91,7 @@ def plan_of(request: Request, run: Run) -> Plan:
     paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
     selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))
     chosen = set(selection.selected(paths))
+    _refuse(request, [path for path in paths if path in chosen])
     products = _products(request, chosen)
     units = [
         unit
@@ -130,6 +133,34 @@ def _notes(request: Request) -> Iterator[str]:
         yield f"The inputs are {', '.join(sorted(formats))}; the output is peft."
     if len({adapter.base_model for adapter in request.adapters if adapter.base_model}) > 1:
         yield "The adapters name different bases; the output names the first one's."
+    for adapter in request.adapters:
+        if adapter.base_model and not hub_name(adapter.base_model):
+            yield f"{adapter.name} names its base by a path, which means nothing elsewhere: it is left out."
+
+
+def _refuse(request: Request, paths: Sequence[str]) -> None:
+    """Refuse what cannot be done, with all modules that the same reason holds for.
+
+    Raises:
+        UnsupportedError: a sum, a multiple or another alpha that a kind of update does not have.
+    """
+    refused: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        held = [
+            (weight, adapter[path])
+            for weight, adapter in zip(request.weights, request.adapters, strict=True)
+            if path in adapter
+        ]
+        try:
+            update = summed(path, held)
+            if request.alpha != "keep":
+                require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
+        except UnsupportedError as error:
+            refused.setdefault((error.what, error.fix), []).append(path)
+    for (what, fix), modules in refused.items():
+        first, more = ", ".join(modules[:_NAMED]), len(modules) - _NAMED
+        where = {"modules": f"{first} and {more} more"} if more > 0 else {"modules": first}
+        raise UnsupportedError(what, fix=fix, **({"module": first} if len(modules) == 1 else where))
 
 
 def _products(request: Request, chosen: Collection[str]) -> bool:
@@ -185,6 +216,7 @@ def _template(request: Request) -> Adapter:
         first,
         updates={},
         format=_format(request),
+        base_model=next((name for each in request.adapters if (name := hub_name(each.base_model))), None),
         config=merged_config(request.adapters),
         provenance=merged_provenance(list(request.adapters)),
     )

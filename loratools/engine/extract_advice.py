@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from loratools.adapters import Adapter, LowRank
 from loratools.adapters.experts import Stacked
+from loratools.adapters.selection import matches_any
 from loratools.checkpoints import Checkpoint
 from loratools.checkpoints.renamed import is_renamed
 from loratools.engine import low_rank_forms
+from loratools.engine.context import Outcome
 from loratools.engine.pairing import Pairing
 
 
@@ -21,6 +26,20 @@ def beforehand(tuned: Checkpoint, format: str) -> tuple[str, ...]:
         "the adapter as it is."
     )
     return (note,)
+
+
+def without_effect(options: Mapping[str, Any], outcomes: Sequence[Outcome]) -> list[str]:
+    """Which options have changed nothing, and why."""
+    notes = []
+    rank, cap = options.get("rank"), options.get("max_rank")
+    if isinstance(rank, int) and isinstance(cap, int) and rank > cap:
+        notes.append(f"The rank is {rank} as asked for: --max-rank ({cap}) caps only ranks that a rule chooses.")
+    for pattern in options["save_full"]:
+        held = [outcome for outcome in outcomes if matches_any((pattern,), outcome.target)]
+        fates = [fate for each in held for facts in ("fates", "tensors") for fate in each.facts.get(facts, {}).values()]
+        if fates and set(fates) <= {"identical", "equal in value"}:
+            notes.append(f"--save-full {pattern} matches only what has not changed: nothing is stored for it.")
+    return notes
 
 
 def advice(pairing: Pairing, adapter: Adapter | None) -> list[str]:

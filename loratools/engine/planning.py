@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -19,6 +20,8 @@ from loratools.errors import UsageError
 from loratools.files import files_behind
 from loratools.files.locate import readable
 from loratools.storage.outputs import OutputDirectory, OutputFiles
+
+_DEVICE: Final = re.compile(r"auto|cpu|mps|cuda(?::\d{1,3})?", re.ASCII)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,6 +41,11 @@ class Run:
     threads: int | None = None
     device: str = "auto"
     listener: Listener = ignore
+
+    def __post_init__(self) -> None:
+        """Raise UsageError for a device that no machine has, before anything is read."""
+        if not _DEVICE.fullmatch(self.device):
+            raise UsageError("There is no such device.", fix="Give auto, cpu, cuda, cuda:N or mps.", device=self.device)
 
     def settings(self, *, computes: bool = True) -> Settings:
         """The executor's settings.
@@ -65,8 +73,8 @@ def device(name: str) -> str:
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     family, _, index = name.partition(":")
     available = torch.cuda.is_available() if family == "cuda" else torch.backends.mps.is_available()
-    if family not in {"cuda", "mps"} or not available or (index and not index.isdigit()):
-        raise UsageError("This device is not available here.", fix="Use --device cpu.", device=name)
+    if not available:
+        raise UsageError("This device is not available here.", fix="Use --device cpu or auto.", device=name)
     return f"{family}:{index or 0}" if family == "cuda" else family
 
 

@@ -44,7 +44,9 @@ def open_checkpoint(source: locate.Source | Checkpoint) -> Checkpoint:
 
 def _opened(path: Path) -> Checkpoint:
     if path.is_dir() and locate.kind_of(path) == "adapter":
-        raise MalformedError("This directory holds an adapter, not a checkpoint.", path=path)
+        raise MalformedError(
+            "This directory holds an adapter, not a checkpoint.", fix="Name a checkpoint here.", path=path
+        )
     weights = open_weights(path, locate.MODEL_STEMS)
     directory = path if path.is_dir() else path.parent
     configs = [config for config in [directory / "config.json"] if config.is_file()]

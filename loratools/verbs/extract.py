@@ -14,7 +14,7 @@ from loratools.engine import planning
 from loratools.engine.cards import is_hub_id
 from loratools.engine.context import Outcome
 from loratools.engine.execute import Execution, execute
-from loratools.engine.extract_advice import advice, beforehand
+from loratools.engine.extract_advice import advice, beforehand, without_effect
 from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
@@ -230,7 +230,8 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
     none = () if execution.adapter else ("Nothing that the adapter may hold has changed: it is empty.",)
-    found = [*none, *_findings(modules), *advice(prepared.planner.pairing, execution.adapter)]
+    found = [*none, *_findings(modules), *without_effect(prepared.plan.options, outcomes)]
+    found += advice(prepared.planner.pairing, execution.adapter)
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),
         parameters=prepared.plan.options,

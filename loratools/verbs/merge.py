@@ -20,7 +20,7 @@ from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.vocabulary import lengthened
 from loratools.errors import UsageError
 from loratools.files import load_adapter, open_checkpoint
-from loratools.files.locate import Source
+from loratools.files.locate import Source, kind_of
 from loratools.tensors import COMPUTABLE
 
 if TYPE_CHECKING:
@@ -109,6 +109,17 @@ def merge(
     )
 
 
+def _require_order(base: Source | Checkpoint, adapters: Sequence[Source | Adapter]) -> None:
+    """Refuse an adapter where the base belongs if the base stands where adapters do."""
+    named = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
+    if isinstance(base, Checkpoint) or not Path(base).is_dir() or kind_of(base) != "adapter":
+        return
+    swapped = next((each for each in named if Path(each).is_dir() and kind_of(each) == "checkpoint"), None)
+    if swapped is not None:
+        order = f"`loratools merge {Path(swapped).name} {Path(base).name}`"
+        raise UsageError("The base comes first, then the adapters.", fix=f"Turn them round: {order}.", adapter=base)
+
+
 def _prepare(  # noqa: PLR0917
     base: Source | Checkpoint,
     adapters: Sequence[Source | Adapter],
@@ -118,8 +129,10 @@ def _prepare(  # noqa: PLR0917
     max_shard_size: int | None,
     run: Run,
 ) -> _Prepared:
+    given = planning.as_list(adapters)
+    _require_order(base, given)
     checkpoint = open_checkpoint(base)
-    loaded = [lengthened(load_adapter(adapter, base=checkpoint), checkpoint) for adapter in planning.as_list(adapters)]
+    loaded = [lengthened(load_adapter(adapter, base=checkpoint), checkpoint) for adapter in given]
     wanted = planning.dtype_named(dtype)
     factors = planning.weights_for(len(loaded), weights)
     if not loaded and wanted is None and max_shard_size is None:

@@ -49,15 +49,35 @@ def _with_alpha(target: str, update: AbstractUpdate, alpha: float | None, contex
         return _restated(target, update, alpha, context)
     if not update.changes_weight or (alpha is None and update.divisor is None and update.scaling == 1):
         return update
+    require_alpha(target, update, alpha)
     field, divisor, scaling = update.linear_in, update.divisor, update.scaling
-    if field is None or divisor is None or scaling is None or alpha == 0:
-        raise UnsupportedError(f"The alpha of an update of kind {update.kind} cannot be restated.", module=target)
+    assert field is not None
+    assert divisor is not None
+    assert scaling is not None
     number = divisor if alpha is None else alpha
     quotient = scaling * divisor / number
     fresh: dict[str, Any] = {"alpha": number}
     if quotient != 1:
         fresh[field] = context.sink.keep(f"{target}.{field}", scaled_exactly(getattr(update, field), quotient))
     return dataclasses.replace(update, **fresh)
+
+
+def require_alpha(target: str, update: AbstractUpdate, alpha: float | None) -> None:
+    """Refuse another alpha (None: the one that makes the scaling 1) where no tensor could take the quotient.
+
+    Raises:
+        UnsupportedError: names the kind.
+    """
+    if isinstance(update, (LowRank, Sum)) or not update.changes_weight:
+        return
+    if alpha is None and update.divisor is None and update.scaling == 1:
+        return
+    if None in {update.linear_in, update.divisor, update.scaling} or alpha == 0:
+        raise UnsupportedError(
+            f"The alpha of an update of kind {update.kind} cannot be restated.",
+            fix="Leave these modules as they are (--exclude), or merge the adapter, which needs no other alpha.",
+            module=target,
+        )
 
 
 def _restated(target: str, update: LowRank, alpha: float | None, context: Context) -> LowRank:

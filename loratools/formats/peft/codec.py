@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, Adapter, Full, Sum
+from loratools.adapters.adapter import hub_name
 from loratools.errors import MalformedError, UnsupportedError
 from loratools.formats._codec import AbstractCodec, Contents, Decoded, Encoded
 from loratools.formats.peft import config as fields
@@ -273,7 +274,7 @@ def _config(
     config |= {
         "peft_type": tuner.peft_type,
         "inference_mode": True,
-        "base_model_name_or_path": config.get("base_model_name_or_path") or adapter.base_model,
+        "base_model_name_or_path": hub_name(config.get("base_model_name_or_path")) or hub_name(adapter.base_model),
     }
     if whole or tuner.holds_biases or "modules_to_save" in config:
         config["modules_to_save"] = whole or None
