@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Final
 
 from loratools.errors import InternalError, UnsupportedError
-from loratools.storage import syscalls
 from loratools.storage.safetensors import MAX_HEADER_BYTES, METADATA_KEY, PREFIX_BYTES
 from loratools.tensors import DTYPES, TensorSpec
 
@@ -16,16 +15,12 @@ ALIGNMENT: Final = 8
 _text: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-def header_bytes(
-    specs: Sequence[TensorSpec], metadata: Mapping[str, str], align_like: int | None = None
-) -> tuple[bytes, Mapping[str, int]]:
+def header_bytes(specs: Sequence[TensorSpec], metadata: Mapping[str, str]) -> tuple[bytes, Mapping[str, int]]:
     """The first bytes of a file, and where each tensor begins, in bytes from the start of the file.
 
     Args:
         specs: the tensors in the order of their bytes.
         metadata: the `__metadata__` strings.
-        align_like: if given, the tensors' bytes begin at this offset modulo 4096, so that copies
-            from a file whose bytes begin there can share its disk blocks.
 
     Raises:
         InternalError: a name comes twice or is reserved.
@@ -48,7 +43,7 @@ def header_bytes(
     except UnicodeEncodeError as error:
         raise UnsupportedError("A tensor name or a metadata string is not Unicode text.", text=error.object) from error
     start = PREFIX_BYTES + len(text)
-    start += -start % ALIGNMENT if align_like is None else (align_like - start) % syscalls.BLOCK
+    start += -start % ALIGNMENT
     length = start - PREFIX_BYTES
     if length > MAX_HEADER_BYTES:
         raise UnsupportedError(

@@ -22,7 +22,7 @@ from loratools.storage.targets import (
     check_replaceable_file,
 )
 
-SIBLING_SUFFIXES: Final = (".loratools.json", ".receipt")
+SIBLING_SUFFIXES: Final = (".loratools.json",)
 """What may lie beside a single-file output; see `OutputFiles`."""
 
 _OLD: Final = ".superseded"
@@ -104,15 +104,15 @@ class OutputDirectory(AbstractPartial):
 
 @final
 class OutputFiles(AbstractPartial):
-    """A single file, and its report and receipt beside it, each of which appears complete or not at all.
+    """A single file, and its report beside it, each of which appears complete or not at all.
 
-    Write `path / name` for the weights' own name and `sibling(suffix)` for the others. `publish`
-    moves the others first and the weights last: weights never lie there without their report. A run that
+    Write `path / name` for the weights' own name and `sibling(suffix)` for the report. `publish`
+    moves the report first and the weights last: weights never lie there without their report. A run that
     is killed in between leaves a report without weights, which the next one may replace.
 
     Args:
         path: the weights file to make.
-        overwrite: replace files that exist; a report or receipt of the old weights is removed.
+        overwrite: replace files that exist; the report of the old weights is removed.
     """
 
     @staticmethod
@@ -230,7 +230,7 @@ class OutputFiles(AbstractPartial):
 
 
 def _left_without_weights(target: Path) -> list[Path]:
-    """The report or receipt that a killed run moved into place before its weights: its partial still knows the file."""
+    """The report that a killed run moved into place before its weights: its partial still knows the file."""
     if os.path.lexists(target):
         return []
     partials = stale_partials(target)

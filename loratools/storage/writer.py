@@ -54,7 +54,6 @@ class SafetensorsWriter:
         path: the file; it must not exist.
         specs: the tensors in the order of their bytes.
         metadata: the `__metadata__` strings.
-        align_like: see `header_bytes`.
         threads: how many threads `finish` hashes with.
         check: called between two blocks of whatever takes long; raises to end it.
 
@@ -70,11 +69,10 @@ class SafetensorsWriter:
         specs: Sequence[TensorSpec],
         metadata: Mapping[str, str],
         *,
-        align_like: int | None = None,
         threads: int = 2,
         check: Check = None,
     ) -> None:
-        header, self._offsets = header_bytes(specs, metadata, align_like)
+        header, self._offsets = header_bytes(specs, metadata)
         self.path = Path(path)
         self.data_start = len(header)
         self._specs = {spec.name: spec for spec in specs}

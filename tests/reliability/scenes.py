@@ -83,7 +83,6 @@ def prepare(scene, home, place):
     elif scene.overwrite:
         shutil.copy(home / "one" / "model.safetensors", place / FILE)
         (place / "out.loratools.json").write_text("old")
-        (place / "out.receipt").write_text("old")
     return outputs(place)
 
 

@@ -105,17 +105,28 @@ def test_without_the_newer_rename_new_outputs_are_still_exclusive(tmp_path, monk
     assert (tmp_path / "late.safetensors").read_bytes() == b"theirs"
 
 
-def test_a_file_comes_with_its_report_and_without_the_old_receipt(tmp_path):
+def test_a_file_comes_with_its_own_report_or_none(tmp_path):
     path = tmp_path / "x.safetensors"
-    with OutputFiles(path) as out:
-        fill(out.file, "old")
-        write_bytes_durably(out.sibling(".receipt"), b"old")
-        out.publish()
-    assert names(tmp_path) == ["x.receipt", "x.safetensors"]
+    make_files(path, "old")
+    (tmp_path / "x.receipt").write_text("not ours")
     make_files(path, "new", overwrite=True)
-    assert names(tmp_path) == ["x.loratools.json", "x.safetensors"]
+    assert names(tmp_path) == ["x.loratools.json", "x.receipt", "x.safetensors"]
     assert (tmp_path / "x.loratools.json").read_text() == "new"
     assert b'"new"' in path.read_bytes()
+    overwrite_alone(path)
+    assert names(tmp_path) == ["x.receipt", "x.safetensors"]
+    assert b'"alone"' in path.read_bytes()
+
+
+def overwrite(path):
+    make_files(path, "new", overwrite=True)
+
+
+def overwrite_alone(path):
+    """Weights without a report: an old one would not be theirs."""
+    with OutputFiles(path, overwrite=True) as out:
+        fill(out.file, "alone")
+        out.publish()
 
 
 def test_the_weights_come_last(tmp_path, monkeypatch):
@@ -124,10 +135,9 @@ def test_the_weights_come_last(tmp_path, monkeypatch):
     monkeypatch.setattr(syscalls, "move_new", lambda *args: (moved.append(args[1].name), real(*args)))
     with OutputFiles(tmp_path / "a.gguf") as out:
         fill(out.file, "new")
-        for suffix in (".receipt", ".loratools.json"):
-            write_bytes_durably(out.sibling(suffix), b"x")
+        write_bytes_durably(out.sibling(".loratools.json"), b"x")
         out.publish()
-    assert moved == ["a.loratools.json", "a.receipt", "a.gguf"]
+    assert moved == ["a.loratools.json", "a.gguf"]
 
 
 def test_files_lost_to_another_run_take_back_their_report(tmp_path):
@@ -140,12 +150,12 @@ def test_files_lost_to_another_run_take_back_their_report(tmp_path):
     assert state(tmp_path) == {"x.safetensors": b"theirs"}
 
 
-@pytest.mark.parametrize("failing", ["x.loratools.json", "x.safetensors", "x.receipt.superseded"])
+@pytest.mark.parametrize("failing", ["x.loratools.json", "x.safetensors", "x.loratools.json.superseded"])
 @pytest.mark.parametrize("exchanges", [True, False])
 def test_an_overwritten_file_and_its_report_come_back(tmp_path, monkeypatch, failing, exchanges):
     """The disk fails at any of the moves, on a file system that exchanges names and on one that cannot."""
     with OutputFiles(tmp_path / "x.safetensors") as out:
-        for path in (out.file, out.sibling(".receipt"), out.sibling(".loratools.json")):
+        for path in (out.file, out.sibling(".loratools.json")):
             write_bytes_durably(path, b"old")
         out.publish()
     before = state(tmp_path)
@@ -165,8 +175,9 @@ def test_an_overwritten_file_and_its_report_come_back(tmp_path, monkeypatch, fai
     for name in ("exchange", "replace"):
         if exchanges or name == "replace":
             monkeypatch.setattr(syscalls, name, fails_once(getattr(syscalls, name)))
+    again = overwrite_alone if failing.endswith(".superseded") else overwrite
     with pytest.raises(StorageError):
-        make_files(tmp_path / "x.safetensors", "new", overwrite=True)
+        again(tmp_path / "x.safetensors")
     assert failed
     assert state(tmp_path) == before
 
@@ -175,7 +186,7 @@ def test_an_output_file_needs_its_weights_and_known_siblings(tmp_path):
     with OutputFiles(tmp_path / "x.safetensors") as out:
         with pytest.raises(InternalError, match="not among"):
             out.sibling(".txt")
-        write_bytes_durably(out.sibling(".receipt"), b"x")
+        write_bytes_durably(out.sibling(".loratools.json"), b"x")
         with pytest.raises(InternalError, match="weights were not written"):
             out.publish()
     assert names(tmp_path) == []

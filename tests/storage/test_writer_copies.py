@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from loratools.errors import InternalError
 from loratools.storage import syscalls
 from loratools.storage.safetensors import open_safetensors
-from loratools.storage.writer import SafetensorsWriter
+from loratools.storage.writer import SafetensorsWriter, header_bytes
 from loratools.tensors import TensorSpec, in_memory
 from tests.storage.storage_samples import DATA, SPECS, sha, written
 
@@ -38,11 +38,10 @@ def test_copies_are_equal_however_the_kernel_takes_them(tmp_path, monkeypatch, r
     if reason == "absent":
         monkeypatch.delattr(os, "copy_file_range")
     refs = open_safetensors(tmp_path / "source").tensors
-    for align in (0, refs["a"].offset):
-        path = tmp_path / f"x{align}"
-        with SafetensorsWriter(
-            path, [spec.renamed("new." + spec.name) for spec in specs], {}, align_like=align
-        ) as writer:
+    renamed = [spec.renamed("new." + spec.name) for spec in specs]
+    for metadata in ({}, beginning_at(renamed, refs["a"].offset + 4096)):
+        path = tmp_path / f"x{len(metadata)}"
+        with SafetensorsWriter(path, renamed, metadata) as writer:
             for name, ref in refs.items():
                 writer.copy("new." + name, ref)
             result = writer.finish()
@@ -80,13 +79,21 @@ def test_neighbours_in_different_files_are_not_one_run(tmp_path):
     assert [bytes(z[name].read()) for name in "abc"] == [DATA["a"], DATA["b"][::-1], DATA["c"][::-1]]
 
 
+def beginning_at(specs, start):
+    """Metadata of such a length that the tensors' bytes begin at `start`."""
+    choices = ({"pad": "x" * length} for length in range(start))
+    return next(each for each in choices if len(header_bytes(specs, each)[0]) == start)
+
+
 @pytest.mark.parametrize("shift", [0, 8])
 def test_a_copy_whose_offsets_agree_is_cut_at_a_block(tmp_path, monkeypatch, shift):
     specs = [TensorSpec("a", "U8", (3 * 4096,))]
-    written(tmp_path / "source", specs, {"a": os.urandom(3 * 4096)}, align_like=1000)
+    with SafetensorsWriter(tmp_path / "source", specs, beginning_at(specs, 1000)) as writer:
+        writer.write("a", os.urandom(3 * 4096))
+        writer.finish()
     calls, real = [], os.copy_file_range
     monkeypatch.setattr(os, "copy_file_range", lambda *args: (calls.append(args[2:]), real(*args))[1])
-    with SafetensorsWriter(tmp_path / "x", specs, {}, align_like=1000 + shift) as writer:
+    with SafetensorsWriter(tmp_path / "x", specs, beginning_at(specs, 1000 + shift)) as writer:
         writer.copy("a", open_safetensors(tmp_path / "source").tensors["a"])
         writer.finish()
     start = 1000  # of the source's data; the blocks from 4096 on can be shared if they are blocks in both files
