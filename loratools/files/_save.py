@@ -28,10 +28,11 @@ Keeper = Callable[[str, "torch.Tensor"], TensorRef]
 def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overwrite: bool = False) -> None:
     """Write `adapter` to the directory `output`: atomically, weights and configuration only.
 
-    Sums are concatenated with their scaling baked in (alpha = r); everything else stays as it was read.
+    Sums are concatenated with their scaling baked in (alpha = r); everything else stays as it was read. Where the
+    format cannot hold different kinds of updates in one adapter, those that are products become plain LoRA too.
 
     Raises:
-        UnsupportedError: the format cannot hold it.
+        UnsupportedError: the format cannot hold it, not even so.
         OutputExistsError: something is there, and `overwrite` is false.
         NonFiniteError: a sum would be taken over NaN or infinity.
     """
@@ -45,12 +46,19 @@ def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overw
         scratch = ScratchFile(out.path)
         keep = partial(to_scratch, scratch)
         summed = any(isinstance(update, Sum) for update in adapter.values())
-        alike = {name: as_products(update) if summed else update for name, update in adapter.items()}
+        products = summed or _needs_products(adapter, format)
+        alike = {name: as_products(update) if products else update for name, update in adapter.items()}
         held = {name: without_products(name, update) if isinstance(update, Sum) and not update.rank else update
                 for name, update in alike.items()}  # fmt: skip
         whole = adapter.with_updates({name: settled(name, each, keep) for name, each in held.items() if each})
         write_weights(encode_adapter(whole, format=format), out.path)
         out.publish()
+
+
+def _needs_products(adapter: Adapter, format: str) -> bool:
+    """Whether the format cannot hold the kinds of an adapter together, and could if they were plain products."""
+    changing = [update for update in adapter.values() if update.changes_weight]
+    return all(update.terms for update in changing) and bool(codec_named(format).cannot_hold(adapter))
 
 
 def files_behind(adapter: Adapter) -> list[Path]:

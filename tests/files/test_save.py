@@ -3,7 +3,9 @@ import json
 import pytest
 import torch
 
-from loratools.adapters import Adapter
+from loratools.adapters import Adapter, LowRank
+from loratools.adapters.adalora import AdaLora
+from loratools.adapters.ia3 import Ia3
 from loratools.errors import (
     LoratoolsError,
     NonFiniteError,
@@ -14,7 +16,8 @@ from loratools.errors import (
 )
 from loratools.files import load_adapter, save
 from loratools.storage.writer import SafetensorsWriter
-from tests.tiny import Q, factors, lora_tensors, state, write_adapter, write_checkpoint
+from loratools.tensors import in_memory
+from tests.tiny import K, Q, factors, lora_tensors, normal, state, write_adapter, write_checkpoint
 
 
 def test_it_is_two_files_and_loads_back(tmp_path):
@@ -132,3 +135,45 @@ def test_nan_factors_of_a_sum_are_not_spread(tmp_path):
     with pytest.raises(NonFiniteError, match=r"1 of 64.*q_proj\.lora_A"):
         save(0.7 * a + b, tmp_path / "c")
     assert state(tmp_path) == before
+
+
+def made(name, seed, *shape):
+    return in_memory(name, normal(seed, *shape))
+
+
+def adalora_beside(other):
+    """AdaLoRA of (16, 16) on one module, something else on another."""
+    adaptive = AdaLora(
+        lora_A=made("A", 1, 3, 16), lora_B=made("B", 2, 16, 3), lora_E=made("E", 3, 3, 1), alpha=5.0, ranknum=4
+    )
+    return Adapter({Q: adaptive, K: other})
+
+
+def test_kinds_that_peft_keeps_apart_become_plain_lora_where_they_are_products(tmp_path):
+    """ΔW as the formulas say it in float64: alpha / ranknum · B (A ⊙ E), and alpha / r · B A."""
+    mixed = adalora_beside(LowRank(lora_A=made("A", 4, 2, 16), lora_B=made("B", 5, 8, 2), alpha=3.0))
+    save(mixed, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    back = load_adapter(tmp_path / "out")
+    adaptive, plain = mixed[Q], mixed[K]
+    scaled = adaptive.lora_A.load().double() * adaptive.lora_E.load().double()
+    expected = {
+        Q: 5 / (4 + 1e-5) * adaptive.lora_B.load().double() @ scaled,
+        K: 3 / 2 * plain.lora_B.load().double() @ plain.lora_A.load().double(),
+    }
+    for path, delta in expected.items():
+        assert float((back[path].delta_weight() - delta).norm()) <= 1e-6 * float(delta.norm())
+
+
+def test_a_kind_on_its_own_stays_what_it_is(tmp_path):
+    alone = adalora_beside(None)
+    save(alone.with_updates({Q: alone[Q]}), tmp_path / "out")
+    assert load_adapter(tmp_path / "out")[Q].kind == "adalora"
+
+
+def test_kinds_that_are_no_products_are_refused_with_what_to_do(tmp_path):
+    with pytest.raises(
+        UnsupportedError, match=r"adalora, ia3 in one adapter\. Write the kinds as adapters of their own"
+    ):
+        save(adalora_beside(Ia3(ia3_l=made("l", 4, 8, 1), feedforward=False)), tmp_path / "out")
+    assert state(tmp_path) == {}

@@ -24,6 +24,8 @@ from loratools.formats.peft.tuners import TUNERS, AbstractTuner, Module, tuner_o
 from loratools.tensors import TensorRef
 
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
+_MIXED: Final = " in one adapter"
+_APART: Final = "Write the kinds as adapters of their own, or merge them one after the other."
 _WRAPPABLE: Final = ({"weight"}, {"weight", "bias"})
 
 
@@ -85,14 +87,15 @@ class PeftCodec(AbstractCodec):
         changed = _carried(adapter)
         if _tuner_for(changed, adapter.config) is None:
             kinds = sorted({update.kind for update in changed.values()})
-            lost.append(f"updates of kind {', '.join(kinds)} in one adapter")
+            lost.append(f"updates of kind {', '.join(kinds)}{_MIXED}")
         return lost
 
     def encode(self, adapter: Adapter, *, siblings: Collection[str] = ()) -> Encoded:
         """See `AbstractCodec.encode`."""
         lost = self.cannot_hold(adapter)
         if lost:
-            raise UnsupportedError(f"PEFT's format cannot hold: {'; '.join(lost)}.")
+            fix = _APART if lost[-1].endswith(_MIXED) else ""
+            raise UnsupportedError(f"PEFT's format cannot hold: {'; '.join(lost)}.", fix=fix)
         changed = _carried(adapter)
         tuner = _tuner_for(changed, adapter.config)
         assert tuner is not None
