@@ -59,7 +59,8 @@ def test_quiet(arguments, run, workdir):
     result = run(*arguments)
     assert (result.exit_code, result.stdout) == (73, "")
     assert result.stderr
-    assert run("inspect", "base", "-q").stdout
+    assert run("inspect", "base", "-q").stdout == run("inspect", "base").stdout  # an answer, not a report of a run
+    assert run("merge", "base", "adapter", "-o", "x", "-q").stdout == ""
     assert run(*arguments, "--overwrite", "--dry-run").stdout
 
 

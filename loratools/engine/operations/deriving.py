@@ -75,7 +75,7 @@ def require_alpha(target: str, update: AbstractUpdate, alpha: float | None) -> N
     if None in {update.linear_in, update.divisor, update.scaling} or alpha == 0:
         raise UnsupportedError(
             f"The alpha of an update of kind {update.kind} cannot be restated.",
-            fix="Leave these modules as they are (--exclude), or merge the adapter, which needs no other alpha.",
+            fix="`loratools merge` takes it as it is; --exclude leaves such modules of an adapter alone.",
             module=target,
         )
 
