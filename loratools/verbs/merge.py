@@ -120,6 +120,12 @@ def _require_order(base: Source | Checkpoint, adapters: Sequence[Source | Adapte
         raise UsageError("The base comes first, then the adapters.", fix=f"Turn them round: {order}.", adapter=base)
 
 
+def _load(base: Source | Checkpoint, adapters: Sequence[Source | Adapter]) -> tuple[Checkpoint, list[Adapter]]:
+    _require_order(base, adapters)
+    checkpoint = open_checkpoint(base)
+    return checkpoint, [lengthened(load_adapter(each, base=checkpoint), checkpoint) for each in adapters]
+
+
 def _prepare(  # noqa: PLR0917
     base: Source | Checkpoint,
     adapters: Sequence[Source | Adapter],
@@ -129,10 +135,7 @@ def _prepare(  # noqa: PLR0917
     max_shard_size: int | None,
     run: Run,
 ) -> _Prepared:
-    given = planning.as_list(adapters)
-    _require_order(base, given)
-    checkpoint = open_checkpoint(base)
-    loaded = [lengthened(load_adapter(adapter, base=checkpoint), checkpoint) for adapter in given]
+    checkpoint, loaded = _load(base, planning.as_list(adapters))
     wanted = planning.dtype_named(dtype)
     factors = planning.weights_for(len(loaded), weights)
     if not loaded and wanted is None and max_shard_size is None:
