@@ -30,6 +30,7 @@ def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overw
 
     Sums are concatenated with their scaling baked in (alpha = r); everything else stays as it was read. Where the
     format cannot hold different kinds of updates in one adapter, those that are products become plain LoRA too.
+    A base that the adapter names by a local path is left out of the configuration.
 
     Raises:
         UnsupportedError: the format cannot hold it, not even so.
