@@ -188,7 +188,7 @@ def _require_room(units: Sequence[Unit], pool: Pool, tuned: Checkpoint) -> None:
 
 def too_small(budget: int, least: int, whole: int, about: str = "") -> UsageError:
     """The error for a budget that holds less than it has to."""
-    beside = f" beside {whole} bytes that are stored in any case" if whole else ""
+    beside = f" beside the {whole} bytes that are stored in any case" if whole else ""
     return UsageError(
         f"The budget does not hold a rank{beside}.",
         fix=f"Give {about}{least} bytes; --only-low-rank leaves out what is no matrix.",

@@ -17,7 +17,7 @@ SURFACE = {
     "graph": {"--as", "--depth", *selecting},
     "merge": {"-w", "--dtype", "--max-shard-size", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
-    "extract": {"--rank", "--energy", "--error", "--max-rank", "--preset", "--save-full", "--only-low-rank", "--seed",
+    "extract": {"--rank", "--energy", "--error", "--budget", "--uniform-rank", "--max-rank", "--preset", "--save-full", "--only-low-rank", "--seed",
                 "--format", "--base-model", "--device", *selecting, *writing},
     "stack": {"-w", "--method", "--format", "--base", *selecting, *writing},
     "rescale": {"--by", "--restate-alpha", "--bake", "--format", *selecting, *writing},

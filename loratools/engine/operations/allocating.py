@@ -132,24 +132,31 @@ def _fitting(
 ) -> Allotment:
     """The best allotment whose file, measured to the byte, is within the budget.
 
-    Shares of the header are upper bounds; what they leave over is spent too.
+    Shares of the header are upper bounds; what they leave over is spent too, as far as that is found to fit.
 
     Raises:
         UsageError: nothing fits.
     """
-    budget, uniform = pool.budget, pool.uniform
-    choose = functools.partial(_level, modules) if uniform else allocate_ranks
-    capacity, best = max(budget - whole, 0), None
+    choose = functools.partial(_level, modules) if pool.uniform else allocate_ranks
+
+    def size(ranks: Sequence[int]) -> int:
+        return budgets.file_bytes(context.sink.encoded(_cut(modules, ranks, context)))
+
+    capacity, held, best = max(pool.budget - whole, 0), -1, None
     for _ in range(_TRIES):
         chosen = choose(spectra, capacity)
-        spare = budget - budgets.file_bytes(context.sink.encoded(_cut(modules, chosen.ranks, context)))
-        if best is not None and (spare < 0 or chosen.captured <= best.captured):
+        spare = pool.budget - size(chosen.ranks)
+        if spare >= 0 and best is not None and chosen.captured <= best.captured:
             break
-        best = chosen if spare >= 0 else None
+        if spare >= 0:
+            best, held = chosen, capacity
         capacity = max(capacity + spare, 0)
-    prices = [each.nbytes(1) for each in spectra]
+        if capacity <= held:
+            break
     if best is None or (modules and not any(best.ranks)):
-        raise budgets.too_small(budget, whole + (sum(prices) if uniform else min(prices, default=0)), whole)
+        cheapest = min(range(len(modules)), key=lambda at: spectra[at].nbytes(1), default=-1)
+        least = [int(pool.uniform or at == cheapest) for at in range(len(modules))]
+        raise budgets.too_small(pool.budget, size(least), size([0] * len(modules)))
     return best
 
 
