@@ -146,7 +146,10 @@ def test_a_cap_holds(tmp_path, pair):
     """--max-rank caps a chosen rank, and the report says that it did."""
     report = extract(*pair, tmp_path / "out", budget=60_000, max_rank=40)
     assert max(row["rank"] for row in report.modules) == 40
+    assert report.totals["budget"]["at_max_rank"] == [Q]
     assert any("--max-rank" in note for note in report.notes)
+    whole = extract(*pair, tmp_path / "whole", budget=900_000, max_rank=96)
+    assert not whole.totals["budget"]["at_max_rank"], "there is no higher rank"
 
 
 def test_the_same_bytes_whatever_the_threads(tmp_path, pair):
@@ -249,11 +252,11 @@ def test_a_budget_for_everything_gives_the_fine_tune(tmp_path, llamas):
 
 
 @pytest.mark.parametrize("uniform", [False, True])
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "deepseek_v3"])
 def test_experts_share_a_rank(tmp_path, family, uniform):
     """One rank costs what it costs all experts; the stacked products are the truncations, expert by expert."""
-    only = {"mixtral": lambda name: True, "gpt_oss": lambda name: not name.endswith("_bias")}[family]
-    base, tuned, model = moe_more.pair(family, tmp_path, only)
+    turned = family == "gpt_oss"
+    base, tuned, model = moe_more.pair(family, tmp_path, lambda name: not (turned and name.endswith("_bias")))
     report = extract(base, tuned, tmp_path / "out", budget=150_000, uniform_rank=uniform)
     assert (tmp_path / "out" / WEIGHTS).stat().st_size <= 150_000
     assert not uniform or len({row["rank"] for row in report.modules}) == 1
@@ -264,7 +267,7 @@ def test_experts_share_a_rank(tmp_path, family, uniform):
     for row in stacked:
         exact = (after[row["name"]] - before[row["name"]]).detach().double()
         found = adapter[row["name"]].delta_weight().double()
-        exact = exact if exact.shape == found.shape and family == "mixtral" else exact.transpose(1, 2)
+        exact = exact.transpose(1, 2) if turned else exact
         assert row["residual"] == pytest.approx(float((exact - found).norm() / exact.norm()), rel=1e-3, abs=1e-6)
         left = sum(torch.linalg.svdvals(each)[row["rank"] :].square().sum() for each in exact)
         assert row["residual"] == pytest.approx(float((left / exact.square().sum()).sqrt()), rel=1e-3, abs=1e-6)
@@ -283,6 +286,43 @@ def test_matrices_stored_the_other_way_round(tmp_path):
         exact = delta_of(row["name"], pair.fresh(), pair.model)
         left = float((exact - products[row["name"]]).norm() / exact.norm())
         assert left == pytest.approx(eckart_young(exact, row["rank"]), rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def minilm_level(minilm, minilm_tuned, tmp_path_factory):
+    """Rank 8 for all modules of a real fine-tune: its report and the size of its file."""
+    output = tmp_path_factory.mktemp("level") / "out"
+    report = extract(minilm, minilm_tuned, output, rank=8, only_low_rank=True)
+    return report, (output / WEIGHTS).stat().st_size
+
+
+def test_a_real_fine_tune(tmp_path, minilm, minilm_tuned, minilm_level):
+    """MiniLM, whose matrices are iterated on: a quarter less is left at the same size, near the bound, and truly."""
+    level, size = minilm_level
+    report = extract(minilm, minilm_tuned, tmp_path / "out", budget=size, only_low_rank=True)
+    assert report.totals["residual"] ** 2 < 0.8 * level.totals["residual"] ** 2
+    assert report.totals["budget"]["captured"] > 0.999 * report.totals["budget"]["bound"]
+    assert "block-krylov" in {row["method"] for row in report.modules}
+    before, after = load_file(minilm / "model.safetensors"), load_file(minilm_tuned / "model.safetensors")
+    products = stored_products(tmp_path / "out")
+    for row in report.modules:
+        if "embeddings" not in row["name"]:
+            exact = after[f"{row['name']}.weight"].double() - before[f"{row['name']}.weight"].double()
+            true = float((exact - products[row["name"]]).norm() / exact.norm())
+            assert row["residual"] == pytest.approx(true, rel=1e-5)
+            assert true <= eckart_young(exact, row["rank"]) * (1 + row["certificate"] + 1e-6)
+
+
+def test_decomposing_again_on_a_real_fine_tune(tmp_path, minilm, minilm_tuned, minilm_level, monkeypatch):
+    """From rank 2 upwards it ends where it does from 36: an iteration is no exact decomposition, so within that."""
+    size = minilm_level[1]
+    wide = extract(minilm, minilm_tuned, tmp_path / "wide", budget=size, only_low_rank=True)
+    monkeypatch.setattr(budgets, "starting_rank", lambda *_: 2)
+    narrow = extract(minilm, minilm_tuned, tmp_path / "narrow", budget=size, only_low_rank=True)
+    assert len(narrow.totals["budget"]["decomposed_again"]) > len(narrow.modules) / 2
+    assert narrow.totals["budget"]["captured"] == pytest.approx(wide.totals["budget"]["captured"], rel=2e-5)
+    ranks = [{row["name"]: row["rank"] for row in report.modules} for report in (wide, narrow)]
+    assert sum(abs(ranks[0].get(path, 0) - ranks[1].get(path, 0)) for path in {*ranks[0], *ranks[1]}) <= 4
 
 
 def test_the_command(tmp_path, pair, capsys):

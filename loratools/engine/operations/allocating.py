@@ -32,15 +32,15 @@ class _Module:
 
     unit: Unit
     facts: Mapping[str, Any]
+    matrix: budgets.Matrix
     ceiling: int
-    cost: int
 
     @classmethod
     def of(cls, unit: Unit, outcome: Outcome, pool: budgets.Pool) -> _Module | None:
         matrix = budgets.matrix_of(unit)
         if matrix is None or not outcome.facts.get("rank"):
             return None
-        return cls(unit, outcome.facts, pool.ceiling(matrix), matrix.cost)
+        return cls(unit, outcome.facts, matrix, pool.ceiling(matrix))
 
     @property
     def path(self) -> str:
@@ -53,6 +53,10 @@ class _Module:
     @property
     def sigma2(self) -> tuple[float, ...]:
         return tuple(self.facts["sigma2"])
+
+    @property
+    def cost(self) -> int:
+        return self.matrix.cost
 
     @property
     def more(self) -> bool:
@@ -213,7 +217,11 @@ def _facts(modules: Sequence[_Module], chosen: Allotment, size: int, pool: budge
         "density": chosen.density,
         "uniform_rank": max(chosen.ranks, default=0) if pool.uniform else None,
         "decomposed_again": [each.path for each in modules if each.cap > each.unit.parameters["start"]],
-        "at_max_rank": [each.path for each, rank in zip(modules, chosen.ranks, strict=True) if rank == pool.max_rank],
+        "at_max_rank": [
+            each.path
+            for each, rank in zip(modules, chosen.ranks, strict=True)
+            if rank == pool.max_rank <= len(each.sigma2) and rank < min(each.matrix.rows, each.matrix.columns)
+        ],
         "modules": {each.path: each.numbers(rank) for each, rank in zip(modules, chosen.ranks, strict=True)},
     }
 
