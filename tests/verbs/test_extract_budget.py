@@ -142,8 +142,9 @@ def test_decomposing_again_gives_what_one_high_cap_gives(tmp_path, pair, monkeyp
         assert low.totals["budget"][key] == pytest.approx(high.totals["budget"][key], rel=1e-6)
 
 
-def test_a_cap_holds(tmp_path, pair):
-    """--max-rank caps a chosen rank, and the report says that it did."""
+def test_a_cap_holds(tmp_path, pair, monkeypatch):
+    """--max-rank caps a chosen rank, also one that was decomposed again, and the report says that it did."""
+    monkeypatch.setattr(budgets, "starting_rank", lambda *_: 16)
     report = extract(*pair, tmp_path / "out", budget=60_000, max_rank=40)
     assert max(row["rank"] for row in report.modules) == 40
     assert report.totals["budget"]["at_max_rank"] == [Q]
@@ -258,7 +259,11 @@ def test_experts_share_a_rank(tmp_path, family, uniform):
     turned = family == "gpt_oss"
     base, tuned, model = moe_more.pair(family, tmp_path, lambda name: not (turned and name.endswith("_bias")))
     report = extract(base, tuned, tmp_path / "out", budget=150_000, uniform_rank=uniform)
-    assert (tmp_path / "out" / WEIGHTS).stat().st_size <= 150_000
+    size = (tmp_path / "out" / WEIGHTS).stat().st_size
+    factors = load_file(tmp_path / "out" / WEIGHTS)
+    whole = sum(tensor.nbytes for name, tensor in factors.items() if "lora_" not in name)
+    one = sum(tensor.nbytes for tensor in factors.values()) - whole
+    assert size <= 150_000 < size + (one / report.modules[0]["rank"] if uniform else 4 * 4 * (96 + 64)) + 64
     assert not uniform or len({row["rank"] for row in report.modules}) == 1
     before, after = dict(models.load(base).named_parameters()), dict(model.named_parameters())
     adapter = load_adapter(tmp_path / "out")
@@ -311,6 +316,21 @@ def test_a_real_fine_tune(tmp_path, minilm, minilm_tuned, minilm_level):
             true = float((exact - products[row["name"]]).norm() / exact.norm())
             assert row["residual"] == pytest.approx(true, rel=1e-5)
             assert true <= eckart_young(exact, row["rank"]) * (1 + row["certificate"] + 1e-6)
+
+
+def test_certificates_at_a_lower_rank(tmp_path, minilm, minilm_tuned):
+    """Cut from rank 24 of an iteration: not the optimum everywhere, and nowhere further from it than certified."""
+    options = {"max_rank": 24, "only_low_rank": True, "exclude": ["word_embeddings"]}
+    report = extract(minilm, minilm_tuned, tmp_path / "out", budget=2_500_000, **options)
+    before, after = load_file(minilm / "model.safetensors"), load_file(minilm_tuned / "model.safetensors")
+    gaps = {}
+    for row in report.modules:
+        if row["rank"] < 24 and "embeddings" not in row["name"]:
+            exact = after[f"{row['name']}.weight"].double() - before[f"{row['name']}.weight"].double()
+            gaps[row["name"]] = row["residual"] / eckart_young(exact, row["rank"]) - 1
+            assert gaps[row["name"]] <= row["certificate"]
+    assert len(gaps) > 5
+    assert max(gaps.values()) > 2e-6, "or this shows nothing"
 
 
 def test_decomposing_again_on_a_real_fine_tune(tmp_path, minilm, minilm_tuned, minilm_level, monkeypatch):
