@@ -70,7 +70,6 @@ def _allotted(outcome: Outcome, figures: Mapping[str, Any] | None) -> Outcome:
 def findings(modules: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> list[str]:
     """What the numbers say that a user should hear."""
     notes = []
-    modules = [module for module in modules if module["rank"]]
     clipped = [module["name"] for module in modules if module["clipped"]]
     if clipped:
         notes.append(f"The rank is lower than asked for where no more exists: {_some(clipped)}.")

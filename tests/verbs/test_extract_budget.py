@@ -124,6 +124,24 @@ def test_a_module_without_a_rank_is_named_and_keeps_the_rest(tmp_path, pair):
     assert equal_bits(merged[f"{K}.weight"], base[f"{K}.weight"])
 
 
+def test_new_rows_of_a_vocabulary_stay_where_the_common_ones_get_no_rank(tmp_path):
+    """They lie in a file of their own, which the budget is not about; merging puts them back."""
+    names = ("model.embed_tokens.weight", "model.layers.0.self_attn.q_proj.weight")
+    base = {names[0]: normal(1, 300, 16), names[1]: normal(2, 16, 24)}
+    grown = torch.cat([base[names[0]] + 1e-4 * normal(3, 300, 16), normal(4, 2, 16)])
+    tuned = {names[0]: grown, names[1]: base[names[1]] + normal(5, 16, 24)}
+    one, other = write_checkpoint(tmp_path / "base", base), write_checkpoint(tmp_path / "tuned", tuned)
+    report = extract(one, other, tmp_path / "out", budget=1_000)
+    assert [row["name"] for row in report.modules] == [names[1].removesuffix(".weight")]
+    assert "rank 0" in report.left_out[names[0]]
+    assert (tmp_path / "out" / WEIGHTS).stat().st_size <= 1_000
+    rows = load_file(tmp_path / "out" / "added_rows.safetensors")
+    assert equal_bits(next(iter(rows.values())), grown[300:])
+    merge(one, [tmp_path / "out"], tmp_path / "merged")
+    merged = tensors_of(tmp_path / "merged")[names[0]]
+    assert equal_bits(merged, torch.cat([base[names[0]], grown[300:]]))
+
+
 def test_decomposing_again_gives_what_one_high_cap_gives(tmp_path, pair, monkeypatch):
     """Same ranks, same products, same bound as when everything is known at once; the report says what was done."""
     low = extract(*pair, tmp_path / "low", budget=60_000)
@@ -184,8 +202,12 @@ def test_one_rank_for_all(tmp_path, pair, budget):
     lora_A = factors[f"base_model.model.{K}.lora_A.weight"]
     assert lora_A.shape == (rank, 96)
     assert not lora_A[48:].any()
+    products = stored_products(tmp_path / "out")
     for row in report.modules:
-        assert row["residual"] == pytest.approx(eckart_young(difference(row["name"]), rank), rel=1e-4, abs=1e-6)
+        exact = difference(row["name"])
+        true = float((exact - products[row["name"]]).norm() / exact.norm())
+        assert row["residual"] == pytest.approx(true, rel=1e-4, abs=1e-6)
+        assert true == pytest.approx(eckart_young(exact, rank), rel=1e-4, abs=1e-6)
     if budget == 200_000:
         assert rank > 48
 
