@@ -205,3 +205,10 @@ def tied_head(names: Collection[str], config: Mapping[str, Any]) -> tuple[str, s
     if stored is None and not generative:
         return None
     return embedding, stored or f"{MASKED_HEAD.get(family, 'lm_head')}.weight"
+
+
+def task_type(config: Mapping[str, Any]) -> str | None:
+    """PEFT's task type, only where it adds nothing of its own to what is loaded."""
+    names = config.get("architectures") or []
+    causal = any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+    return "CAUSAL_LM" if causal else None

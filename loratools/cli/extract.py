@@ -14,6 +14,7 @@ from loratools.cli.progress import bytes_done
     examples="""
     loratools extract base/ tuned/ -o adapter/ --rank 16
     loratools extract base/ tuned/ -o adapter/ --energy 0.95 --max-rank 64
+    loratools extract base/ tuned/ -o adapter/ --budget 50MB
     loratools extract base/ tuned/ -o adapter/ --include 'layers.{10-20}.*.q_proj' --dry-run
     """,
 )

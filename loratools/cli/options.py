@@ -197,12 +197,16 @@ extraction_rank = _all(
     click.option("--energy", metavar="E", type=float, help="The least rank that captures this share of ‖ΔW‖²."),
     click.option("--error", metavar="E", type=float, help="The least rank whose relative residual is at most this."),
     click.option(
+        "--budget", metavar="SIZE", type=size, help="Ranks for all modules out of a weights file of this size."
+    ),
+    switch("--uniform-rank", help="With --budget: the largest rank that all modules can have."),
+    click.option(
         "--max-rank",
         metavar="N",
         type=int,
         default=256,
         show_default=True,
-        help="Cap on a rank chosen by --energy or --error.",
+        help="Cap on a rank chosen by --energy, --error or --budget.",
     ),
 )
 rescaling = _all(

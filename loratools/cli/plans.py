@@ -53,7 +53,9 @@ def _is_used(rule: str, made: Plan) -> bool:
     if made.verb != "extract" or rule == "identical":
         return True
     return any(
-        each["rule"].startswith(rule) for unit in made.units for each in unit.parameters.get("rules", {}).values()
+        each["rule"].startswith(rule)
+        for unit in (*made.units, *made.closing)
+        for each in unit.parameters.get("rules", {}).values()
     )
 
 

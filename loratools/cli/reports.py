@@ -33,8 +33,19 @@ def extract(report: ExtractReport) -> list[str]:
         ("whole", some(report.whole)),
         *_left_out(report.left_out),
         ("size", size(totals["bytes"])),
+        ("budget", _budget(totals.get("budget"))),
     ]
     return page(f"Extracted an adapter of {count(len(modules), 'low-rank module')}.", rows, report.notes)
+
+
+def _budget(told: Mapping[str, Any] | None) -> str:
+    """What a budget came to: its size, and how far the choice of ranks is from the best there could be."""
+    if told is None:
+        return ""
+    used = f"{told['bytes']:,} of {told['budget']:,} bytes"
+    if told["bound"] is None or not told["captured"]:
+        return used
+    return f"{used}; no choice of ranks in them captures more than {told['bound']:.4%} of ‖ΔW‖²"
 
 
 def _captured(module: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import memory
-from loratools.engine.plan import Input
+from loratools.engine.plan import Input, Unit
 from loratools.engine.sinks import AbstractSink
 from loratools.errors import InternalError
 from loratools.storage.files import ReadOnlyFile
@@ -40,12 +40,21 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a unit: the name of what happened, and facts for the report."""
+    """What became of a unit: the name of what happened, and facts for the report.
+
+    Attributes:
+        target: the unit's.
+        operation: the unit's.
+        what: what happened, in a word.
+        facts: for the report.
+        again: from a closing unit of a plan: these have to be run in place of those with their targets, then this.
+    """
 
     target: str
     operation: str
     what: str
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    again: tuple[Unit, ...] = ()
 
 
 class Stopped(Exception):  # noqa: N818  (not an error: another unit failed, or the user interrupted)
@@ -64,7 +73,10 @@ def stopped_if(event: threading.Event) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Context:
-    """Handed to every operation; `opened` are the weights files behind the sources, by source and base name."""
+    """Handed to every operation; `opened` are the weights files behind the sources, by source and base name.
+
+    `done` are the other units with what became of them, for a plan's closing units alone.
+    """
 
     sources: Mapping[str, Checkpoint | Adapter]
     sink: AbstractSink
@@ -73,6 +85,7 @@ class Context:
     advance: Callable[[int, str], None]
     opened: Mapping[tuple[str, str], ReadOnlyFile] = dataclasses.field(default_factory=dict)
     buffers: threading.local = dataclasses.field(default_factory=threading.local)
+    done: tuple[tuple[Unit, Outcome], ...] = ()
 
     def input_file(self, source: str, name: str) -> ReadOnlyFile | Path:
         """A file of an input: the open one that tensors are read from, whatever its name leads to by now."""

@@ -38,7 +38,7 @@ class Execution:
     """What a run produced, for the verb to make its report of.
 
     Attributes:
-        outcomes: one per unit, in the plan's order.
+        outcomes: one per unit, in the plan's order, those of the closing units last.
         files: base name, bytes, SHA-256 of every file written so far.
         adapter: the adapter as written, where one comes out.
     """
@@ -101,7 +101,8 @@ def execute(
         sink = _sink(plan, out.path, assembly, stop)
         opened = _opened(sources)
         early = Context(sources, sink, run.settings(computes=False), stop, _progress(run), opened)
-        outcomes = _run(plan, early, run, computes=computes)
+        outcomes = _run(plan, plan.units, early, run, computes=computes)
+        outcomes = _closed(plan, outcomes, early, run, computes=computes)
         listener(Stage("verifying"))
         written = sink.finish()
         _copy_companions(plan, sources, out.path)
@@ -151,27 +152,46 @@ def _progress(run: Run) -> Callable[[int, str], None]:
     return advance
 
 
-def _run(plan: Plan, early: Context, run: Run, *, computes: bool) -> list[Outcome]:
-    """Run all units. Those that hash come first in a plan: they start while torch, a second's work, is imported."""
+def _run(plan: Plan, units: Sequence[Unit], early: Context, run: Run, *, computes: bool) -> list[Outcome]:
+    """Run units of a plan. Those that hash come first: they start while torch, a second's work, is imported."""
     tensors = sum(len(source) for source in early.sources.values())
     gate = memory.Gate(memory.room(plan.units, tensors, run.max_memory))
     failed: list[int] = []
     with ThreadPoolExecutor(early.settings.threads, "loratools") as pool:
         futures: list[Future[Outcome]] = []
         try:
-            for index, unit in enumerate(plan.units):
+            for index, unit in enumerate(units):
                 if unit.operation != "hash":
                     break
                 futures.append(pool.submit(_Worker(early, gate, failed), index, unit))
             worker = _Worker(dataclasses.replace(early, settings=run.settings(computes=computes)), gate, failed)
             with _one_thread_each(plan):
                 start = len(futures)
-                futures += (pool.submit(worker, start + index, unit) for index, unit in enumerate(plan.units[start:]))
+                futures += (pool.submit(worker, start + index, unit) for index, unit in enumerate(units[start:]))
                 return _results_of(futures, failed)
         except BaseException:
             early.stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _closed(plan: Plan, found: list[Outcome], early: Context, run: Run, *, computes: bool) -> list[Outcome]:
+    """Run a plan's closing units; what they ask for again is run again, as often as they ask."""
+    done = list(zip(plan.units, found, strict=True))
+    last = []
+    for unit in plan.closing:
+        while (outcome := OPERATIONS[unit.operation](unit, dataclasses.replace(early, done=tuple(done)))).again:
+            run.listener(Stage(f"{outcome.what}: {len(outcome.again)}"))
+            unseen = dataclasses.replace(early, advance=lambda *_: None)
+            results = _run(plan, outcome.again, unseen, run, computes=computes)
+            fresh = {_name(each): (each, result) for each, result in zip(outcome.again, results, strict=True)}
+            done = [fresh.get(_name(each[0]), each) for each in done]
+        last.append(outcome)
+    return [*(outcome for _, outcome in done), *last]
+
+
+def _name(unit: Unit) -> tuple[str, str]:
+    return unit.operation, unit.target
 
 
 def _results_of(futures: Sequence[Future[Outcome]], failed: Sequence[int]) -> list[Outcome]:

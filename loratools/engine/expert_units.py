@@ -100,7 +100,12 @@ def unit(stacked: StackedPair, svd: Mapping[str, Any], cap: int, preset: str) ->
         "extract-experts",
         stacked.path,
         inputs=(*tuned, *base),
-        parameters={"experts": stacked.experts, "transposed": stacked.transposed, "svd": dict(svd)},
+        parameters={
+            "experts": stacked.experts,
+            "matrix": [rows, columns, stacked.experts],
+            "transposed": stacked.transposed,
+            "svd": dict(svd),
+        },
         read_bytes=sum(pair.nbytes for pair in stacked.pairs),
         write_bytes=factors,
         peak_bytes=8 * memory.TILE_BYTES + 24 * rows * columns + 2 * factors + workspace,

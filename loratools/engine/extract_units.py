@@ -10,23 +10,22 @@ from typing import Any
 
 from loratools.adapters import Adapter, Selection
 from loratools.adapters.selection import matches_any
-from loratools.checkpoints import Checkpoint, Module
+from loratools.checkpoints import Checkpoint, Module, families
 from loratools.checkpoints.experts import FUSED_FAMILIES, Stack, in_memory_path, on_disk_paths, routers_of, stacks_of
-from loratools.engine import expert_units, fingerprint, low_rank_forms, memory
+from loratools.engine import budgets, expert_units, fingerprint, low_rank_forms, memory
 from loratools.engine.binding import matrix_shape
 from loratools.engine.cards import is_hub_id
 from loratools.engine.expert_units import stacked_pairs
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
 from loratools.errors import UnsupportedError, UsageError
-from loratools.tensors import COMPUTABLE
 
 _MATRIX = 2
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SvdOptions:
-    """How a module's ΔW is truncated; exactly one of rank, energy, error once checked."""
+    """How a module's ΔW is truncated; exactly one of rank, energy, error, budget once checked."""
 
     rank: int | None
     energy: float | None
@@ -34,6 +33,8 @@ class SvdOptions:
     max_rank: int
     preset: str
     seed: int
+    budget: int | None = None
+    uniform_rank: bool = False
 
     def checked(self, default_rank: int) -> SvdOptions:
         """With the default rank where no rule was given.
@@ -41,9 +42,10 @@ class SvdOptions:
         Raises:
             UsageError: several rules, a value outside its range, an unknown preset.
         """
-        given = [name for name in ("rank", "energy", "error") if getattr(self, name) is not None]
+        given = [name for name in ("rank", "energy", "error", "budget") if getattr(self, name) is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)} are different rules for the rank.", fix="Give one of them.")
+        budgets.require_sensible(self.budget, uniform=self.uniform_rank)
         if self.rank is not None and self.rank < 1:
             raise UsageError("A rank is at least 1.", rank=self.rank)
         for name in ("energy", "error"):
@@ -62,6 +64,11 @@ class SvdOptions:
     def cap(self) -> int:
         """The largest rank that can come out."""
         return self.rank if self.rank is not None else self.max_rank
+
+    def limit(self, rows: int, columns: int, count: int = 1) -> int:
+        """The same for matrices of a shape, of which `count` share a rank."""
+        matrix = budgets.Matrix(rows, columns, count)
+        return min(self.cap, rows, columns) if self.budget is None else matrix.ceiling(self.cap, self.budget)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +137,10 @@ class ExtractPlanner:
         stacked = stacked_pairs(self.pairing, self.chosen, kept)
         taken = {member for each in stacked for member in each.members}
         units = [unit for path in self.chosen for unit in self._units(path, taken)]
-        units += [expert_units.unit(each, self._svd(), self.svd.cap, self.svd.preset) for each in stacked]
+        units += [
+            expert_units.unit(each, self._svd(), self.svd.limit(*each.matrix, each.experts), self.svd.preset)
+            for each in stacked
+        ]
         return sorted(units, key=lambda unit: not _may_refuse(unit))
 
     def _units(self, path: str, taken: Collection[tuple[str, str]]) -> Iterator[Unit]:
@@ -140,7 +150,7 @@ class ExtractPlanner:
             yield self._unit(path, pairs)
 
     def _svd(self) -> dict[str, Any]:
-        svd = dataclasses.asdict(self.svd)
+        svd = budgets.without(dataclasses.asdict(self.svd))
         if self.svd.rank is not None:
             svd["max_rank"] = max(self.svd.max_rank, self.svd.rank)
         return svd
@@ -164,6 +174,7 @@ class ExtractPlanner:
             inputs=tuple(inputs),
             parameters={
                 "rules": rules,
+                "matrix": budgets.shape_of(rules, pairs),
                 "svd": self._svd(),
                 "transposed": module.stored_transposed,
                 "layer": module.kind if module.kind in {"embedding", "conv"} else "linear",
@@ -187,7 +198,7 @@ class ExtractPlanner:
                 )
             return "left-out" if self.only_low_rank else "added"
         keep = matches_any(self.save_full, path)
-        if _is_packed(parameter, pair) and not keep:
+        if parameter == "weight" and pair.is_packed and not keep:
             return "refused:quantised"
         if pair.relation == "rows":
             if parameter == "weight" and not shared and not keep:
@@ -222,10 +233,10 @@ class ExtractPlanner:
     def _write_bytes(self, rule: str, pair: Pair) -> int:
         if rule == "low-rank":
             rows, columns = matrix_shape(pair.tuned.shape)
-            return min(self.svd.cap, rows, columns) * (rows + columns) * 4
+            return self.svd.limit(rows, columns) * (rows + columns) * 4
         if rule == "rows":
             rows, columns = pair.tuned.shape
-            return min(self.svd.cap, rows, columns) * (rows + columns) * 4 + pair.tuned.nbytes
+            return self.svd.limit(rows, columns) * (rows + columns) * 4 + pair.tuned.nbytes
         return 0 if rule == "left-out" or rule.startswith("refused:") else pair.tuned.nbytes
 
     def _peak(self, rule: str, pair: Pair) -> int:
@@ -236,7 +247,7 @@ class ExtractPlanner:
 
         assert pair.base is not None
         rows, columns = matrix_shape(pair.base.shape)
-        rank = min(self.svd.cap, rows, columns)
+        rank = self.svd.limit(rows, columns)
         workspace = workspace_bytes(rows, columns, rank, preset=self.svd.preset)
         return 4 * tiles + 4 * rows * columns + workspace
 
@@ -247,7 +258,7 @@ class ExtractPlanner:
 
     def template(self, base_model: str | None = None, format: str = "peft") -> Adapter:
         """The adapter that comes out, without its updates."""
-        config = {"task_type": _task(self.pairing.tuned.config)}
+        config = {"task_type": families.task_type(self.pairing.tuned.config)}
         return Adapter({}, format=format, config=config, base_model=self.hub_name(base_model))
 
     def complete(self, adapter: Adapter) -> Adapter:
@@ -282,18 +293,5 @@ class ExtractPlanner:
         return stacks_of([f"{path}.weight" for path, pairs in self.pairing.modules.items() if "weight" in pairs])
 
 
-def _is_packed(parameter: str, pair: Pair) -> bool:
-    """Whether the base holds a matrix in a form that is not computed with, and the tuned checkpoint does not."""
-    packed = pair.base is not None and pair.base.dtype not in COMPUTABLE and pair.tuned.dtype in COMPUTABLE
-    return packed and parameter == "weight" and len(pair.tuned.shape) > 1
-
-
 def _may_refuse(unit: Unit) -> bool:
     return any(rule["rule"].startswith("refused:") for rule in unit.parameters.get("rules", {}).values())
-
-
-def _task(config: Mapping[str, Any]) -> str | None:
-    """PEFT's task type, only where it adds nothing of its own to what is loaded."""
-    names = config.get("architectures") or []
-    causal = any(isinstance(name, str) and name.endswith(("ForCausalLM", "LMHeadModel")) for name in names)
-    return "CAUSAL_LM" if causal else None

@@ -9,7 +9,7 @@ from typing import Literal
 from loratools.checkpoints import Checkpoint, Module, families, owner
 from loratools.engine.binding import Renaming, reconcile
 from loratools.errors import MismatchError
-from loratools.tensors import TensorRef
+from loratools.tensors import COMPUTABLE, TensorRef
 
 _LISTED = 5
 _MATRIX = 2
@@ -35,6 +35,12 @@ class Pair:
     def nbytes(self) -> int:
         """Bytes on both sides."""
         return self.tuned.nbytes + (self.base.nbytes if self.base is not None else 0)
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the base holds a matrix in a form that is not computed with, and the tuned checkpoint does not."""
+        packed = self.base is not None and self.base.dtype not in COMPUTABLE and self.tuned.dtype in COMPUTABLE
+        return packed and len(self.tuned.shape) > 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -106,6 +106,8 @@ class Plan:
         options: the request, as the report repeats it.
         rules: every rule that a unit's parameters name → what it says.
         notes: what the planner had to decide or wants to say.
+        closing: work that needs what all units found, done one after the other once they are. It may name units that
+            have to be run again, each with a larger bound that its rule allows.
         bounds: see `Bounds`.
     """
 
@@ -122,6 +124,7 @@ class Plan:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rules: Mapping[str, str] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    closing: tuple[Unit, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; `from_json` gives an equal plan back."""
@@ -145,6 +148,7 @@ class Plan:
                         SourceInfo(**each | {"files": tuple(each["files"])}) for each in fields["sources"]
                     ),
                     "units": tuple(_unit(each) for each in fields["units"]),
+                    "closing": tuple(_unit(each) for each in fields.get("closing", ())),
                     "bounds": Bounds(**fields["bounds"]),
                     "files": tuple(_file(each) for each in fields["files"]),
                     "copies": tuple((source, name) for source, name in fields["copies"]),

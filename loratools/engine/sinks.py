@@ -14,6 +14,7 @@ from loratools.adapters import AbstractUpdate, Adapter
 from loratools.engine.plan import OutputFile
 from loratools.errors import InternalError
 from loratools.files import encode_adapter, write_weights
+from loratools.formats import Encoded
 from loratools.storage.files import Check
 from loratools.storage.scratch import ScratchFile
 from loratools.storage.writer import SafetensorsWriter, WrittenFile
@@ -41,9 +42,17 @@ class AbstractSink(abc.ABC):
         """A result whose place in the output is not known yet."""
         raise InternalError("This output takes no factors.", tensor=name, shape=tensor.shape)
 
-    def update(self, module: str, update: AbstractUpdate) -> None:
-        """A module's finished update."""
-        raise InternalError("This output takes no updates.", module=module, kind=update.kind)
+    def update(self, module: str, update: AbstractUpdate | None) -> None:
+        """A module's finished update, in place of one that it has; None takes that away."""
+        raise InternalError("This output takes no updates.", module=module, kind=getattr(update, "kind", None))
+
+    def held(self, module: str) -> AbstractUpdate | None:
+        """The update that a module has so far."""
+        raise InternalError("This output takes no updates.", module=module)
+
+    def encoded(self, changed: Mapping[str, AbstractUpdate | None] = MappingProxyType({})) -> Encoded:
+        """What would be written now, if these modules had these updates."""
+        raise InternalError("This output takes no updates.", modules=len(changed))
 
     @abc.abstractmethod
     def finish(self) -> list[WrittenFile]:
@@ -135,13 +144,16 @@ class AdapterSink(AbstractSink):
         self._format = format
         self._order = order
         self._scratch = ScratchFile(directory)
-        self._updates: dict[str, AbstractUpdate] = {}
+        self._updates: dict[str, AbstractUpdate | None] = {}
         self._lock = threading.Lock()
 
     @property
     def adapter(self) -> Adapter:
         """What has come together, in the planned order."""
-        updates = {path: self._updates[path] for path in self._order if path in self._updates}
+        return self._adapter(self._updates)
+
+    def _adapter(self, found: Mapping[str, AbstractUpdate | None]) -> Adapter:
+        updates = {path: update for path in self._order if (update := found.get(path)) is not None}
         template = dataclasses.replace(self._assembly.template, updates=MappingProxyType(updates))
         return self._assembly.complete(template)
 
@@ -150,12 +162,20 @@ class AdapterSink(AbstractSink):
         held = tensor.detach().cpu().contiguous()
         return self._scratch.append(name, bytes_of(held), TensorSpec(name, dtype_name(held.dtype), tuple(held.shape)))
 
-    def update(self, module: str, update: AbstractUpdate) -> None:
+    def update(self, module: str, update: AbstractUpdate | None) -> None:
         """See `AbstractSink.update`."""
         with self._lock:
             self._updates[module] = update
 
+    def held(self, module: str) -> AbstractUpdate | None:
+        """See `AbstractSink.held`."""
+        return self._updates.get(module)
+
+    def encoded(self, changed: Mapping[str, AbstractUpdate | None] = MappingProxyType({})) -> Encoded:
+        """See `AbstractSink.encoded`."""
+        adapter = self._adapter({**self._updates, **changed})
+        return encode_adapter(adapter, format=self._format, siblings=self._assembly.siblings)
+
     def finish(self) -> list[WrittenFile]:
         """See `AbstractSink.finish`."""
-        encoded = encode_adapter(self.adapter, format=self._format, siblings=self._assembly.siblings)
-        return write_weights(encoded, self._directory)
+        return write_weights(self.encoded(), self._directory)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from loratools.linalg._addition import LowRankSum, add_low_rank, low_rank_delta, subtract_low_rank
+    from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._rank import rank_for_energy, rank_for_error
@@ -21,9 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PRESETS",
+    "Allotment",
     "LowRankSum",
     "SVDInfo",
+    "Spectrum",
     "add_low_rank",
+    "allocate_ranks",
     "balanced_factors",
     "low_rank_delta",
     "non_finite_count",
@@ -34,15 +38,19 @@ __all__ = [
     "truncate_low_rank",
     "truncated_svd",
     "ulp",
+    "uniform_rank",
     "workspace_bytes",
 ]
 
 _HOMES: Final = MappingProxyType(
     {
         "PRESETS": "_workspace",
+        "Allotment": "_budget",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
+        "Spectrum": "_budget",
         "add_low_rank": "_addition",
+        "allocate_ranks": "_budget",
         "balanced_factors": "_truncated_svd",
         "low_rank_delta": "_addition",
         "non_finite_count": "_rounding",
@@ -53,6 +61,7 @@ _HOMES: Final = MappingProxyType(
         "truncate_low_rank": "_core",
         "truncated_svd": "_truncated_svd",
         "ulp": "_rounding",
+        "uniform_rank": "_budget",
         "workspace_bytes": "_workspace",
     }
 )

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
-from loratools.engine import planning
+from loratools.engine import budgets, planning
 from loratools.engine.cards import is_hub_id
-from loratools.engine.context import Outcome
 from loratools.engine.execute import Execution, execute
 from loratools.engine.extract_advice import advice, beforehand, without_effect
+from loratools.engine.extract_findings import budget_facts, extracted, findings, named_fates, numbers, totals
 from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
@@ -37,6 +37,8 @@ RULES: Final = {
     "rows": "rows that only the tuned checkpoint has are stored beside the adapter; the common rows follow low-rank",
     "added": "a parameter of a module that the base does not have is stored whole",
     "left-out": "a changed parameter is named in the report and not stored (--only-low-rank)",
+    "budget": "the weights file has at most so many bytes: σ² per byte decides which ranks of all modules it holds",
+    "uniform-rank": "every changed matrix gets the largest rank that all can have within the budget, with zeros",
     "refused": "a changed parameter of this kind ends the run: it is not handled yet",
 }
 
@@ -82,6 +84,8 @@ def plan_extract(
     rank: int | None = None,
     energy: float | None = None,
     error: float | None = None,
+    budget: int | None = None,
+    uniform_rank: bool = False,
     max_rank: int = 256,
     preset: str = "default",
     seed: int = 0,
@@ -94,7 +98,7 @@ def plan_extract(
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `extract` with the same arguments; reads headers and configurations only."""
-    svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
+    svd = SvdOptions(rank, energy, error, max_rank, preset, seed, budget, uniform_rank)
     selection = Selection(tuple(include), tuple(exclude))
     options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
     return _prepare(base, tuned, output, options, Run(**run)).plan
@@ -108,6 +112,8 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     error: float | None = None,
+    budget: int | None = None,
+    uniform_rank: bool = False,
     max_rank: int = 256,
     preset: str = "default",
     seed: int = 0,
@@ -128,7 +134,9 @@ def extract(
         rank: the rank of every module (clipped to what exists); 16 if no rule is given.
         energy: or the least rank with captured ≥ energy, per module.
         error: or the least rank with residual ≤ error, per module.
-        max_rank: cap on ranks chosen by energy or error; never on `rank`.
+        budget: or bytes of the weights file, header included: the ranks that leave the least ‖ΔW − Δ̂‖² over all.
+        uniform_rank: with a budget, the largest rank that all modules can have, filled up with zeros.
+        max_rank: cap on ranks chosen by energy, error or budget; never on `rank`.
         preset: effort of the SVD, `fast`, `default` or `exact`.
         seed: of the sketch.
         save_full: patterns of modules to store whole instead.
@@ -144,11 +152,12 @@ def extract(
         MismatchError: the two are not checkpoints of one architecture.
         UnsupportedError: a changed tensor of a kind that cannot be extracted yet, by name.
         NonFiniteError: NaN or infinity in a difference.
+        UsageError: options that contradict each other; a budget that does not hold what has to be stored.
 
     Law: captured and residual are those of the factors as written; every tensor of both sides is stored,
     identical, or named.
     """
-    svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
+    svd = SvdOptions(rank, energy, error, max_rank, preset, seed, budget, uniform_rank)
     selection = Selection(tuple(include), tuple(exclude))
     options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
     prepared = _prepare(base, tuned, output, options, Run(**run))
@@ -184,17 +193,18 @@ def _prepare(
     require_directory_name(path)
     sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}
     planner = ExtractPlanner.of(before, after, svd, options.selection, options.save_full, options.only_low_rank)
-    units = planning.hash_units(sources) + planner.units()
-    written = sum(unit.write_bytes for unit in units)
-    planning.check_output(path, run, sources.values(), 2 * written)
+    asked = budgets.Pool(svd.budget, svd.max_rank, svd.uniform_rank) if svd.budget is not None else None
+    work = budgets.work(planning.hash_units(sources) + planner.units(), asked, after)
+    planning.check_output(path, run, sources.values(), work.written + work.scratch)
     plan = Plan(
         verb="extract",
         kind="adapter",
         output=str(path),
         overwrite=run.overwrite,
         sources=planning.infos(sources),
-        units=tuple(units),
-        bounds=planning.bounds(units, sources.values(), run, write=written, scratch=written),
+        units=work.units,
+        closing=work.closing,
+        bounds=planning.bounds(work.units, sources.values(), run, write=work.written, scratch=work.scratch),
         options={
             **dataclasses.asdict(svd),
             "save_full": list(options.save_full),
@@ -211,14 +221,13 @@ def _prepare(
 
 
 def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
-    outcomes = execution.of("extract")
     modules, whole, left_out = [], [], dict(prepared.planner.left_out)
     identical: list[str] = []
     fates: dict[str, int] = {"identical": 0, "low-rank": 0, "whole": 0, "equal in value": 0, "left out": 0}
-    for outcome in outcomes:
-        if outcome.facts.get("rank"):
-            modules.append({"name": outcome.target, **_numbers(outcome.facts)})
-        for name, fate in _named_fates(outcome):
+    for outcome in extracted(execution):
+        if outcome.facts.get("norm"):
+            modules.append({"name": outcome.target, **numbers(outcome.facts)})
+        for name, fate in named_fates(outcome):
             fates[fate.split(":")[0]] += 1
             if fate in {"identical", "equal in value"}:
                 identical.append(name)
@@ -230,7 +239,7 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
     none = () if execution.adapter else ("Nothing that the adapter may hold has changed: it is empty.",)
-    found = [*none, *_findings(modules), *without_effect(prepared.plan.options, outcomes)]
+    found = [*none, *findings(modules, budget_facts(execution)), *without_effect(prepared.plan.options, outcomes)]
     found += advice(prepared.planner.pairing, execution.adapter)
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),
@@ -242,58 +251,9 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
             "fingerprint": prepared.planner.fingerprints(touched),
         },
         notes=(*prepared.plan.notes, *found),
-        modules=tuple(modules),
+        modules=tuple(module for module in modules if module["rank"]),
         whole=tuple(whole),
         left_out=MappingProxyType(left_out),
-        totals=_totals(modules, fates, execution),
+        totals=totals(modules, fates, execution),
         identical=tuple(identical),
     )
-
-
-def _named_fates(outcome: Outcome) -> list[tuple[str, str]]:
-    """What became of every tensor of a unit, by its name: below the module, or, of experts, its own."""
-    own = [
-        (f"{outcome.target}.{parameter}" if outcome.target else parameter, fate)
-        for parameter, fate in outcome.facts["fates"].items()
-    ]
-    return [*own, *outcome.facts.get("tensors", {}).items()]
-
-
-def _numbers(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key not in {"fates", "tensors", "products"}}
-
-
-def _totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], execution: Execution) -> dict[str, Any]:
-    squares = sum(module["norm"] ** 2 for module in modules)
-    left = sum((module["residual"] * module["norm"]) ** 2 for module in modules)
-    return {
-        "modules": len(modules),
-        "tensors": dict(fates),
-        "rank": sum(module["rank"] for module in modules),
-        "captured": 1 - left / squares if squares else None,
-        "residual": (left / squares) ** 0.5 if squares else None,
-        "bytes": sum(file["bytes"] for file in execution.files if file["name"].endswith(".safetensors")),
-    }
-
-
-def _findings(modules: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the numbers say that a user should hear."""
-    notes = []
-    clipped = [module["name"] for module in modules if module["clipped"]]
-    if clipped:
-        notes.append(f"The rank is lower than asked for where no more exists: {_some(clipped)}.")
-    short = [module for module in modules if not module["reached"]]
-    if short:
-        worst = min(short, key=lambda module: module["captured"])
-        names = [module["name"] for module in short]
-        captured = f"{worst['name']} captures {worst['captured']:.4f}"
-        notes.append(f"The goal is not reached within the cap and float32: {_some(names)}; {captured}.")
-    large = [module for module in modules if (module["relative"] or 0) > 1]
-    if modules and len(large) > len(modules) // 2:
-        notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
-    return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    """One name, or the first of several with their number."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

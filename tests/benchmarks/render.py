@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from tests.benchmarks import budget
 from tests.benchmarks.cases import HERE, REPOSITORY
 from tests.benchmarks.run import BENCHMARKS
 
@@ -38,6 +39,7 @@ REPEATING = """\
 
     python -m venv .peers && .peers/bin/pip install mergekit peft transformers
     python -m tests.benchmarks.run --peers .peers/bin/python
+    python -m tests.benchmarks.budget
     python -m tests.benchmarks.render
 
 The inputs (17 GB in all, outputs need 12 more) are built on the first run, from a seed, by
@@ -163,7 +165,14 @@ def section(name: str, results: Path) -> str:
 
 def page(results: Path) -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *(section(name, results) for name in BENCHMARKS), REPEATING])
+    return "\n".join(
+        [
+            INTRODUCTION,
+            *(section(name, results) for name in BENCHMARKS),
+            budget.section(results / "budget.json"),
+            REPEATING,
+        ]
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -34,6 +34,9 @@ PLANS = {
     "extract-low": lambda home, **run: plan_extract(
         home / "base", home / "tuned", home / "out", only_low_rank=True, exclude=["k_proj"], **run
     ),
+    "extract-budget": lambda home, **run: plan_extract(
+        home / "base", home / "tuned", home / "out", budget=9000, uniform_rank=True, **run
+    ),
     "merge": lambda home, **run: plan_merge(
         home / "base", [home / "a", home / "b"], home / "out", weights=[1, -2], **run
     ),

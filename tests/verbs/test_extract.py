@@ -99,7 +99,7 @@ def test_rank_rules(tmp_path, options, ranks):
 
 @pytest.mark.parametrize("options", [
     {"rank": 2, "energy": 0.5}, {"rank": 0}, {"energy": 0}, {"energy": 1.5}, {"error": -1},
-    {"max_rank": 0, "energy": 0.5},
+    {"max_rank": 0, "energy": 0.5}, {"budget": 0}, {"budget": 9000, "rank": 2}, {"uniform_rank": True, "rank": 2},
     {"include": ["nothing"]}, {"exclude": ["*"]}, {"save_full": ["nothing"]}, {"preset": "klingon"},
     {"format": "klingon"},
     {"threads": 0}, {"device": "cuda:99"}, {"energy": float("nan")},

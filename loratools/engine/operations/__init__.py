@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from loratools.engine.context import Context, Outcome
-from loratools.engine.operations import copying, deriving, extracting, extracting_experts, merging
+from loratools.engine.operations import allocating, copying, deriving, extracting, extracting_experts, merging
 from loratools.engine.plan import Unit
 
 Operation = Callable[[Unit, Context], Outcome]
@@ -22,4 +22,5 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "extract": extracting.extract,
     "extract-experts": extracting_experts.extract_experts,
     "derive": deriving.derive,
+    "allocate": allocating.allocate,
 }

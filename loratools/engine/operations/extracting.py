@@ -119,6 +119,7 @@ def _factors(
             require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError("The difference overflows float32.", tensor=tuned.name, shape=tuned.shape) from error
     facts |= _measured(info, weight_norm, options.get("error"))
+    facts["sigma2"] = S.double().square().tolist()
     if not S.numel():
         return {}
     if unit.parameters["transposed"]:

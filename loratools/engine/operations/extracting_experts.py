@@ -36,6 +36,7 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
     found = [_factors(_parts(tuned, experts, at), _parts(base, experts, at), unit, context) for at in range(experts)]
     rank = max(lora_A.shape[0] for lora_A, _, _, _ in found)
     facts |= _measured([(info, norm) for _, _, info, norm in found], rank)
+    facts["sigma2"] = _energies([lora_A for lora_A, _, _, _ in found], rank)
     what = "low-rank" if rank else "equal in value"
     facts["tensors"] = dict.fromkeys((ref.name for ref in tuned), what)
     if rank:
@@ -83,6 +84,16 @@ def _factors(
     lora_A, lora_B = balanced_factors(U, S, Vh)
     context.advance(sum(ref.nbytes for ref in (*base, *tuned)), unit.target)
     return lora_A.cpu(), lora_B.cpu(), info, norm
+
+
+def _energies(downs: Sequence[torch.Tensor], rank: int) -> list[float]:
+    """σ² of every rank, over all experts: balanced factors have rows of length √σ."""
+    import torch
+
+    total = torch.zeros(rank, dtype=torch.float64)
+    for lora_A in downs:
+        total[: lora_A.shape[0]] += lora_A.double().square().sum(1).square()
+    return total.tolist()
 
 
 def _stacked(factors: Sequence[tuple[torch.Tensor, torch.Tensor]], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
