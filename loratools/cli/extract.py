@@ -14,6 +14,7 @@ from loratools.cli.progress import bytes_done
     examples="""
     loratools extract base/ tuned/ -o adapter/ --rank 16
     loratools extract base/ tuned/ -o adapter/ --energy 0.95 --max-rank 64
+    loratools extract base/ tuned/ -o adapter/ --rank 8 --activations imatrix.gguf
     loratools extract base/ tuned/ -o adapter/ --include 'layers.{10-20}.*.q_proj' --dry-run
     """,
 )
@@ -21,6 +22,7 @@ from loratools.cli.progress import bytes_done
 @options.tuned
 @options.extraction_rank
 @options.preset
+@options.activations
 @options.save_full
 @options.only_low_rank
 @options.selecting

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 from loratools.adapters import Adapter, LowRank
 from loratools.adapters.experts import Stacked
 from loratools.checkpoints import Checkpoint
@@ -61,3 +64,26 @@ def advice(pairing: Pairing, adapter: Adapter | None) -> list[str]:
             "uses; after transformers' own load_adapter call model.tie_weights()."
         )
     return notes
+
+
+def findings(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the numbers say that a user should hear."""
+    notes = []
+    clipped = [module["name"] for module in modules if module["clipped"]]
+    if clipped:
+        notes.append(f"The rank is lower than asked for where no more exists: {_some(clipped)}.")
+    short = [module for module in modules if not module["reached"]]
+    if short:
+        worst = min(short, key=lambda module: module["captured"])
+        names = [module["name"] for module in short]
+        captured = f"{worst['name']} captures {worst['captured']:.4f}"
+        notes.append(f"The goal is not reached within the cap and float32: {_some(names)}; {captured}.")
+    large = [module for module in modules if (module["relative"] or 0) > 1]
+    if modules and len(large) > len(modules) // 2:
+        notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    """One name, or the first of several with their number."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loratools.linalg._rank import rank_for_energy, rank_for_error
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
+    from loratools.linalg._weighted import input_weights, truncated_svd_weighted
     from loratools.linalg._workspace import PRESETS, workspace_bytes
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "SVDInfo",
     "add_low_rank",
     "balanced_factors",
+    "input_weights",
     "low_rank_delta",
     "non_finite_count",
     "rank_for_energy",
@@ -33,6 +35,7 @@ __all__ = [
     "subtract_low_rank",
     "truncate_low_rank",
     "truncated_svd",
+    "truncated_svd_weighted",
     "ulp",
     "workspace_bytes",
 ]
@@ -44,6 +47,7 @@ _HOMES: Final = MappingProxyType(
         "SVDInfo": "_info",
         "add_low_rank": "_addition",
         "balanced_factors": "_truncated_svd",
+        "input_weights": "_weighted",
         "low_rank_delta": "_addition",
         "non_finite_count": "_rounding",
         "rank_for_energy": "_rank",
@@ -52,6 +56,7 @@ _HOMES: Final = MappingProxyType(
         "subtract_low_rank": "_addition",
         "truncate_low_rank": "_core",
         "truncated_svd": "_truncated_svd",
+        "truncated_svd_weighted": "_weighted",
         "ulp": "_rounding",
         "workspace_bytes": "_workspace",
     }

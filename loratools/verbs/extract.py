@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any, Final
 from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
 from loratools.engine import planning
+from loratools.engine.activations import Weighing, unweighted, weigh
 from loratools.engine.cards import is_hub_id
 from loratools.engine.context import Outcome
 from loratools.engine.execute import Execution, execute
-from loratools.engine.extract_advice import advice, beforehand
+from loratools.engine.extract_advice import advice, beforehand, findings
 from loratools.engine.extract_units import ExtractPlanner, SvdOptions
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
 from loratools.errors import UsageError
-from loratools.files import open_checkpoint
+from loratools.files import open_activations, open_checkpoint
 from loratools.files.locate import Source, require_directory_name
 from loratools.formats import codec_named
 
@@ -91,12 +92,13 @@ def plan_extract(
     exclude: Sequence[str] = (),
     format: str = "peft",
     base_model: str | None = None,
+    activations: Source | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `extract` with the same arguments; reads headers and configurations only."""
     svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
     selection = Selection(tuple(include), tuple(exclude))
-    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
+    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model, activations)
     return _prepare(base, tuned, output, options, Run(**run)).plan
 
 
@@ -117,6 +119,7 @@ def extract(
     exclude: Sequence[str] = (),
     format: str = "peft",
     base_model: str | None = None,
+    activations: Source | None = None,
     **run: Unpack[RunOptions],
 ) -> ExtractReport:
     """Write the low-rank ΔW = W_tuned − W_base of every changed matrix as an adapter.
@@ -138,6 +141,8 @@ def extract(
         format: the dialect to write.
         base_model: the base's name on the Hub, `owner/name`, for the adapter's configuration and card;
             default what the base's own configuration says, never a path.
+        activations: a file of the RMS of every module's inputs, or an imatrix of llama.cpp: factors are best for such
+            inputs, and the rank rules are meant in that norm; see `loratools.engine.activations`.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
@@ -150,7 +155,7 @@ def extract(
     """
     svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
     selection = Selection(tuple(include), tuple(exclude))
-    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
+    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model, activations)
     prepared = _prepare(base, tuned, output, options, Run(**run))
     planner = prepared.planner
     return execute(
@@ -170,6 +175,7 @@ class _Options:
     selection: Selection
     format: str
     base_model: str | None
+    activations: Source | None
 
 
 def _prepare(
@@ -184,7 +190,8 @@ def _prepare(
     require_directory_name(path)
     sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}
     planner = ExtractPlanner.of(before, after, svd, options.selection, options.save_full, options.only_low_rank)
-    units = planning.hash_units(sources) + planner.units()
+    weighing = _weighing(planner, options.activations, sources)
+    units = [*planning.hash_units(sources), *weighing.units]
     written = sum(unit.write_bytes for unit in units)
     planning.check_output(path, run, sources.values(), 2 * written)
     plan = Plan(
@@ -203,11 +210,21 @@ def _prepare(
             "exclude": list(options.selection.exclude),
             "format": options.format,
             "base_model": options.base_model,
+            "activations": sources["activations"].name if options.activations is not None else None,
         },
         rules=RULES,
-        notes=(*before.notes, *after.notes, *planner.notes, *beforehand(after, options.format)),
+        notes=(*before.notes, *after.notes, *planner.notes, *weighing.notes, *beforehand(after, options.format)),
     )
     return _Prepared(plan, sources, planner, run)
+
+
+def _weighing(planner: ExtractPlanner, source: Source | None, sources: dict[str, Checkpoint | Adapter]) -> Weighing:
+    """The planner's units, weighted by the activations, if any; these become an input."""
+    if source is None:
+        return Weighing(tuple(planner.units()), ())
+    opened = open_activations(source)
+    sources["activations"] = opened.source
+    return weigh(planner.units(), planner.pairing, opened)
 
 
 def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
@@ -229,8 +246,6 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     touched = list(execution.adapter or {})
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
-    none = () if execution.adapter else ("Nothing that the adapter may hold has changed: it is empty.",)
-    found = [*none, *_findings(modules), *advice(prepared.planner.pairing, execution.adapter)]
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),
         parameters=prepared.plan.options,
@@ -240,13 +255,20 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
             "hub": prepared.planner.hub_name(prepared.plan.options["base_model"]),
             "fingerprint": prepared.planner.fingerprints(touched),
         },
-        notes=(*prepared.plan.notes, *found),
+        notes=(*prepared.plan.notes, *_found(prepared, execution, modules)),
         modules=tuple(modules),
         whole=tuple(whole),
         left_out=MappingProxyType(left_out),
         totals=_totals(modules, fates, execution),
         identical=tuple(identical),
     )
+
+
+def _found(prepared: _Prepared, execution: Execution, modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is known only now."""
+    none = [] if execution.adapter else ["Nothing that the adapter may hold has changed: it is empty."]
+    weighted = unweighted(modules, prepared.plan.options["activations"])
+    return [*none, *findings(modules), *weighted, *advice(prepared.planner.pairing, execution.adapter)]
 
 
 def _named_fates(outcome: Outcome) -> list[tuple[str, str]]:
@@ -273,26 +295,3 @@ def _totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], exec
         "residual": (left / squares) ** 0.5 if squares else None,
         "bytes": sum(file["bytes"] for file in execution.files if file["name"].endswith(".safetensors")),
     }
-
-
-def _findings(modules: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the numbers say that a user should hear."""
-    notes = []
-    clipped = [module["name"] for module in modules if module["clipped"]]
-    if clipped:
-        notes.append(f"The rank is lower than asked for where no more exists: {_some(clipped)}.")
-    short = [module for module in modules if not module["reached"]]
-    if short:
-        worst = min(short, key=lambda module: module["captured"])
-        names = [module["name"] for module in short]
-        captured = f"{worst['name']} captures {worst['captured']:.4f}"
-        notes.append(f"The goal is not reached within the cap and float32: {_some(names)}; {captured}.")
-    large = [module for module in modules if (module["relative"] or 0) > 1]
-    if modules and len(large) > len(modules) // 2:
-        notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
-    return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    """One name, or the first of several with their number."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
