@@ -53,7 +53,7 @@ IN_LAYER: Final = MappingProxyType(
 """Short name → module paths below a layer: llama, mistral, qwen, gemma, phi-3, deepseek; GPT-2, NeoX, falcon; BERT."""
 
 OUTSIDE: Final = MappingProxyType({"output.weight": ("lm_head", "embed_out", "language_model.lm_head")})
-"""Only if `llama-imatrix` was asked to process the output; the inputs of a head that is tied to the embedding are not recorded."""
+"""Recorded only if `llama-imatrix` was asked to process the output; never of a head that is tied to the embedding."""
 
 _EXPERT_BLOCKS: Final = ("mlp.experts", "feed_forward.experts", "block_sparse_moe.experts")
 EXPERTS: Final = MappingProxyType(

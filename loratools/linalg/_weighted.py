@@ -22,6 +22,7 @@ INPUT_FLOOR: Final = 1e-3
 """The least weight, relative to the root mean square of all."""
 
 _CHUNK: Final = 2**17  # entries at a time in float64
+_ROUNDING: Final = 2.0**-23  # of an entry of M·diag(weights): the weight in float32, and the product
 _EXPONENTS: Final = 96  # of the scaling: beyond it, float32 weights would overflow
 
 
@@ -91,6 +92,7 @@ def truncated_svd_weighted(
         scaled = M.mul_(scale) if kept else M.to(torch.float32, copy=True).mul_(scale)
         U, S, Vh, found = truncated_svd(scaled, **options)
         M = scaled.div_(scale) if kept else M
+        found = dataclasses.replace(found, residual=math.ldexp(found.residual, exponent))
         del scaled
         if S.numel():
             U, S, Vh = _projected(M, U)
@@ -131,7 +133,18 @@ def _measured(
         rows.addmm_(left[first : first + step], Vh, alpha=-1)
         squares += torch.cat([whole, torch.stack([rows.square().sum(), rows.mul_(weights).square().sum()])])
     plain, heavy, left_plain, left_heavy = squares.tolist()
+    bound = _certificate(found, math.sqrt(heavy), math.sqrt(left_heavy))
+    kind = None if bound is None else found.certificate_kind
+    found = dataclasses.replace(found, certificate=bound, certificate_kind=kind)
     return _info(found, plain, left_plain), _info(found, heavy, left_heavy)
+
+
+def _certificate(found: SVDInfo, whole: float, left: float) -> float | None:
+    """What is certain of the triples as returned: M·diag(weights) was rounded before it was truncated."""
+    if found.certificate is None:
+        return None
+    least = found.residual / (1 + found.certificate) - _ROUNDING * whole  # of any approximation of this rank
+    return max(left / least - 1, found.certificate) if least > 0 else None
 
 
 def _info(found: SVDInfo, whole: float, left: float) -> SVDInfo:
