@@ -106,7 +106,7 @@ def test_the_file_is_an_input_of_plan_and_report(tmp_path, pair_of):
 
     file = write(tmp_path / "act.gguf", "gguf")
     plan = plan_extract(*pair_of, tmp_path / "out", rank=2, activations=file)
-    assert [(each.role, each.name) for each in plan.sources][-1] == ("activations", "act.gguf")
+    assert [(each.role, each.kind, each.name) for each in plan.sources][-1] == ("activations",) * 2 + ("act.gguf",)
     assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))) == plan
     extract(*pair_of, tmp_path / "out", rank=2, activations=file)
     report = report_of(tmp_path / "out")
