@@ -47,9 +47,9 @@ READING = """
 
 Most layers gain, a few lose: what is weighted is the size of each input, and not how inputs go together (the largest
 ratios are {worst}).
-The inputs of this model differ little in size: in the median layer, the 95th percentile of the RMS is {spread:.1f} times
-the 5th. And layers that are each nearer to the fine-tune's need not make a model that is nearer: in {farther} of {rows}
-rows the embeddings are farther away than without activations. Measure what you care about.
+The inputs of this model differ little in size: in the median layer, the 95th percentile of the RMS is {spread:.1f}
+times the 5th. And layers that are each nearer to the fine-tune's need not make a model that is nearer: in {farther} of
+{rows} rows the embeddings are farther away than without activations. Measure what you care about.
 
 {where}
 """
