@@ -7,6 +7,7 @@ import torch
 
 from loratools import linalg
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
+from loratools.linalg._weighted import _projected
 from tests.linalg.spectra import KINDS, lost_orthogonality, matrix
 
 
@@ -164,3 +165,25 @@ def test_what_is_refused():
             linalg.input_weights(bad)
     with pytest.raises(NonFiniteError):
         linalg.input_weights(torch.tensor([1, math.inf]))
+
+
+def test_the_projection_does_not_rest_on_how_orthonormal_the_left_vectors_are():
+    """A randomised basis is orthonormal to 1e-6; what is projected on is its span."""
+    M = matrix("gaussian", 60, 40)
+    U = torch.linalg.qr(matrix("gaussian", 60, 5))[0]
+    slanted = U + 1e-3 * U @ matrix("gaussian", 5, 5)
+    triples = _projected(M, slanted)
+    wanted = U.double() @ (U.double().T @ M.double())
+    assert float((M.double() - gap(M, triples) - wanted).norm()) < 1e-6 * float(wanted.norm())
+
+
+def test_a_proven_certificate_holds_next_to_the_rounding_of_float32():
+    """Where M·diag(w) as rounded has another optimum than M·diag(w)."""
+    weights = linalg.input_weights(rms(60))
+    for tail in (3e-6, 1e-5, 1e-4):
+        low, noise = matrix("gaussian", 80, 5).double() @ matrix("gaussian", 5, 60).double(), matrix("gaussian", 80, 60)
+        M = (low + tail * noise * low.norm() / noise.norm()).float()
+        best = float(reference(M, weights)[5:].norm())
+        weighted = linalg.truncated_svd_weighted(M, weights, rank=5)[4]
+        assert weighted.certificate_kind == "proven"
+        assert best < weighted.residual <= best * (1 + weighted.certificate)

@@ -292,5 +292,8 @@ def test_memory_bound_grows_with_what_weighting_takes(tmp_path, pair_of):
     file = write(tmp_path / "act.gguf", "gguf")
     plain = plan_extract(*pair_of, tmp_path / "out", rank=2)
     weighted = plan_extract(*pair_of, tmp_path / "out", rank=2, activations=file)
-    assert weighted.bounds.peak_bytes > plain.bounds.peak_bytes
+    largest = plan_extract(*pair_of, tmp_path / "out", rank=16, activations=file)
+    assert plain.bounds.peak_bytes < weighted.bounds.peak_bytes < largest.bounds.peak_bytes
+    fixed = plan_extract(*pair_of, tmp_path / "out", rank=16).bounds.peak_bytes - plain.bounds.peak_bytes
+    assert largest.bounds.peak_bytes - weighted.bounds.peak_bytes > fixed
     assert sum("activations" in unit.parameters for unit in weighted.units) == 3
