@@ -48,6 +48,7 @@ IN_LAYER: Final = MappingProxyType(
         "attn_q_a": ("self_attn.q_a_proj",),
         "attn_q_b": ("self_attn.q_b_proj",),
         "attn_kv_a_mqa": ("self_attn.kv_a_proj_with_mqa",),
+        "attn_kv_b": ("self_attn.kv_b_proj",),
     }
 )  # fmt: skip
 """Short name → module paths below a layer: llama, mistral, qwen, gemma, phi-3, deepseek; GPT-2, NeoX, falcon; BERT."""

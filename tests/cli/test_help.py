@@ -18,7 +18,7 @@ SURFACE = {
     "merge": {"-w", "--dtype", "--max-shard-size", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
     "extract": {"--rank", "--energy", "--error", "--max-rank", "--preset", "--save-full", "--only-low-rank", "--seed",
-                "--format", "--base-model", "--device", *selecting, *writing},
+                "--format", "--activations", "--base-model", "--device", *selecting, *writing},
     "stack": {"-w", "--method", "--format", "--base", *selecting, *writing},
     "rescale": {"--by", "--restate-alpha", "--bake", "--format", *selecting, *writing},
     "push": {"--private", "--create-pr", "--revision", "--message", "--dry-run"},
