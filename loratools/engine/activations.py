@@ -58,6 +58,7 @@ def weigh(units: Sequence[Unit], pairing: Pairing, activations: Activations) -> 
     places = {unit.target: (at, matrix) for at, unit in enumerate(units) if (matrix := matrices[unit.target])}
     names = _names(pairing, places)
     found, unknown, silent, embeddings = list(units), [], [], []
+    seen: set[str] = set()
     for entry in activations.entries.values():
         candidates = [entry.name] if activations.form == "safetensors" else module_paths(entry.name)
         path = next((names[each] for each in candidates if each in names), None)
@@ -65,6 +66,8 @@ def weigh(units: Sequence[Unit], pairing: Pairing, activations: Activations) -> 
             unknown.append(entry.name)
         elif path not in places:
             embeddings += [path] if _is_embedding(pairing, path) else []
+        elif path in seen and activations.form == "safetensors":
+            raise MalformedError("A module comes twice.", file=activations.source.name, module=path)
         elif "activations" not in found[places[path][0]].parameters:
             at, matrix = places[path]
             shaped = _shaped(activations.source, entry, matrix.inputs, units[at])
@@ -72,6 +75,7 @@ def weigh(units: Sequence[Unit], pairing: Pairing, activations: Activations) -> 
                 found[at] = _weighted(units[at], shaped, matrix, squares=entry.squares)
             else:
                 silent.append(path)
+        seen.add(path or entry.name)
     if len(unknown) == len(activations.entries):
         raise MismatchError(
             "No entry of the activations names a module of this model.",

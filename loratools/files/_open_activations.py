@@ -67,7 +67,11 @@ def open_activations(source: locate.Source) -> Activations:
         MalformedError: it is none of them; or entries without sums, without counts, of other shapes or dtypes.
         LoratoolsError: it cannot be read; see `ReadOnlyFile`.
     """
-    path = locate.local(source).absolute()
+    with locate.readable(source):
+        return _opened(locate.local(source).absolute())
+
+
+def _opened(path: Path) -> Activations:
     with ReadOnlyFile(path) as file:
         first = bytearray(min(_GUESS, file.size))
         file.read_into(memoryview(first), 0)

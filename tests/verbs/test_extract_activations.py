@@ -285,6 +285,9 @@ def test_a_prefix_that_the_file_lacks(tmp_path, pair_of):
     save_file({short: rms(16).float()}, tmp_path / "act.safetensors")
     report = extract(*sides, tmp_path / "out", rank=2, activations=tmp_path / "act.safetensors")
     assert [row["name"] for row in report.modules if "weighted_residual" in row] == [Q]
+    save_file({short: rms(16).float(), Q: rms(16, seed=9).float()}, tmp_path / "twice.safetensors")
+    with pytest.raises(MalformedError, match="twice"):
+        extract(*sides, tmp_path / "two", rank=2, activations=tmp_path / "twice.safetensors")
 
 
 def test_memory_bound_grows_with_what_weighting_takes(tmp_path, pair_of):
