@@ -15,6 +15,7 @@ from loratools.cli.progress import bytes_done
     loratools extract base/ tuned/ -o adapter/ --rank 16
     loratools extract base/ tuned/ -o adapter/ --energy 0.95 --max-rank 64
     loratools extract base/ tuned/ -o adapter/ --budget 50MB
+    loratools extract base/ tuned/ -o adapter/ --rank 8 --activations imatrix.gguf
     loratools extract base/ tuned/ -o adapter/ --include 'layers.{10-20}.*.q_proj' --dry-run
     """,
 )
@@ -22,6 +23,7 @@ from loratools.cli.progress import bytes_done
 @options.tuned
 @options.extraction_rank
 @options.preset
+@options.activations
 @options.save_full
 @options.only_low_rank
 @options.selecting

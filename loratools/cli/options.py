@@ -185,6 +185,11 @@ preset = click.option(
     show_default=True,
     help="Effort of the SVD; certified and exact are dense, O(n³).",
 )
+activations = click.option(
+    "--activations",
+    metavar="FILE",
+    help="Be exact where inputs are large: their RMS as .safetensors, or an imatrix of llama.cpp.",
+)
 save_full = click.option("--save-full", metavar="PATTERN", multiple=True, help="Store these modules whole. Repeatable.")
 only_low_rank = switch("--only-low-rank", help="Leave out, and name, what changed and is no matrix.")
 kept_output = click.option(

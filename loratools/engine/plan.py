@@ -24,7 +24,7 @@ class SourceInfo:
 
     id: str
     role: str
-    kind: Literal["checkpoint", "adapter"]
+    kind: Literal["checkpoint", "adapter", "activations"]
     name: str
     location: str | None
     files: tuple[str, ...]

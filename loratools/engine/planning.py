@@ -101,6 +101,7 @@ def infos(sources: Mapping[str, Checkpoint | Adapter]) -> tuple[SourceInfo, ...]
 def info(identifier: str, role: str, source: Checkpoint | Adapter) -> SourceInfo:
     """A source as a plan describes it."""
     kind: Any = "checkpoint" if isinstance(source, Checkpoint) else "adapter"
+    kind = role if role == "activations" else kind
     sizes = [size_of(path) for path in source.files]
     names = tuple(path.name for path in source.files)
     return SourceInfo(identifier, role, kind, source.name, source.location, names, sum(sizes))

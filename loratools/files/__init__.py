@@ -1,6 +1,7 @@
 """Where storage meets formats: open a checkpoint, load an adapter, save one."""
 
 from loratools.files._load_adapter import load_adapter
+from loratools.files._open_activations import Activations, Entry, open_activations
 from loratools.files._open_checkpoint import open_checkpoint
 from loratools.files._save import (
     encode_adapter,
@@ -12,9 +13,12 @@ from loratools.files._save import (
 )
 
 __all__ = [
+    "Activations",
+    "Entry",
     "encode_adapter",
     "files_behind",
     "load_adapter",
+    "open_activations",
     "open_checkpoint",
     "save",
     "scaled_exactly",

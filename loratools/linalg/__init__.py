@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from loratools.linalg._rank import rank_for_energy, rank_for_error
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
+    from loratools.linalg._weighted import input_weights, truncated_svd_weighted
     from loratools.linalg._workspace import PRESETS, workspace_bytes
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "add_low_rank",
     "allocate_ranks",
     "balanced_factors",
+    "input_weights",
     "low_rank_delta",
     "non_finite_count",
     "rank_for_energy",
@@ -37,6 +39,7 @@ __all__ = [
     "subtract_low_rank",
     "truncate_low_rank",
     "truncated_svd",
+    "truncated_svd_weighted",
     "ulp",
     "uniform_rank",
     "workspace_bytes",
@@ -52,6 +55,7 @@ _HOMES: Final = MappingProxyType(
         "add_low_rank": "_addition",
         "allocate_ranks": "_budget",
         "balanced_factors": "_truncated_svd",
+        "input_weights": "_weighted",
         "low_rank_delta": "_addition",
         "non_finite_count": "_rounding",
         "rank_for_energy": "_rank",
@@ -60,6 +64,7 @@ _HOMES: Final = MappingProxyType(
         "subtract_low_rank": "_addition",
         "truncate_low_rank": "_core",
         "truncated_svd": "_truncated_svd",
+        "truncated_svd_weighted": "_weighted",
         "ulp": "_rounding",
         "uniform_rank": "_budget",
         "workspace_bytes": "_workspace",

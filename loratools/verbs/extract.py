@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
 from loratools.engine import budgets, planning
+from loratools.engine.activations import Weighing, unweighted, weigh
 from loratools.engine.cards import is_hub_id
 from loratools.engine.execute import Execution, execute
 from loratools.engine.extract_advice import advice, beforehand, without_effect
@@ -21,7 +22,7 @@ from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
 from loratools.errors import UsageError
-from loratools.files import open_checkpoint
+from loratools.files import open_activations, open_checkpoint
 from loratools.files.locate import Source, require_directory_name
 from loratools.formats import codec_named
 
@@ -95,12 +96,13 @@ def plan_extract(
     exclude: Sequence[str] = (),
     format: str = "peft",
     base_model: str | None = None,
+    activations: Source | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `extract` with the same arguments; reads headers and configurations only."""
     svd = SvdOptions(rank, energy, error, max_rank, preset, seed, budget, uniform_rank)
     selection = Selection(tuple(include), tuple(exclude))
-    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
+    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model, activations)
     return _prepare(base, tuned, output, options, Run(**run)).plan
 
 
@@ -123,6 +125,7 @@ def extract(
     exclude: Sequence[str] = (),
     format: str = "peft",
     base_model: str | None = None,
+    activations: Source | None = None,
     **run: Unpack[RunOptions],
 ) -> ExtractReport:
     """Write the low-rank ΔW = W_tuned − W_base of every changed matrix as an adapter.
@@ -146,6 +149,8 @@ def extract(
         format: the dialect to write.
         base_model: the base's name on the Hub, `owner/name`, for the adapter's configuration and card;
             default what the base's own configuration says, never a path.
+        activations: a file of the RMS of every module's inputs, or an imatrix of llama.cpp: factors are best for such
+            inputs, and the rank rules are meant in that norm; see `loratools.engine.activations`.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
@@ -159,7 +164,7 @@ def extract(
     """
     svd = SvdOptions(rank, energy, error, max_rank, preset, seed, budget, uniform_rank)
     selection = Selection(tuple(include), tuple(exclude))
-    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
+    options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model, activations)
     prepared = _prepare(base, tuned, output, options, Run(**run))
     planner = prepared.planner
     return execute(
@@ -179,6 +184,7 @@ class _Options:
     selection: Selection
     format: str
     base_model: str | None
+    activations: Source | None
 
 
 def _prepare(
@@ -193,8 +199,9 @@ def _prepare(
     require_directory_name(path)
     sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}
     planner = ExtractPlanner.of(before, after, svd, options.selection, options.save_full, options.only_low_rank)
+    weighing = _weighing(planner, options.activations, sources)
     asked = budgets.Pool(svd.budget, svd.max_rank, svd.uniform_rank) if svd.budget is not None else None
-    work = budgets.work(planning.hash_units(sources) + planner.units(), asked, after)
+    work = budgets.work([*planning.hash_units(sources), *weighing.units], asked, after)
     planning.check_output(path, run, sources.values(), work.written + work.scratch)
     plan = Plan(
         verb="extract",
@@ -213,11 +220,21 @@ def _prepare(
             "exclude": list(options.selection.exclude),
             "format": options.format,
             "base_model": options.base_model,
+            "activations": sources["activations"].name if options.activations is not None else None,
         },
         rules=RULES,
-        notes=(*before.notes, *after.notes, *planner.notes, *beforehand(after, options.format)),
+        notes=(*before.notes, *after.notes, *planner.notes, *weighing.notes, *beforehand(after, options.format)),
     )
     return _Prepared(plan, sources, planner, run)
+
+
+def _weighing(planner: ExtractPlanner, source: Source | None, sources: dict[str, Checkpoint | Adapter]) -> Weighing:
+    """The planner's units, weighted by the activations, if any; these become an input."""
+    if source is None:
+        return Weighing(tuple(planner.units()), ())
+    opened = open_activations(source)
+    sources["activations"] = opened.source
+    return weigh(planner.units(), planner.pairing, opened)
 
 
 def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
@@ -238,9 +255,6 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
     touched = list(execution.adapter or {})
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
-    none = () if execution.adapter else ("Nothing that the adapter may hold has changed: it is empty.",)
-    found = [*none, *findings(modules, budget_facts(execution)), *without_effect(prepared.plan.options, outcomes)]
-    found += advice(prepared.planner.pairing, execution.adapter)
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),
         parameters=prepared.plan.options,
@@ -250,10 +264,20 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
             "hub": prepared.planner.hub_name(prepared.plan.options["base_model"]),
             "fingerprint": prepared.planner.fingerprints(touched),
         },
-        notes=(*prepared.plan.notes, *found),
+        notes=(*prepared.plan.notes, *_found(prepared, execution, modules)),
         modules=tuple(module for module in modules if module["rank"]),
         whole=tuple(whole),
         left_out=MappingProxyType(left_out),
         totals=totals(modules, fates, execution),
         identical=tuple(identical),
     )
+
+
+def _found(prepared: _Prepared, execution: Execution, modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is known only now."""
+    none = [] if execution.adapter else ["Nothing that the adapter may hold has changed: it is empty."]
+    options = prepared.plan.options
+    weighted = unweighted(modules, options["activations"])
+    idle = without_effect(options, execution.of("extract"))
+    rows = findings(modules, budget_facts(execution))
+    return [*none, *rows, *weighted, *idle, *advice(prepared.planner.pairing, execution.adapter)]

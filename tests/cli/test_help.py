@@ -18,7 +18,7 @@ SURFACE = {
     "merge": {"-w", "--dtype", "--max-shard-size", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
     "extract": {"--rank", "--energy", "--error", "--budget", "--uniform-rank", "--max-rank", "--preset",
-                "--save-full", "--only-low-rank", "--seed", "--format", "--base-model",
+                "--save-full", "--only-low-rank", "--seed", "--format", "--activations", "--base-model",
                 "--device", *selecting, *writing},
     "stack": {"-w", "--method", "--format", "--base", *selecting, *writing},
     "rescale": {"--by", "--restate-alpha", "--bake", "--format", *selecting, *writing},

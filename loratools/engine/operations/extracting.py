@@ -10,6 +10,7 @@ from loratools.adapters import Full, LowRank
 from loratools.engine.binding import matrix_shape
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes, same_values
+from loratools.engine.operations.weighting import share, truncated, weights_of
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError, UnsupportedError
 from loratools.tensors import TensorRef
@@ -104,7 +105,7 @@ def _complete(
 def _factors(
     unit: Unit, context: Context, parameter: str, base: TensorRef | None, tuned: TensorRef, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    from loratools.linalg import balanced_factors, truncated_svd
+    from loratools.linalg import balanced_factors
 
     assert base is not None
     kernel = tuned.shape[2:] if unit.parameters["layer"] == "conv" else ()
@@ -112,13 +113,15 @@ def _factors(
         base, tuned = (ref.reshaped(matrix_shape(ref.shape)) for ref in (base, tuned))
     difference, weight_norm = _difference(base, tuned, context)
     options: Mapping[str, Any] = unit.parameters["svd"]
+    (weights,) = weights_of(unit, context, kernel)
     try:
-        U, S, Vh, info = truncated_svd(difference, **options, overwrite=True)
+        found = truncated(difference, weights, options, transposed=unit.parameters["transposed"])
     except NonFiniteError as error:
         for ref in (base, tuned):
             require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError("The difference overflows float32.", tensor=tuned.name, shape=tuned.shape) from error
-    facts |= _measured(info, weight_norm, options.get("error"))
+    (U, S, Vh), info, weighted = found
+    facts |= _measured(info, weight_norm, weighted or info, options.get("error"))
     facts["sigma2"] = S.double().square().tolist()
     if not S.numel():
         return {}
@@ -160,7 +163,8 @@ def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[to
     return difference, squares**0.5
 
 
-def _measured(info: SVDInfo, weight_norm: float, error: float | None) -> dict[str, Any]:
+def _measured(info: SVDInfo, weight_norm: float, bound: SVDInfo, error: float | None) -> dict[str, Any]:
+    """What a report says of a module; `bound` is in the norm that the goal is meant in."""
     return {
         "rank": info.rank,
         "captured": info.captured,
@@ -172,5 +176,6 @@ def _measured(info: SVDInfo, weight_norm: float, error: float | None) -> dict[st
         "method": info.method,
         "products": info.products,
         "clipped": info.clipped,
-        "reached": info.reached and (error is None or info.residual <= error * info.norm * 1.000001),
+        "reached": info.reached and (error is None or bound.residual <= error * bound.norm * 1.000001),
+        **(share([bound]) if bound is not info else {}),
     }

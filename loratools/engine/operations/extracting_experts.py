@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapters.experts import Stacked
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.tiles import require_all_finite, same_bytes
+from loratools.engine.operations.weighting import share, truncated, weights_of
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError
 from loratools.tensors import TensorRef
@@ -25,22 +26,30 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
     Raises:
         NonFiniteError: NaN or infinity in a difference.
     """
-    half = len(unit.inputs) // 2
-    tuned, base = ([context.tensor(each) for each in side] for side in (unit.inputs[:half], unit.inputs[half:]))
+    half = len(unit.inputs) // 2  # a vector of activations, if there is one, comes after both
+    tuned, base = (
+        [context.tensor(each) for each in side] for side in (unit.inputs[:half], unit.inputs[half : 2 * half])
+    )
     facts: dict[str, Any] = {"fates": {}, "experts": unit.parameters["experts"]}
     if all(same_bytes(one, other, context.settings.tile_bytes) for one, other in zip(base, tuned, strict=True)):
         facts["tensors"] = dict.fromkeys((ref.name for ref in tuned), "identical")
         context.advance(unit.read_bytes, unit.target)
         return Outcome(unit.target, "extract", "identical", facts)
     experts = int(unit.parameters["experts"])
-    found = [_factors(_parts(tuned, experts, at), _parts(base, experts, at), unit, context) for at in range(experts)]
-    rank = max(lora_A.shape[0] for lora_A, _, _, _ in found)
-    facts |= _measured([(info, norm) for _, _, info, norm in found], rank)
-    facts["sigma2"] = _energies([lora_A for lora_A, _, _, _ in found], rank)
+    weights = weights_of(unit, context)
+    found = [
+        _factors(_parts(tuned, experts, at), _parts(base, experts, at), weights[at], unit, context)
+        for at in range(experts)
+    ]
+    rank = max(lora_A.shape[0] for (lora_A, _), _, _, _ in found)
+    facts |= _measured([(info, norm) for _, info, _, norm in found], rank)
+    facts["sigma2"] = _energies([lora_A for (lora_A, _), _, _, _ in found], rank)
+    if any(weighted for _, _, weighted, _ in found):
+        facts |= share([weighted or info for _, info, weighted, _ in found])
     what = "low-rank" if rank else "equal in value"
     facts["tensors"] = dict.fromkeys((ref.name for ref in tuned), what)
     if rank:
-        lora_A, lora_B = _stacked([(lora_A, lora_B) for lora_A, lora_B, _, _ in found], rank)
+        lora_A, lora_B = _stacked([factors for factors, _, _, _ in found], rank)
         update = Stacked(
             lora_A=context.sink.keep(f"{unit.target}.lora_A", lora_A),
             lora_B=context.sink.keep(f"{unit.target}.lora_B", lora_B),
@@ -60,12 +69,16 @@ def _parts(refs: Sequence[TensorRef], experts: int, expert: int) -> list[TensorR
 
 
 def _factors(
-    tuned: Sequence[TensorRef], base: Sequence[TensorRef], unit: Unit, context: Context
-) -> tuple[torch.Tensor, torch.Tensor, SVDInfo, float]:
-    """lora_A (r, in), lora_B (out, r) of one expert, what is known of them, and ‖W‖."""
+    tuned: Sequence[TensorRef],
+    base: Sequence[TensorRef],
+    weights: torch.Tensor | None,
+    unit: Unit,
+    context: Context,
+) -> tuple[tuple[torch.Tensor, torch.Tensor], SVDInfo, SVDInfo | None, float]:
+    """lora_A (r, in) and lora_B (out, r) of one expert, what is known of them, also as weighted, and ‖W‖."""
     import torch
 
-    from loratools.linalg import balanced_factors, truncated_svd
+    from loratools.linalg import balanced_factors
 
     context.check()
     before = torch.cat([context.on_device(ref.load()).double() for ref in base])
@@ -76,14 +89,14 @@ def _factors(
     if unit.parameters["transposed"]:
         difference = difference.T.contiguous()
     try:
-        U, S, Vh, info = truncated_svd(difference, **unit.parameters["svd"], overwrite=True)
+        (U, S, Vh), info, weighted = truncated(difference, weights, unit.parameters["svd"], transposed=False)
     except NonFiniteError:
         for ref in (*base, *tuned):
             require_all_finite(ref, context.settings.tile_bytes)
         raise
     lora_A, lora_B = balanced_factors(U, S, Vh)
     context.advance(sum(ref.nbytes for ref in (*base, *tuned)), unit.target)
-    return lora_A.cpu(), lora_B.cpu(), info, norm
+    return (lora_A.cpu(), lora_B.cpu()), info, weighted, norm
 
 
 def _energies(downs: Sequence[torch.Tensor], rank: int) -> list[float]:
