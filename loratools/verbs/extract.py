@@ -12,14 +12,15 @@ from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
 from loratools.engine import planning
 from loratools.engine.cards import is_hub_id
-from loratools.engine.context import Outcome
 from loratools.engine.execute import Execution, execute
-from loratools.engine.extract_advice import advice, beforehand
-from loratools.engine.extract_units import ExtractPlanner, SvdOptions
+from loratools.engine.extract_advice import advice, beforehand, findings
+from loratools.engine.extract_tally import Tally
+from loratools.engine.extract_units import ExtractPlanner
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
+from loratools.engine.svd_options import SvdOptions
 from loratools.errors import UsageError
 from loratools.files import open_checkpoint
 from loratools.files.locate import Source, require_directory_name
@@ -79,7 +80,7 @@ def plan_extract(
     tuned: Source | Checkpoint,
     output: Source,
     *,
-    rank: int | None = None,
+    rank: int | str | None = None,
     energy: float | None = None,
     error: float | None = None,
     max_rank: int = 256,
@@ -91,10 +92,27 @@ def plan_extract(
     exclude: Sequence[str] = (),
     format: str = "peft",
     base_model: str | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
+    sv_fro: float | None = None,
+    knee: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `extract` with the same arguments; reads headers and configurations only."""
-    svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
+    svd = SvdOptions(
+        rank,
+        energy,
+        error,
+        max_rank,
+        preset,
+        seed,
+        sv_ratio,
+        sv_cumulative,
+        sv_fro,
+        knee,
+        tuple((rank_pattern or {}).items()),
+    )
     selection = Selection(tuple(include), tuple(exclude))
     options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
     return _prepare(base, tuned, output, options, Run(**run)).plan
@@ -105,7 +123,7 @@ def extract(
     tuned: Source | Checkpoint,
     output: Source,
     *,
-    rank: int | None = None,
+    rank: int | str | None = None,
     energy: float | None = None,
     error: float | None = None,
     max_rank: int = 256,
@@ -117,6 +135,11 @@ def extract(
     exclude: Sequence[str] = (),
     format: str = "peft",
     base_model: str | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
+    sv_fro: float | None = None,
+    knee: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
     **run: Unpack[RunOptions],
 ) -> ExtractReport:
     """Write the low-rank ΔW = W_tuned − W_base of every changed matrix as an adapter.
@@ -125,10 +148,11 @@ def extract(
         base: what the adapter will modify.
         tuned: the fine-tuned checkpoint; a prefix that differs from the base's is reconciled and said.
         output: a directory.
-        rank: the rank of every module (clipped to what exists); 16 if no rule is given.
+        rank: the rank of every module (clipped to what exists); 16 if no rule is given. Or `auto`: as many singular
+            values as stand out of the rounding noise of the tuned checkpoint, per module.
         energy: or the least rank with captured ≥ energy, per module.
         error: or the least rank with residual ≤ error, per module.
-        max_rank: cap on ranks chosen by energy or error; never on `rank`.
+        max_rank: cap on ranks that a rule or `auto` chooses; never on a number.
         preset: effort of the SVD, `fast`, `default` or `exact`.
         seed: of the sketch.
         save_full: patterns of modules to store whole instead.
@@ -138,6 +162,11 @@ def extract(
         format: the dialect to write.
         base_model: the base's name on the Hub, `owner/name`, for the adapter's configuration and card;
             default what the base's own configuration says, never a path.
+        sv_ratio: or all singular values of at least σ_1/sv_ratio, per module.
+        sv_cumulative: or the least rank whose singular values have this share of their sum; dense, O(n³).
+        sv_fro: or the least rank with ‖Δ̂‖ ≥ sv_fro·‖ΔW‖.
+        knee: or what comes before the knee of the singular values; dense, O(n³).
+        rank_pattern: ranks of the modules that a pattern matches, whatever the rule; the first that matches decides.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
@@ -148,7 +177,19 @@ def extract(
     Law: captured and residual are those of the factors as written; every tensor of both sides is stored,
     identical, or named.
     """
-    svd = SvdOptions(rank, energy, error, max_rank, preset, seed)
+    svd = SvdOptions(
+        rank,
+        energy,
+        error,
+        max_rank,
+        preset,
+        seed,
+        sv_ratio,
+        sv_cumulative,
+        sv_fro,
+        knee,
+        tuple((rank_pattern or {}).items()),
+    )
     selection = Selection(tuple(include), tuple(exclude))
     options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model)
     prepared = _prepare(base, tuned, output, options, Run(**run))
@@ -211,26 +252,12 @@ def _prepare(
 
 
 def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
-    outcomes = execution.of("extract")
-    modules, whole, left_out = [], [], dict(prepared.planner.left_out)
-    identical: list[str] = []
-    fates: dict[str, int] = {"identical": 0, "low-rank": 0, "whole": 0, "equal in value": 0, "left out": 0}
-    for outcome in outcomes:
-        if outcome.facts.get("rank"):
-            modules.append({"name": outcome.target, **_numbers(outcome.facts)})
-        for name, fate in _named_fates(outcome):
-            fates[fate.split(":")[0]] += 1
-            if fate in {"identical", "equal in value"}:
-                identical.append(name)
-            if fate.startswith("whole"):
-                whole.append(name)
-            elif fate.startswith("left out"):
-                left_out[name] = fate.removeprefix("left out: ")
+    tally = Tally.of(execution.of("extract"), execution.files)
     touched = list(execution.adapter or {})
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
     none = () if execution.adapter else ("Nothing that the adapter may hold has changed: it is empty.",)
-    found = [*none, *_findings(modules), *advice(prepared.planner.pairing, execution.adapter)]
+    found = [*none, *findings(tally.modules), *advice(prepared.planner.pairing, execution.adapter)]
     return ExtractReport(
         inputs=execution.inputs(prepared.plan),
         parameters=prepared.plan.options,
@@ -241,58 +268,9 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
             "fingerprint": prepared.planner.fingerprints(touched),
         },
         notes=(*prepared.plan.notes, *found),
-        modules=tuple(modules),
-        whole=tuple(whole),
-        left_out=MappingProxyType(left_out),
-        totals=_totals(modules, fates, execution),
-        identical=tuple(identical),
+        modules=tally.modules,
+        whole=tally.whole,
+        left_out=MappingProxyType({**prepared.planner.left_out, **tally.left_out}),
+        totals=tally.totals,
+        identical=tally.identical,
     )
-
-
-def _named_fates(outcome: Outcome) -> list[tuple[str, str]]:
-    """What became of every tensor of a unit, by its name: below the module, or, of experts, its own."""
-    own = [
-        (f"{outcome.target}.{parameter}" if outcome.target else parameter, fate)
-        for parameter, fate in outcome.facts["fates"].items()
-    ]
-    return [*own, *outcome.facts.get("tensors", {}).items()]
-
-
-def _numbers(facts: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in facts.items() if key not in {"fates", "tensors", "products"}}
-
-
-def _totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], execution: Execution) -> dict[str, Any]:
-    squares = sum(module["norm"] ** 2 for module in modules)
-    left = sum((module["residual"] * module["norm"]) ** 2 for module in modules)
-    return {
-        "modules": len(modules),
-        "tensors": dict(fates),
-        "rank": sum(module["rank"] for module in modules),
-        "captured": 1 - left / squares if squares else None,
-        "residual": (left / squares) ** 0.5 if squares else None,
-        "bytes": sum(file["bytes"] for file in execution.files if file["name"].endswith(".safetensors")),
-    }
-
-
-def _findings(modules: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the numbers say that a user should hear."""
-    notes = []
-    clipped = [module["name"] for module in modules if module["clipped"]]
-    if clipped:
-        notes.append(f"The rank is lower than asked for where no more exists: {_some(clipped)}.")
-    short = [module for module in modules if not module["reached"]]
-    if short:
-        worst = min(short, key=lambda module: module["captured"])
-        names = [module["name"] for module in short]
-        captured = f"{worst['name']} captures {worst['captured']:.4f}"
-        notes.append(f"The goal is not reached within the cap and float32: {_some(names)}; {captured}.")
-    large = [module for module in modules if (module["relative"] or 0) > 1]
-    if modules and len(large) > len(modules) // 2:
-        notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
-    return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    """One name, or the first of several with their number."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapters import Full, LowRank
 from loratools.engine.binding import matrix_shape
 from loratools.engine.context import Context, Outcome
+from loratools.engine.operations import auto_rank
 from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes, same_values
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError, UnsupportedError
@@ -17,7 +18,7 @@ from loratools.tensors import TensorRef
 if TYPE_CHECKING:
     import torch
 
-    from loratools.linalg import SVDInfo
+    from loratools.linalg import RoundingNoise, SVDInfo
 
 
 def extract(unit: Unit, context: Context) -> Outcome:
@@ -104,21 +105,22 @@ def _complete(
 def _factors(
     unit: Unit, context: Context, parameter: str, base: TensorRef | None, tuned: TensorRef, facts: dict[str, Any]
 ) -> dict[str, Any]:
-    from loratools.linalg import balanced_factors, truncated_svd
+    from loratools.linalg import balanced_factors
 
     assert base is not None
     kernel = tuned.shape[2:] if unit.parameters["layer"] == "conv" else ()
     if kernel:  # (out, in, k, …) is the matrix (out, in·k·…)
         base, tuned = (ref.reshaped(matrix_shape(ref.shape)) for ref in (base, tuned))
-    difference, weight_norm = _difference(base, tuned, context)
     options: Mapping[str, Any] = unit.parameters["svd"]
+    noise = auto_rank.wanted_noise(options, *base.shape)
+    difference, weight_norm = _difference(base, tuned, context, noise)
     try:
-        U, S, Vh, info = truncated_svd(difference, **options, overwrite=True)
+        (U, S, Vh, info), decided = auto_rank.truncated(difference, options, noise)
     except NonFiniteError as error:
         for ref in (base, tuned):
             require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError("The difference overflows float32.", tensor=tuned.name, shape=tuned.shape) from error
-    facts |= _measured(info, weight_norm, options.get("error"))
+    facts |= _measured(info, weight_norm, options.get("error")) | decided
     if not S.numel():
         return {}
     if unit.parameters["transposed"]:
@@ -134,7 +136,9 @@ def _factors(
     }
 
 
-def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[torch.Tensor, float]:
+def _difference(
+    base: TensorRef, tuned: TensorRef, context: Context, noise: RoundingNoise | None
+) -> tuple[torch.Tensor, float]:
     """`tuned − base` in float32, tile by tile, and ‖base‖_F; rows that only the tuned side has are not part of it."""
     import torch
 
@@ -156,6 +160,8 @@ def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[to
             rows.copy_(other.double() - tile.double())
         else:
             rows.copy_(other).sub_(tile)
+        if noise is not None:
+            noise.see(first, rows, tile, other)
     return difference, squares**0.5
 
 

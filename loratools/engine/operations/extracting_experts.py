@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.experts import Stacked
 from loratools.engine.context import Context, Outcome
+from loratools.engine.operations import auto_rank
 from loratools.engine.operations.tiles import require_all_finite, same_bytes
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError
@@ -33,9 +35,12 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
         context.advance(unit.read_bytes, unit.target)
         return Outcome(unit.target, "extract", "identical", facts)
     experts = int(unit.parameters["experts"])
-    found = [_factors(_parts(tuned, experts, at), _parts(base, experts, at), unit, context) for at in range(experts)]
+    decided: list[dict[str, Any]] = []
+    found = [
+        _factors(_parts(tuned, experts, at), _parts(base, experts, at), unit, context, decided) for at in range(experts)
+    ]
     rank = max(lora_A.shape[0] for lora_A, _, _, _ in found)
-    facts |= _measured([(info, norm) for _, _, info, norm in found], rank)
+    facts |= _measured([(info, norm) for _, _, info, norm in found], rank) | auto_rank.together(decided)
     what = "low-rank" if rank else "equal in value"
     facts["tensors"] = dict.fromkeys((ref.name for ref in tuned), what)
     if rank:
@@ -59,27 +64,36 @@ def _parts(refs: Sequence[TensorRef], experts: int, expert: int) -> list[TensorR
 
 
 def _factors(
-    tuned: Sequence[TensorRef], base: Sequence[TensorRef], unit: Unit, context: Context
+    tuned: Sequence[TensorRef],
+    base: Sequence[TensorRef],
+    unit: Unit,
+    context: Context,
+    decided: list[dict[str, Any]],
 ) -> tuple[torch.Tensor, torch.Tensor, SVDInfo, float]:
     """lora_A (r, in), lora_B (out, r) of one expert, what is known of them, and ‖W‖."""
     import torch
 
-    from loratools.linalg import balanced_factors, truncated_svd
+    from loratools.linalg import balanced_factors
 
     context.check()
-    before = torch.cat([context.on_device(ref.load()).double() for ref in base])
-    after = torch.cat([context.on_device(ref.load()).double() for ref in tuned])
-    norm = float(torch.linalg.vector_norm(before))
-    difference = after.sub_(before).float()
-    del before
+    before, after = ([context.on_device(ref.load()) for ref in side] for side in (base, tuned))
+    norm = math.hypot(*(float(torch.linalg.vector_norm(each.double())) for each in before))
+    difference = torch.cat([(new.double() - old.double()).float() for old, new in zip(before, after, strict=True)])
+    noise = auto_rank.wanted_noise(unit.parameters["svd"], *difference.shape)
+    if noise is not None:
+        firsts = itertools.accumulate((len(each) for each in after), initial=0)
+        for first, old, new in zip(firsts, before, after, strict=False):
+            noise.see(first, difference[first : first + len(new)], old, new)
+    del before, after
     if unit.parameters["transposed"]:
         difference = difference.T.contiguous()
     try:
-        U, S, Vh, info = truncated_svd(difference, **unit.parameters["svd"], overwrite=True)
+        (U, S, Vh, info), facts = auto_rank.truncated(difference, unit.parameters["svd"], noise)
     except NonFiniteError:
         for ref in (*base, *tuned):
             require_all_finite(ref, context.settings.tile_bytes)
         raise
+    decided.append(facts)
     lora_A, lora_B = balanced_factors(U, S, Vh)
     context.advance(sum(ref.nbytes for ref in (*base, *tuned)), unit.target)
     return lora_A.cpu(), lora_B.cpu(), info, norm
