@@ -7,11 +7,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters import algebra
 from loratools.adapters.updates import AbstractUpdate
 from loratools.errors import MismatchError, UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratools.linalg import RankRules
 
 _HUB_NAME: Final = re.compile(r"(?:[A-Za-z0-9_][\w.-]*/)?[A-Za-z0-9_][\w.-]*", re.ASCII)
 
@@ -94,16 +99,28 @@ class Adapter(Mapping[str, AbstractUpdate]):
         return self.inner(other) / size
 
     def truncate(
-        self, *, rank: int | None = None, energy: float | None = None, error: float | None = None, max_rank: int = 256
+        self,
+        *,
+        rank: int | None = None,
+        energy: float | None = None,
+        error: float | None = None,
+        max_rank: int = 256,
+        **others: Unpack[RankRules],
     ) -> Adapter:
         """The nearest adapter of lower rank, module by module (Eckart–Young); alpha = r, float32.
 
-        Costs O((m + n) R² + R³) per module; never forms an m × n matrix. Exactly one of the three rules.
+        Costs O((m + n) R² + R³) per module; never forms an m × n matrix. Exactly one rule, as for
+        `loratools.linalg.truncated_svd`: `rank`, `energy`, `error`, or one of `others`.
+
+        Raises:
+            UsageError: none, several, or one out of its range.
         """
-        if sum(value is not None for value in (rank, energy, error)) != 1:
-            raise UsageError("truncate takes exactly one of rank, energy, error.")
+        from loratools.linalg import given_rule
+
+        if given_rule({"rank": rank, "energy": energy, "error": error, **others}) is None:
+            raise UsageError("truncate takes exactly one rule: rank, energy, error, or another.")
         shortened = {
-            path: algebra.truncated(path, update, rank=rank, energy=energy, error=error, max_rank=max_rank)
+            path: algebra.truncated(path, update, rank=rank, energy=energy, error=error, max_rank=max_rank, **others)
             for path, update in self.items()
         }
         return self.with_updates({path: update for path, update in shortened.items() if update is not None})

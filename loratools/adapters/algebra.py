@@ -264,10 +264,8 @@ def without_products(path: str, update: AbstractUpdate) -> AbstractUpdate | None
     return Full(**rest) if update.gives_whole else None
 
 
-def truncated(
-    path: str, update: AbstractUpdate, *, rank: int | None, energy: float | None, error: float | None, max_rank: int
-) -> AbstractUpdate | None:
-    """The best update of lower rank, or None where ΔW is zero."""
+def truncated(path: str, update: AbstractUpdate, **rule: Any) -> AbstractUpdate | None:
+    """The best update of lower rank, or None where ΔW is zero; `rule` is one of `linalg.truncate_low_rank`."""
     from loratools.linalg import balanced_factors, truncate_low_rank
 
     if update.changes_weight and not update.terms:
@@ -275,7 +273,7 @@ def truncated(
     if not update.terms:
         return update
     down, up = concatenated(update)
-    U, S, Vh, _ = truncate_low_rank(down, up, rank=rank, energy=energy, error=error, max_rank=max_rank)
+    U, S, Vh, _ = truncate_low_rank(down, up, **rule)
     if S.numel() == 0:
         return without_products(path, update)
     lora_A, lora_B = balanced_factors(U, S, Vh)

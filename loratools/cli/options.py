@@ -42,6 +42,16 @@ def local_output(text: str) -> str:
     return text
 
 
+def rank(text: str) -> int | str:
+    """A number, or `auto`."""
+    if text == "auto":
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise click.BadParameter(f"{text!r} is neither a number nor the word auto.") from None
+
+
 def _all(*decorators: Callable[[Any], Any]) -> Decorator[Function]:
     def apply(function: Function) -> Function:
         for decorator in reversed(decorators):
@@ -64,6 +74,19 @@ def _listed(context: click.Context, parameter: click.Parameter, value: tuple[flo
     """No weight at all leaves the choice to the verb."""
     del context, parameter
     return list(value) or None
+
+
+def _ranks(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
+    """`PATTERN=N`, in order."""
+    del context, parameter
+    ranks: dict[str, int] = {}
+    for text in value:
+        pattern, _, number = text.rpartition("=")
+        if not pattern or not re.fullmatch(r"[+-]?\d+", number, re.ASCII):
+            raise click.BadParameter(f"{text!r} is not PATTERN=N, such as 'q_proj=8'.")
+        if ranks.setdefault(pattern, int(number)) != int(number):
+            raise click.BadParameter(f"{pattern!r} is given two ranks.")
+    return ranks
 
 
 def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -198,7 +221,9 @@ kept_output = click.option(
 
 # Rules for ranks, and for scalings.
 extraction_rank = _all(
-    click.option("--rank", metavar="N", type=int, help="This rank for every module (16 if no rule is given)."),
+    click.option(
+        "--rank", metavar="N", type=rank, help="This rank for every module (16 if no rule is given), or auto."
+    ),
     click.option("--energy", metavar="E", type=float, help="The least rank that captures this share of ‖ΔW‖²."),
     click.option("--error", metavar="E", type=float, help="The least rank whose relative residual is at most this."),
     click.option(
@@ -211,7 +236,18 @@ extraction_rank = _all(
         type=int,
         default=256,
         show_default=True,
-        help="Cap on a rank chosen by --energy, --error or --budget.",
+        help="Cap on a rank that a rule chooses.",
+    ),
+    click.option("--sv-ratio", metavar="X", type=float, help="All singular values of at least the largest / X."),
+    click.option("--sv-cumulative", metavar="P", type=float, help="The least rank with this share of the sum of σ."),
+    click.option("--sv-fro", metavar="P", type=float, help="The least rank that captures this share of ‖ΔW‖."),
+    switch("--knee", help="What comes before the knee of the singular values."),
+    click.option(
+        "--rank-pattern",
+        metavar="PATTERN=N",
+        multiple=True,
+        callback=_ranks,
+        help="This rank for these modules, whatever the rule. Repeatable; the first that matches decides.",
     ),
 )
 rescaling = _all(

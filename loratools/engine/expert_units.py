@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Collection, Iterator
 
 from loratools.checkpoints import Module
 from loratools.checkpoints.experts import FUSED_FAMILIES, is_turned, stacks_of
 from loratools.engine import memory
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
+from loratools.engine.svd_options import SvdOptions
 
 _STACKED_AXES = 3
 
@@ -32,6 +32,11 @@ class StackedPair:
     pairs: tuple[Pair, ...]
     members: tuple[tuple[str, str], ...]
     transposed: bool = False
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Paths of the modules that it is stored in."""
+        return tuple(dict.fromkeys(path for path, _ in self.members))
 
     @property
     def matrix(self) -> tuple[int, int]:
@@ -86,13 +91,13 @@ def refusal(parameter: str, pair: Pair, module: Module, *, only_low_rank: bool) 
     return module.kind
 
 
-def unit(stacked: StackedPair, svd: Mapping[str, Any], cap: int, preset: str) -> Unit:
+def unit(stacked: StackedPair, svd: SvdOptions) -> Unit:
     """The unit: inputs are the tuned tensors, then the base's, in the order of the experts."""
     from loratools.linalg import workspace_bytes
 
     rows, columns = stacked.matrix
-    rank = min(cap, rows, columns)
-    workspace = workspace_bytes(rows, columns, rank, preset=preset)
+    rank = svd.limit(rows, columns, stacked.experts)
+    workspace = workspace_bytes(rows, columns, rank, preset=svd.effort) + svd.noise_bytes(rows, columns)
     factors = 4 * stacked.experts * rank * (rows + columns)
     tuned = [Input("tuned", pair.tuned.name) for pair in stacked.pairs]
     base = [Input("base", str(pair.base_name)) for pair in stacked.pairs]
@@ -104,7 +109,7 @@ def unit(stacked: StackedPair, svd: Mapping[str, Any], cap: int, preset: str) ->
             "experts": stacked.experts,
             "matrix": [rows, columns, stacked.experts],
             "transposed": stacked.transposed,
-            "svd": dict(svd),
+            "svd": svd.arguments(),
         },
         read_bytes=sum(pair.nbytes for pair in stacked.pairs),
         write_bytes=factors,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from loratools.adapters import Adapter, LowRank
 from loratools.adapters.experts import Stacked
@@ -13,6 +14,9 @@ from loratools.checkpoints.renamed import is_renamed
 from loratools.engine import low_rank_forms
 from loratools.engine.context import Outcome
 from loratools.engine.pairing import Pairing
+from loratools.engine.svd_options import AUTO
+
+_FAINT: Final = 0.5
 
 
 def beforehand(tuned: Checkpoint, format: str) -> tuple[str, ...]:
@@ -80,3 +84,57 @@ def advice(pairing: Pairing, adapter: Adapter | None) -> list[str]:
             "uses; after transformers' own load_adapter call model.tie_weights()."
         )
     return notes
+
+
+def findings(modules: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> list[str]:
+    """What the numbers say that a user should hear."""
+    notes = []
+    clipped = [module["name"] for module in modules if module["clipped"]]
+    if clipped:
+        notes.append(f"The rank is lower than asked for where no more exists: {_some(clipped)}.")
+    short = [module for module in modules if not module["reached"]]
+    if short:
+        worst = min(short, key=lambda module: module["captured"])
+        names = [module["name"] for module in short]
+        captured = f"{worst['name']} captures {worst['captured']:.4f}"
+        notes.append(f"The goal is not reached within the cap and float32: {_some(names)}; {captured}.")
+    notes += _by_auto(modules)
+    notes += _of_budget(budget)
+    large = [module for module in modules if (module["relative"] or 0) > 1]
+    if modules and len(large) > len(modules) // 2:
+        notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
+    return notes
+
+
+def _by_auto(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Where `--rank auto` did not decide, and where what it left out may be more than noise."""
+    notes = []
+    dense = [module for module in modules if module.get("rank_rule", AUTO) != AUTO]
+    if dense:
+        reasons = Counter(module["rank_rule"] for module in dense)
+        said = "; ".join(f"{count} by {rule}" for rule, count in reasons.items())
+        names = _some([module["name"] for module in dense])
+        notes.append(f"Not of low rank and rounding noise, so the rank is chosen otherwise: {names} ({said}).")
+    faint = [module["name"] for module in modules if module.get("noise_share", 0) > _FAINT and module not in dense]
+    if faint:
+        notes.append(
+            f"Most of the difference is no larger than the tuned checkpoint's rounding, and was left out as noise: "
+            f"{_some(faint)}. If this is no merged adapter but a full fine-tune, choose the rank by --energy."
+        )
+    return notes
+
+
+def _of_budget(budget: Mapping[str, Any]) -> list[str]:
+    """Where the budget was not what decided."""
+    notes = []
+    capped = budget.get("at_max_rank", ())
+    if capped:
+        notes.append(f"Ranks are held back by --max-rank, not by the budget: {_some(capped)}.")
+    elif budget and budget["density"] is None and budget["uniform_rank"] is None:
+        notes.append("The budget does not decide: it holds all that the differences have.")
+    return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    """One name, or the first of several with their number."""
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"

@@ -18,57 +18,10 @@ from loratools.engine.cards import is_hub_id
 from loratools.engine.expert_units import stacked_pairs
 from loratools.engine.pairing import Pair, Pairing
 from loratools.engine.plan import Input, Unit
-from loratools.errors import UnsupportedError, UsageError
+from loratools.engine.svd_options import SvdOptions
+from loratools.errors import UnsupportedError
 
 _MATRIX = 2
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SvdOptions:
-    """How a module's ΔW is truncated; exactly one of rank, energy, error, budget once checked."""
-
-    rank: int | None
-    energy: float | None
-    error: float | None
-    max_rank: int
-    preset: str
-    seed: int
-    budget: int | None = None
-    uniform_rank: bool = False
-
-    def checked(self, default_rank: int) -> SvdOptions:
-        """With the default rank where no rule was given.
-
-        Raises:
-            UsageError: several rules, a value outside its range, an unknown preset.
-        """
-        given = [name for name in ("rank", "energy", "error", "budget") if getattr(self, name) is not None]
-        if len(given) > 1:
-            raise UsageError(f"{' and '.join(given)} are different rules for the rank.", fix="Give one of them.")
-        budgets.require_sensible(self.budget, uniform=self.uniform_rank)
-        if self.rank is not None and self.rank < 1:
-            raise UsageError("A rank is at least 1.", rank=self.rank)
-        for name in ("energy", "error"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                raise UsageError("This must lie above 0 and not above 1.", **{name: value})
-        if self.max_rank < 1:
-            raise UsageError("A rank is at least 1.", max_rank=self.max_rank)
-        from loratools.linalg import PRESETS
-
-        if self.preset not in PRESETS:
-            raise UsageError("There is no such preset.", fix=f"Choose one of {', '.join(PRESETS)}.", preset=self.preset)
-        return dataclasses.replace(self, rank=default_rank) if not given else self
-
-    @property
-    def cap(self) -> int:
-        """The largest rank that can come out."""
-        return self.rank if self.rank is not None else self.max_rank
-
-    def limit(self, rows: int, columns: int, count: int = 1) -> int:
-        """The same for matrices of a shape, of which `count` share a rank."""
-        matrix = budgets.Matrix(rows, columns, count)
-        return min(self.cap, rows, columns) if self.budget is None else matrix.ceiling(self.cap, self.budget)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +66,7 @@ class ExtractPlanner:
         paths = list(pairing.modules)
         chosen = tuple(selection.selected(paths))
         Selection(save_full).selected(paths)
+        svd.require_matches(chosen)
         compared = set(chosen)
         left = {
             pair.tuned_name: "excluded by the patterns, not compared"
@@ -137,10 +91,7 @@ class ExtractPlanner:
         stacked = stacked_pairs(self.pairing, self.chosen, kept)
         taken = {member for each in stacked for member in each.members}
         units = [unit for path in self.chosen for unit in self._units(path, taken)]
-        units += [
-            expert_units.unit(each, self._svd(), self.svd.limit(*each.matrix, each.experts), self.svd.preset)
-            for each in stacked
-        ]
+        units += [expert_units.unit(each, self.svd.of_module(each.path, *each.modules)) for each in stacked]
         return sorted(units, key=lambda unit: not _may_refuse(unit))
 
     def _units(self, path: str, taken: Collection[tuple[str, str]]) -> Iterator[Unit]:
@@ -149,14 +100,8 @@ class ExtractPlanner:
         if pairs:
             yield self._unit(path, pairs)
 
-    def _svd(self) -> dict[str, Any]:
-        svd = budgets.without(dataclasses.asdict(self.svd))
-        if self.svd.rank is not None:
-            svd["max_rank"] = max(self.svd.max_rank, self.svd.rank)
-        return svd
-
     def _unit(self, path: str, pairs: Mapping[str, Pair]) -> Unit:
-        module = self.pairing.tuned_module(path)
+        module, svd = self.pairing.tuned_module(path), self.svd.of_module(path)
         shared = self.pairing.is_tied_embedding(path) or self._holds_more(path)
         inputs: list[Input] = []
         rules: dict[str, Any] = {}
@@ -175,15 +120,15 @@ class ExtractPlanner:
             parameters={
                 "rules": rules,
                 "matrix": budgets.shape_of(rules, pairs),
-                "svd": self._svd(),
+                "svd": svd.arguments(),
                 "transposed": module.stored_transposed,
                 "layer": module.kind if module.kind in {"embedding", "conv"} else "linear",
                 "shared": shared or not pairs.keys() <= {"weight", "bias"},  # PEFT wraps weight and bias alone
                 "together": weight in {"whole", "added"} and not shared and pairs.keys() <= {"weight", "bias"},
             },
             read_bytes=sum(pair.nbytes for pair in pairs.values()),
-            write_bytes=sum(self._write_bytes(rules[name]["rule"], pair) for name, pair in pairs.items()),
-            peak_bytes=max((self._peak(rules[name]["rule"], pair) for name, pair in pairs.items()), default=0),
+            write_bytes=sum(_write_bytes(rules[name]["rule"], pair, svd) for name, pair in pairs.items()),
+            peak_bytes=max((_peak(rules[name]["rule"], pair, svd) for name, pair in pairs.items()), default=0),
         )
 
     def _rule(self, path: str, parameter: str, pair: Pair, module: Module, *, shared: bool) -> str:
@@ -230,27 +175,6 @@ class ExtractPlanner:
     def _routers(self) -> frozenset[str]:
         return routers_of(self.pairing.modules)
 
-    def _write_bytes(self, rule: str, pair: Pair) -> int:
-        if rule == "low-rank":
-            rows, columns = matrix_shape(pair.tuned.shape)
-            return self.svd.limit(rows, columns) * (rows + columns) * 4
-        if rule == "rows":
-            rows, columns = pair.tuned.shape
-            return self.svd.limit(rows, columns) * (rows + columns) * 4 + pair.tuned.nbytes
-        return 0 if rule == "left-out" or rule.startswith("refused:") else pair.tuned.nbytes
-
-    def _peak(self, rule: str, pair: Pair) -> int:
-        tiles = 2 * min(memory.TILE_BYTES, pair.tuned.nbytes)
-        if rule not in {"low-rank", "rows"}:
-            return tiles
-        from loratools.linalg import workspace_bytes
-
-        assert pair.base is not None
-        rows, columns = matrix_shape(pair.base.shape)
-        rank = self.svd.limit(rows, columns)
-        workspace = workspace_bytes(rows, columns, rank, preset=self.svd.preset)
-        return 4 * tiles + 4 * rows * columns + workspace
-
     def hub_name(self, base_model: str | None) -> str | None:
         """The base's name on the Hub: as given, else what its configuration says, if that is one and no path."""
         found = self.pairing.base.config.get("_name_or_path")
@@ -291,6 +215,29 @@ class ExtractPlanner:
     @functools.cached_property
     def _stacks(self) -> Mapping[str, Stack]:
         return stacks_of([f"{path}.weight" for path, pairs in self.pairing.modules.items() if "weight" in pairs])
+
+
+def _write_bytes(rule: str, pair: Pair, svd: SvdOptions) -> int:
+    if rule == "low-rank":
+        rows, columns = matrix_shape(pair.tuned.shape)
+        return svd.limit(rows, columns) * (rows + columns) * 4
+    if rule == "rows":
+        rows, columns = pair.tuned.shape
+        return svd.limit(rows, columns) * (rows + columns) * 4 + pair.tuned.nbytes
+    return 0 if rule == "left-out" or rule.startswith("refused:") else pair.tuned.nbytes
+
+
+def _peak(rule: str, pair: Pair, svd: SvdOptions) -> int:
+    tiles = 2 * min(memory.TILE_BYTES, pair.tuned.nbytes)
+    if rule not in {"low-rank", "rows"}:
+        return tiles
+    from loratools.linalg import workspace_bytes
+
+    assert pair.base is not None
+    rows, columns = matrix_shape(pair.base.shape)
+    rank = svd.limit(rows, columns)
+    workspace = workspace_bytes(rows, columns, rank, preset=svd.effort) + svd.noise_bytes(rows, columns)
+    return 4 * tiles + 4 * rows * columns + workspace
 
 
 def _may_refuse(unit: Unit) -> bool:

@@ -15,26 +15,49 @@ if TYPE_CHECKING:
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
     from loratools.linalg._info import SVDInfo
-    from loratools.linalg._rank import rank_for_energy, rank_for_error
+    from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
+    from loratools.linalg._rank import (
+        rank_above,
+        rank_at_knee,
+        rank_for_cumulative,
+        rank_for_energy,
+        rank_for_error,
+        rank_for_fro,
+        rank_for_ratio,
+    )
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
+    from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
     from loratools.linalg._weighted import input_weights, truncated_svd_weighted
-    from loratools.linalg._workspace import PRESETS, workspace_bytes
+    from loratools.linalg._workspace import PRESETS, noise_bytes, workspace_bytes
 
 __all__ = [
     "PRESETS",
+    "WHOLE_SPECTRUM",
     "Allotment",
     "LowRankSum",
+    "RankRules",
+    "RoundingNoise",
     "SVDInfo",
     "Spectrum",
     "add_low_rank",
     "allocate_ranks",
     "balanced_factors",
+    "given_rule",
     "input_weights",
     "low_rank_delta",
+    "noise_bytes",
+    "noise_edge",
+    "noise_margin",
     "non_finite_count",
+    "rank_above",
+    "rank_at_knee",
+    "rank_for_cumulative",
     "rank_for_energy",
     "rank_for_error",
+    "rank_for_fro",
+    "rank_for_ratio",
+    "require_in_range",
     "round_to",
     "subtract_low_rank",
     "truncate_low_rank",
@@ -49,6 +72,13 @@ _HOMES: Final = MappingProxyType(
     {
         "PRESETS": "_workspace",
         "Allotment": "_budget",
+        "noise_bytes": "_workspace",
+        "WHOLE_SPECTRUM": "_rules",
+        "RankRules": "_rules",
+        "RoundingNoise": "_noise",
+        "noise_edge": "_noise",
+        "noise_margin": "_noise",
+        "given_rule": "_rules",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",
@@ -58,8 +88,14 @@ _HOMES: Final = MappingProxyType(
         "input_weights": "_weighted",
         "low_rank_delta": "_addition",
         "non_finite_count": "_rounding",
+        "rank_above": "_rank",
+        "rank_at_knee": "_rank",
+        "rank_for_cumulative": "_rank",
         "rank_for_energy": "_rank",
         "rank_for_error": "_rank",
+        "rank_for_fro": "_rank",
+        "rank_for_ratio": "_rank",
+        "require_in_range": "_rules",
         "round_to": "_rounding",
         "subtract_low_rank": "_addition",
         "truncate_low_rank": "_core",

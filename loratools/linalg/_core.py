@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,6 +12,11 @@ from loratools.errors import MismatchError, NonFiniteError
 from loratools.linalg._info import SVDInfo, make_goal
 from loratools.linalg._rank import rank_for_tail
 from loratools.linalg._rounding import non_finite_count, power_of_two
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratools.linalg._rules import RankRules
 
 
 def truncate_low_rank(
@@ -21,6 +27,7 @@ def truncate_low_rank(
     energy: float | None = None,
     error: float | None = None,
     max_rank: int = 256,
+    **others: Unpack[RankRules],
 ) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
     """The best approximation of B·A: QR of both factors, SVD of the core, everything in float64.
 
@@ -37,6 +44,8 @@ def truncate_low_rank(
         energy: as for `truncated_svd`.
         error: as for `truncated_svd`.
         max_rank: as for `truncated_svd`.
+        others: as for `truncated_svd`; the R singular values of the core are all that are not zero. `knee` looks at
+            these alone.
 
     Returns:
         U (m, r), S (r,), Vh (r, n) float32 and an `SVDInfo`, whose residual is that before the factors are rounded
@@ -47,7 +56,7 @@ def truncate_low_rank(
         NonFiniteError: NaN or infinity.
         UsageError: not exactly one goal.
     """
-    goal = make_goal(rank, energy, error, max_rank)
+    goal = make_goal(rank, energy, error, max_rank, **others)
     _check(A, B)
     left, core, right = _core(A, B)
     P, S, Wt = torch.linalg.svd(core, full_matrices=False)

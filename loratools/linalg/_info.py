@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from loratools.errors import UsageError
-from loratools.linalg._rank import FLOAT32_FLOOR, rank_for_tail, tails
+from loratools.linalg._rank import (
+    FLOAT32_FLOOR,
+    rank_above,
+    rank_at_knee,
+    rank_for_cumulative,
+    rank_for_ratio,
+    rank_for_tail,
+    tails,
+)
+from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,39 +55,69 @@ class SVDInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Goal:
-    """One of an explicit rank, an energy, an error; see `make_goal`."""
+    """One rule; see `make_goal`.
+
+    Attributes:
+        rank: an explicit rank, or None.
+        tail: residual²/‖M‖² that the rule allows; 1 for rules that only count singular values.
+        max_rank: cap on what a rule may choose.
+        rule: `tail`, or the name of a rule that counts.
+        value: of a rule that counts.
+    """
 
     rank: int | None
-    tail: float  # allowed residual²/‖M‖²
+    tail: float
     max_rank: int
+    rule: str = "tail"
+    value: float = 0.0
+
+    @property
+    def whole(self) -> bool:
+        """Whether `choose` needs every singular value."""
+        return self.rule in WHOLE_SPECTRUM
+
+    def scaled(self, exponent: int) -> Goal:
+        """The same goal for 2^-exponent times the matrix."""
+        if self.rule != "floor":
+            return self
+        return dataclasses.replace(self, value=math.ldexp(self.value, -exponent))
 
     def choose(self, sigma2: Tensor, total: float) -> tuple[int, bool]:
         """Rank for the squared singular values known so far (descending, float64), and whether it meets the goal."""
         if self.rank is not None:
             return min(self.rank, sigma2.numel()), True
-        wanted = rank_for_tail(sigma2, total, self.tail)
-        rank = min(wanted, self.max_rank)
-        return rank, bool(tails(sigma2, total)[rank] <= (self.tail + FLOAT32_FLOOR) * total)
+        if self.rule == "tail":
+            rank = min(rank_for_tail(sigma2, total, self.tail), self.max_rank)
+            return rank, bool(tails(sigma2, total)[rank] <= (self.tail + FLOAT32_FLOOR) * total)
+        wanted = self._count(sigma2)
+        last = wanted < sigma2.numel() or float(tails(sigma2, total)[-1]) <= FLOAT32_FLOOR * total
+        return min(wanted, self.max_rank), last and wanted <= self.max_rank
+
+    def _count(self, sigma2: Tensor) -> int:
+        if self.rule == "sv_ratio":
+            return rank_for_ratio(sigma2, self.value)
+        if self.rule == "floor":
+            return rank_above(sigma2, self.value)
+        return rank_at_knee(sigma2) if self.rule == "knee" else rank_for_cumulative(sigma2, self.value)
 
 
-def make_goal(rank: int | None, energy: float | None, error: float | None, max_rank: int) -> Goal:
-    """Check the three ways to say how much to keep, and unify them.
+def make_goal(
+    rank: int | None, energy: float | None, error: float | None, max_rank: int, **others: Unpack[RankRules]
+) -> Goal:
+    """Check the ways to say how much to keep, and unify them.
 
     Raises:
         UsageError: not exactly one of them, or out of range.
     """
-    if sum(value is not None for value in (rank, energy, error)) != 1:
-        raise UsageError("Exactly one of rank, energy and error says how much to keep.")
+    given = given_rule({"rank": rank, "energy": energy, "error": error, **others})
+    if given is None:
+        raise UsageError("A rank, an energy, an error or another rule has to say how much to keep.")
     if max_rank < 1:
         raise UsageError("max_rank must be at least 1.", max_rank=max_rank)
-    if rank is not None:
-        if rank < 1:
-            raise UsageError("The rank must be at least 1.", rank=rank)
-        return Goal(rank, 0.0, max_rank)
-    if energy is not None:
-        if not 0 < energy <= 1:
-            raise UsageError("The energy must lie in (0, 1].", energy=energy)
-        return Goal(None, 1.0 - energy, max_rank)
-    if error is None or not 0 <= error < 1:
-        raise UsageError("The error must lie in [0, 1).", error=error)
-    return Goal(None, error * error, max_rank)
+    name, value = given
+    if name == "rank":
+        return Goal(int(value), 0.0, max_rank)
+    allowed = {"energy": lambda: 1.0 - value, "error": lambda: value * value, "sv_fro": lambda: 1.0 - value * value}
+    if name in allowed:
+        return Goal(None, allowed[name](), max_rank)
+    return Goal(None, 1.0, max_rank, name, float(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,11 @@ from loratools.linalg._precision import full_float32
 from loratools.linalg._prepare import Prepared, prepare
 from loratools.linalg._ritz import Approximation, residual, triples
 from loratools.linalg._workspace import BLOCKS, LEAST_BLOCK, PRESETS, block_for, uses_dense
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from loratools.linalg._rules import RankRules
 
 _FAST_BLOCKS = 2
 _TOLERANCE = 1e-3
@@ -33,12 +39,13 @@ def truncated_svd(  # noqa: PLR0913
     seed: int = 0,
     preset: str = "default",
     overwrite: bool = False,
+    **others: Unpack[RankRules],
 ) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
     """The leading singular triples of M; near-optimal in the Frobenius norm.
 
-    Exactly one of `rank`, `energy`, `error` says how many. Small matrices, and ranks that are a large part of
-    the shape, take a dense path in float64; others a randomised block Krylov iteration, which stops when it estimates
-    residual/optimum − 1 ≤ 1e-3 or after 12 products with M.
+    Exactly one of `rank`, `energy`, `error` and the rules of `others` says how many. Small matrices, and ranks that are
+    a large part of the shape, take a dense path in float64; others a randomised block Krylov iteration, which stops
+    when it estimates residual/optimum − 1 ≤ 1e-3 or after 12 products with M.
 
     Law: orthonormal U and Vh to 1e-6; `info.residual` is that of the factors returned; directions at the float32
     floor (‖rest‖ ≤ 3e-7·‖M‖) are left out; equal seeds give equal results on one machine and thread count.
@@ -53,6 +60,10 @@ def truncated_svd(  # noqa: PLR0913
         seed: of the random start block.
         preset: `fast` (4 products), `default`, `certified` and `exact` (both dense: O(n³), proven).
         overwrite: M may be scaled in place if it is float32 and needs it.
+        others: `sv_ratio`: keep σ_i ≥ σ_1/sv_ratio. `sv_cumulative`: the least r whose σ sum to that share of Σσ.
+            `sv_fro`: the least r with ‖M_r‖ ≥ sv_fro·‖M‖. `knee=True`: what comes before the knee, see
+            `rank_at_knee`. `floor`: keep σ_i > floor, absolute. `sv_cumulative` and `knee` need every singular
+            value, so they are dense: O(n³).
 
     Returns:
         U (m, r), S (r,), Vh (r, n), float32 on M's device, S descending; and what is known about them.
@@ -62,13 +73,14 @@ def truncated_svd(  # noqa: PLR0913
         NonFiniteError: NaN or infinity in M, with their number.
         MismatchError, UnsupportedError: M is not a matrix of a float dtype.
     """
-    goal = make_goal(rank, energy, error, max_rank)
+    goal = make_goal(rank, energy, error, max_rank, **others)
     if preset not in PRESETS:
         raise UsageError("There is no such preset.", preset=preset, fix=f"Choose one of {', '.join(PRESETS)}.")
     with full_float32():
         prepared = prepare(M, overwrite=overwrite)
         if prepared.total == 0:
             return _nothing(M, goal)
+        goal = goal.scaled(prepared.exponent)
         return _finish(prepared, goal, _approximate(prepared, goal, seed, preset))
 
 
@@ -91,7 +103,7 @@ def _approximate(prepared: Prepared, goal: Goal, seed: int, preset: str) -> Appr
     n = prepared.A.shape[1]
     fast = preset == "fast"
     tolerance = _FAST_TOLERANCE if fast else _TOLERANCE
-    exact = preset in ("certified", "exact")
+    exact = preset in ("certified", "exact") or goal.whole
     block = block_for(goal.max_rank if goal.rank is None else goal.rank)
     if exact or uses_dense(n, LEAST_BLOCK if goal.rank is None else block):
         return dense(prepared, goal)

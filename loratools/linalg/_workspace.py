@@ -60,3 +60,9 @@ def workspace_bytes(
     width = min(low, BLOCKS * block)
     krylov = 4 * width * (m + n) + 28 * (width + block) ** 2 + 16 * block * high
     return copy + pieces + max(krylov, finish)
+
+
+def noise_bytes(m: int, n: int) -> int:
+    """Upper bound on what `RoundingNoise` takes: its tables, and a piece of about `CHUNK` entries on its way."""
+    piece = min(max(CHUNK, n), m * n)
+    return 180 * piece + 8 * m + 720 * n + 600 * max(m, n) + 16 * _FIXED

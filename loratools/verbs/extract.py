@@ -14,13 +14,14 @@ from loratools.engine import budgets, planning
 from loratools.engine.activations import Weighing, unweighted, weigh
 from loratools.engine.cards import is_hub_id
 from loratools.engine.execute import Execution, execute
-from loratools.engine.extract_advice import advice, beforehand, without_effect
-from loratools.engine.extract_findings import budget_facts, extracted, findings, named_fates, numbers, totals
-from loratools.engine.extract_units import ExtractPlanner, SvdOptions
+from loratools.engine.extract_advice import advice, beforehand, findings, without_effect
+from loratools.engine.extract_tally import Tally
+from loratools.engine.extract_units import ExtractPlanner
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
+from loratools.engine.svd_options import SvdOptions
 from loratools.errors import UsageError
 from loratools.files import open_activations, open_checkpoint
 from loratools.files.locate import Source, require_directory_name
@@ -82,7 +83,7 @@ def plan_extract(
     tuned: Source | Checkpoint,
     output: Source,
     *,
-    rank: int | None = None,
+    rank: int | str | None = None,
     energy: float | None = None,
     error: float | None = None,
     budget: int | None = None,
@@ -97,10 +98,18 @@ def plan_extract(
     format: str = "peft",
     base_model: str | None = None,
     activations: Source | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
+    sv_fro: float | None = None,
+    knee: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `extract` with the same arguments; reads headers and configurations only."""
-    svd = SvdOptions(rank, energy, error, max_rank, preset, seed, budget, uniform_rank)
+    ranks = tuple((rank_pattern or {}).items())
+    svd = SvdOptions(
+        rank, energy, error, max_rank, preset, seed, sv_ratio, sv_cumulative, sv_fro, knee, ranks, budget, uniform_rank
+    )
     selection = Selection(tuple(include), tuple(exclude))
     options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model, activations)
     return _prepare(base, tuned, output, options, Run(**run)).plan
@@ -111,7 +120,7 @@ def extract(
     tuned: Source | Checkpoint,
     output: Source,
     *,
-    rank: int | None = None,
+    rank: int | str | None = None,
     energy: float | None = None,
     error: float | None = None,
     budget: int | None = None,
@@ -126,6 +135,11 @@ def extract(
     format: str = "peft",
     base_model: str | None = None,
     activations: Source | None = None,
+    sv_ratio: float | None = None,
+    sv_cumulative: float | None = None,
+    sv_fro: float | None = None,
+    knee: bool = False,
+    rank_pattern: Mapping[str, int] | None = None,
     **run: Unpack[RunOptions],
 ) -> ExtractReport:
     """Write the low-rank ΔW = W_tuned − W_base of every changed matrix as an adapter.
@@ -134,12 +148,13 @@ def extract(
         base: what the adapter will modify.
         tuned: the fine-tuned checkpoint; a prefix that differs from the base's is reconciled and said.
         output: a directory.
-        rank: the rank of every module (clipped to what exists); 16 if no rule is given.
+        rank: the rank of every module (clipped to what exists); 16 if no rule is given. Or `auto`: as many singular
+            values as stand out of the rounding noise of the tuned checkpoint, per module.
         energy: or the least rank with captured ≥ energy, per module.
         error: or the least rank with residual ≤ error, per module.
         budget: or bytes of the weights file, header included: the ranks that leave the least ‖ΔW − Δ̂‖² over all.
         uniform_rank: with a budget, the largest rank that all modules can have, filled up with zeros.
-        max_rank: cap on ranks chosen by energy, error or budget; never on `rank`.
+        max_rank: cap on ranks that a rule or `auto` chooses; never on a number.
         preset: effort of the SVD, `fast`, `default` or `exact`.
         seed: of the sketch.
         save_full: patterns of modules to store whole instead.
@@ -151,6 +166,11 @@ def extract(
             default what the base's own configuration says, never a path.
         activations: a file of the RMS of every module's inputs, or an imatrix of llama.cpp: factors are best for such
             inputs, and the rank rules are meant in that norm; see `loratools.engine.activations`.
+        sv_ratio: or all singular values of at least σ_1/sv_ratio, per module.
+        sv_cumulative: or the least rank whose singular values have this share of their sum; dense, O(n³).
+        sv_fro: or the least rank with ‖Δ̂‖ ≥ sv_fro·‖ΔW‖.
+        knee: or what comes before the knee of the singular values; dense, O(n³).
+        rank_pattern: ranks of the modules that a pattern matches, whatever the rule; the first that matches decides.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
@@ -162,7 +182,10 @@ def extract(
     Law: captured and residual are those of the factors as written; every tensor of both sides is stored,
     identical, or named.
     """
-    svd = SvdOptions(rank, energy, error, max_rank, preset, seed, budget, uniform_rank)
+    ranks = tuple((rank_pattern or {}).items())
+    svd = SvdOptions(
+        rank, energy, error, max_rank, preset, seed, sv_ratio, sv_cumulative, sv_fro, knee, ranks, budget, uniform_rank
+    )
     selection = Selection(tuple(include), tuple(exclude))
     options = _Options(svd, tuple(save_full), only_low_rank, selection, format, base_model, activations)
     prepared = _prepare(base, tuned, output, options, Run(**run))
@@ -232,26 +255,14 @@ def _weighing(planner: ExtractPlanner, source: Source | None, sources: dict[str,
     """The planner's units, weighted by the activations, if any; these become an input."""
     if source is None:
         return Weighing(tuple(planner.units()), ())
+    planner.svd.require_weighable()
     opened = open_activations(source)
     sources["activations"] = opened.source
     return weigh(planner.units(), planner.pairing, opened)
 
 
 def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
-    modules, whole, left_out = [], [], dict(prepared.planner.left_out)
-    identical: list[str] = []
-    fates: dict[str, int] = {"identical": 0, "low-rank": 0, "whole": 0, "equal in value": 0, "left out": 0}
-    for outcome in extracted(execution):
-        if outcome.facts.get("norm"):
-            modules.append({"name": outcome.target, **numbers(outcome.facts)})
-        for name, fate in named_fates(outcome):
-            fates[fate.split(":")[0]] += 1
-            if fate in {"identical", "equal in value"}:
-                identical.append(name)
-            if fate.startswith("whole"):
-                whole.append(name)
-            elif fate.startswith("left out"):
-                left_out[name] = fate.removeprefix("left out: ")
+    tally = Tally.of(execution)
     touched = list(execution.adapter or {})
     base = prepared.sources["base"]
     assert isinstance(base, Checkpoint)
@@ -264,20 +275,20 @@ def _report(prepared: _Prepared, execution: Execution) -> ExtractReport:
             "hub": prepared.planner.hub_name(prepared.plan.options["base_model"]),
             "fingerprint": prepared.planner.fingerprints(touched),
         },
-        notes=(*prepared.plan.notes, *_found(prepared, execution, modules)),
-        modules=tuple(module for module in modules if module["rank"]),
-        whole=tuple(whole),
-        left_out=MappingProxyType(left_out),
-        totals=totals(modules, fates, execution),
-        identical=tuple(identical),
+        notes=(*prepared.plan.notes, *_found(prepared, execution, tally)),
+        modules=tally.modules,
+        whole=tally.whole,
+        left_out=MappingProxyType({**prepared.planner.left_out, **tally.left_out}),
+        totals=tally.totals,
+        identical=tally.identical,
     )
 
 
-def _found(prepared: _Prepared, execution: Execution, modules: Sequence[Mapping[str, Any]]) -> list[str]:
+def _found(prepared: _Prepared, execution: Execution, tally: Tally) -> list[str]:
     """What is known only now."""
     none = [] if execution.adapter else ["Nothing that the adapter may hold has changed: it is empty."]
     options = prepared.plan.options
-    weighted = unweighted(modules, options["activations"])
+    weighted = unweighted(tally.modules, options["activations"])
     idle = without_effect(options, execution.of("extract"))
-    rows = findings(modules, budget_facts(execution))
+    rows = findings(tally.modules, tally.totals.get("budget", {}))
     return [*none, *rows, *weighted, *idle, *advice(prepared.planner.pairing, execution.adapter)]

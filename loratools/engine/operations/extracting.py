@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapters import Full, LowRank
 from loratools.engine.binding import matrix_shape
 from loratools.engine.context import Context, Outcome
+from loratools.engine.operations import auto_rank
 from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes, same_values
-from loratools.engine.operations.weighting import share, truncated, weights_of
+from loratools.engine.operations.truncating import Truncated, truncate
+from loratools.engine.operations.weighting import share, weights_of
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError, UnsupportedError
 from loratools.tensors import TensorRef
@@ -18,7 +20,7 @@ from loratools.tensors import TensorRef
 if TYPE_CHECKING:
     import torch
 
-    from loratools.linalg import SVDInfo
+    from loratools.linalg import RoundingNoise
 
 
 def extract(unit: Unit, context: Context) -> Outcome:
@@ -111,18 +113,18 @@ def _factors(
     kernel = tuned.shape[2:] if unit.parameters["layer"] == "conv" else ()
     if kernel:  # (out, in, k, …) is the matrix (out, in·k·…)
         base, tuned = (ref.reshaped(matrix_shape(ref.shape)) for ref in (base, tuned))
-    difference, weight_norm = _difference(base, tuned, context)
     options: Mapping[str, Any] = unit.parameters["svd"]
     (weights,) = weights_of(unit, context, kernel)
+    noise = auto_rank.wanted_noise(options, *base.shape)
+    difference, weight_norm = _difference(base, tuned, context, noise)
     try:
-        found = truncated(difference, weights, options, transposed=unit.parameters["transposed"])
+        found = truncate(difference, options, weights=weights, noise=noise, transposed=unit.parameters["transposed"])
     except NonFiniteError as error:
         for ref in (base, tuned):
             require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError("The difference overflows float32.", tensor=tuned.name, shape=tuned.shape) from error
-    (U, S, Vh), info, weighted = found
-    facts |= _measured(info, weight_norm, weighted or info, options.get("error"))
-    facts["sigma2"] = S.double().square().tolist()
+    U, S, Vh = found.U, found.S, found.Vh
+    facts |= _measured(found, weight_norm, options.get("error"))
     if not S.numel():
         return {}
     if unit.parameters["transposed"]:
@@ -138,7 +140,9 @@ def _factors(
     }
 
 
-def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[torch.Tensor, float]:
+def _difference(
+    base: TensorRef, tuned: TensorRef, context: Context, noise: RoundingNoise | None
+) -> tuple[torch.Tensor, float]:
     """`tuned − base` in float32, tile by tile, and ‖base‖_F; rows that only the tuned side has are not part of it."""
     import torch
 
@@ -160,11 +164,14 @@ def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[to
             rows.copy_(other.double() - tile.double())
         else:
             rows.copy_(other).sub_(tile)
+        if noise is not None:
+            noise.see(first, rows, tile, other)
     return difference, squares**0.5
 
 
-def _measured(info: SVDInfo, weight_norm: float, bound: SVDInfo, error: float | None) -> dict[str, Any]:
-    """What a report says of a module; `bound` is in the norm that the goal is meant in."""
+def _measured(found: Truncated, weight_norm: float, error: float | None) -> dict[str, Any]:
+    """What a report says of a module; the goal is meant in the weighted norm, if there is one."""
+    info, bound = found.info, found.weighted or found.info
     return {
         "rank": info.rank,
         "captured": info.captured,
@@ -177,5 +184,7 @@ def _measured(info: SVDInfo, weight_norm: float, bound: SVDInfo, error: float | 
         "products": info.products,
         "clipped": info.clipped,
         "reached": info.reached and (error is None or bound.residual <= error * bound.norm * 1.000001),
+        "sigma2": found.S.double().square().tolist(),
         **(share([bound]) if bound is not info else {}),
+        **found.decided,
     }

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.experts import Stacked
 from loratools.engine.context import Context, Outcome
+from loratools.engine.operations import auto_rank
 from loratools.engine.operations.tiles import require_all_finite, same_bytes
-from loratools.engine.operations.weighting import share, truncated, weights_of
+from loratools.engine.operations.truncating import Truncated, truncate
+from loratools.engine.operations.weighting import share, weights_of
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError
 from loratools.tensors import TensorRef
@@ -26,6 +30,8 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
     Raises:
         NonFiniteError: NaN or infinity in a difference.
     """
+    from loratools.linalg import balanced_factors
+
     half = len(unit.inputs) // 2  # a vector of activations, if there is one, comes after both
     tuned, base = (
         [context.tensor(each) for each in side] for side in (unit.inputs[:half], unit.inputs[half : 2 * half])
@@ -41,15 +47,16 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
         _factors(_parts(tuned, experts, at), _parts(base, experts, at), weights[at], unit, context)
         for at in range(experts)
     ]
-    rank = max(lora_A.shape[0] for (lora_A, _), _, _, _ in found)
-    facts |= _measured([(info, norm) for _, info, _, norm in found], rank)
-    facts["sigma2"] = _energies([lora_A for (lora_A, _), _, _, _ in found], rank)
-    if any(weighted for _, _, weighted, _ in found):
-        facts |= share([weighted or info for _, info, weighted, _ in found])
+    rank = max(one.info.rank for one, _ in found)
+    facts |= _measured([(one.info, norm) for one, norm in found], rank)
+    facts |= auto_rank.together([one.decided for one, _ in found])
+    facts["sigma2"] = _energies([one.S for one, _ in found], rank)
+    if any(one.weighted for one, _ in found):
+        facts |= share([one.weighted or one.info for one, _ in found])
     what = "low-rank" if rank else "equal in value"
     facts["tensors"] = dict.fromkeys((ref.name for ref in tuned), what)
     if rank:
-        lora_A, lora_B = _stacked([factors for factors, _, _, _ in found], rank)
+        lora_A, lora_B = _stacked([balanced_factors(one.U, one.S, one.Vh) for one, _ in found], rank)
         update = Stacked(
             lora_A=context.sink.keep(f"{unit.target}.lora_A", lora_A),
             lora_B=context.sink.keep(f"{unit.target}.lora_B", lora_B),
@@ -74,38 +81,39 @@ def _factors(
     weights: torch.Tensor | None,
     unit: Unit,
     context: Context,
-) -> tuple[tuple[torch.Tensor, torch.Tensor], SVDInfo, SVDInfo | None, float]:
-    """lora_A (r, in) and lora_B (out, r) of one expert, what is known of them, also as weighted, and ‖W‖."""
+) -> tuple[Truncated, float]:
+    """The truncated SVD of one expert, (out, in), and ‖W‖."""
     import torch
 
-    from loratools.linalg import balanced_factors
-
     context.check()
-    before = torch.cat([context.on_device(ref.load()).double() for ref in base])
-    after = torch.cat([context.on_device(ref.load()).double() for ref in tuned])
-    norm = float(torch.linalg.vector_norm(before))
-    difference = after.sub_(before).float()
-    del before
+    before, after = ([context.on_device(ref.load()) for ref in side] for side in (base, tuned))
+    norm = math.hypot(*(float(torch.linalg.vector_norm(each.double())) for each in before))
+    difference = torch.cat([(new.double() - old.double()).float() for old, new in zip(before, after, strict=True)])
+    noise = auto_rank.wanted_noise(unit.parameters["svd"], *difference.shape)
+    if noise is not None:
+        firsts = itertools.accumulate((len(each) for each in after), initial=0)
+        for first, old, new in zip(firsts, before, after, strict=False):
+            noise.see(first, difference[first : first + len(new)], old, new)
+    del before, after
     if unit.parameters["transposed"]:
         difference = difference.T.contiguous()
     try:
-        (U, S, Vh), info, weighted = truncated(difference, weights, unit.parameters["svd"], transposed=False)
+        found = truncate(difference, unit.parameters["svd"], weights=weights, noise=noise, transposed=False)
     except NonFiniteError:
         for ref in (*base, *tuned):
             require_all_finite(ref, context.settings.tile_bytes)
         raise
-    lora_A, lora_B = balanced_factors(U, S, Vh)
     context.advance(sum(ref.nbytes for ref in (*base, *tuned)), unit.target)
-    return (lora_A.cpu(), lora_B.cpu()), info, weighted, norm
+    return dataclasses.replace(found, U=found.U.cpu(), S=found.S.cpu(), Vh=found.Vh.cpu()), norm
 
 
-def _energies(downs: Sequence[torch.Tensor], rank: int) -> list[float]:
-    """σ² of every rank, over all experts: balanced factors have rows of length √σ."""
+def _energies(values: Sequence[torch.Tensor], rank: int) -> list[float]:
+    """σ² of every rank, over all experts."""
     import torch
 
     total = torch.zeros(rank, dtype=torch.float64)
-    for lora_A in downs:
-        total[: lora_A.shape[0]] += lora_A.double().square().sum(1).square()
+    for S in values:
+        total[: S.numel()] += S.double().square()
     return total.tolist()
 
 

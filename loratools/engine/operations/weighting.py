@@ -36,21 +36,18 @@ def weights_of(unit: Unit, context: Context, kernel: Sequence[int] = ()) -> list
 
 
 def truncated(
-    difference: torch.Tensor, weights: torch.Tensor | None, options: Mapping[str, Any], *, transposed: bool
-) -> tuple[Triples, SVDInfo, SVDInfo | None]:
-    """U, S, Vh of a stored matrix; what is known of them, in the plain norm and, if weighted, in the weighted one.
+    difference: torch.Tensor, weights: torch.Tensor, options: Mapping[str, Any], *, transposed: bool
+) -> tuple[Triples, SVDInfo, SVDInfo]:
+    """U, S, Vh of a stored matrix; what is known of them, in the plain norm and in the weighted one.
 
     Args:
         difference: as stored, float32; may be scaled in place.
-        weights: of the inputs, or None.
+        weights: of the inputs.
         options: of `truncated_svd`.
         transposed: stored (in, out), so that the inputs are the rows.
     """
-    from loratools.linalg import truncated_svd, truncated_svd_weighted
+    from loratools.linalg import truncated_svd_weighted
 
-    if weights is None:
-        U, S, Vh, info = truncated_svd(difference, **options, overwrite=True)
-        return (U, S, Vh), info, None
     matrix = difference.T if transposed else difference
     U, S, Vh, info, weighted = truncated_svd_weighted(matrix, weights, **options, overwrite=True)
     return ((Vh.T, S, U.T) if transposed else (U, S, Vh)), info, weighted

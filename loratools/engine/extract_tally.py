@@ -1,4 +1,4 @@
-"""What the outcomes of an extraction say, for its report."""
+"""What an extraction's outcomes come to: a row per low-rank module, the fate of every tensor, totals."""
 
 from __future__ import annotations
 
@@ -12,7 +12,38 @@ from loratools.engine.execute import Execution
 _UNTOLD: Final = frozenset({"fates", "tensors", "products", "sigma2"})
 
 
-def named_fates(outcome: Outcome) -> list[tuple[str, str]]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tally:
+    """For the report; see `loratools.verbs.extract.ExtractReport`."""
+
+    modules: tuple[Mapping[str, Any], ...]
+    whole: tuple[str, ...]
+    left_out: Mapping[str, str]
+    identical: tuple[str, ...]
+    totals: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, execution: Execution) -> Tally:
+        """Count the outcomes of all `extract` units, with the ranks that a budget gave them."""
+        modules, whole, left_out = [], [], {}
+        identical: list[str] = []
+        fates: dict[str, int] = {"identical": 0, "low-rank": 0, "whole": 0, "equal in value": 0, "left out": 0}
+        for outcome in _extracted(execution):
+            if outcome.facts.get("norm"):
+                modules.append({"name": outcome.target, **_numbers(outcome.facts)})
+            for name, fate in _named_fates(outcome):
+                fates[fate.split(":")[0]] += 1
+                if fate in {"identical", "equal in value"}:
+                    identical.append(name)
+                if fate.startswith("whole"):
+                    whole.append(name)
+                elif fate.startswith("left out"):
+                    left_out[name] = fate.removeprefix("left out: ")
+        ranked = tuple(module for module in modules if module["rank"])
+        return cls(ranked, tuple(whole), left_out, tuple(identical), _totals(modules, fates, execution))
+
+
+def _named_fates(outcome: Outcome) -> list[tuple[str, str]]:
     """What became of every tensor of a unit, by its name: below the module, or, of experts, its own."""
     own = [
         (f"{outcome.target}.{parameter}" if outcome.target else parameter, fate)
@@ -21,14 +52,14 @@ def named_fates(outcome: Outcome) -> list[tuple[str, str]]:
     return [*own, *outcome.facts.get("tensors", {}).items()]
 
 
-def numbers(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(facts: Mapping[str, Any]) -> dict[str, Any]:
     """The facts that a report gives for a module."""
     return {key: value for key, value in facts.items() if key not in _UNTOLD}
 
 
-def totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], execution: Execution) -> dict[str, Any]:
+def _totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], execution: Execution) -> dict[str, Any]:
     """Counts; captured and residual over all `modules`, those without a rank included; bytes of all weights files."""
-    budget = budget_facts(execution)
+    budget = _budget_facts(execution)
     squares = sum(module["norm"] ** 2 for module in modules)
     left = sum((module["residual"] * module["norm"]) ** 2 for module in modules)
     return {
@@ -42,13 +73,13 @@ def totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], execu
     }
 
 
-def budget_facts(execution: Execution) -> dict[str, Any]:
+def _budget_facts(execution: Execution) -> dict[str, Any]:
     """What an allocation came to, without its modules; empty where there was none."""
     found = execution.of("allocate")
     return {key: value for key, value in found[0].facts.items() if key != "modules"} if found else {}
 
 
-def extracted(execution: Execution) -> list[Outcome]:
+def _extracted(execution: Execution) -> list[Outcome]:
     """The outcomes of the modules; where there was a budget, with the ranks that it gave them."""
     found = execution.of("allocate")
     ranks: Mapping[str, Any] = found[0].facts["modules"] if found else {}
@@ -65,38 +96,3 @@ def _allotted(outcome: Outcome, figures: Mapping[str, Any] | None) -> Outcome:
             fates = facts.get(kind, {})
             facts[kind] = {name: reason if fate == "low-rank" else fate for name, fate in fates.items()}
     return dataclasses.replace(outcome, facts=facts)
-
-
-def findings(modules: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> list[str]:
-    """What the numbers say that a user should hear."""
-    notes = []
-    clipped = [module["name"] for module in modules if module["clipped"]]
-    if clipped:
-        notes.append(f"The rank is lower than asked for where no more exists: {_some(clipped)}.")
-    short = [module for module in modules if not module["reached"]]
-    if short:
-        worst = min(short, key=lambda module: module["captured"])
-        names = [module["name"] for module in short]
-        captured = f"{worst['name']} captures {worst['captured']:.4f}"
-        notes.append(f"The goal is not reached within the cap and float32: {_some(names)}; {captured}.")
-    notes += _of_budget(budget)
-    large = [module for module in modules if (module["relative"] or 0) > 1]
-    if modules and len(large) > len(modules) // 2:
-        notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
-    return notes
-
-
-def _of_budget(budget: Mapping[str, Any]) -> list[str]:
-    """Where the budget was not what decided."""
-    notes = []
-    capped = budget.get("at_max_rank", ())
-    if capped:
-        notes.append(f"Ranks are held back by --max-rank, not by the budget: {_some(capped)}.")
-    elif budget and budget["density"] is None and budget["uniform_rank"] is None:
-        notes.append("The budget does not decide: it holds all that the differences have.")
-    return notes
-
-
-def _some(names: Sequence[str]) -> str:
-    """One name, or the first of several with their number."""
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
