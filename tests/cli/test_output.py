@@ -21,6 +21,7 @@ JSON_RUNS = {
     "unmerge": ["unmerge", "base", "adapter", "-o", "out"],
     "inspect": ["inspect", "adapter"],
     "graph": ["graph", "base"],
+    "diff": ["diff", "base", "base", "--spectrum"],
 }
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from loratools.engine.context import Context, Outcome
-from loratools.engine.operations import copying, deriving, extracting, extracting_experts, merging
+from loratools.engine.operations import comparing, copying, deriving, extracting, extracting_experts, merging
 from loratools.engine.plan import Unit
 
 Operation = Callable[[Unit, Context], Outcome]
@@ -21,5 +21,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "restore": merging.restore,
     "extract": extracting.extract,
     "extract-experts": extracting_experts.extract_experts,
+    "compare": comparing.compare,
+    "compare-experts": comparing.compare_experts,
     "derive": deriving.derive,
 }

@@ -35,7 +35,7 @@ def extract(unit: Unit, context: Context) -> Outcome:
     low_rank: dict[str, Any] = {}
     for parameter, rule in rules.items():
         context.check()
-        base, tuned = _pair(unit, context, parameter)
+        base, tuned = pair_of(unit, context, parameter)
         fate = _fate(rule["rule"], base, tuned, context)
         if fate == "low-rank":
             low_rank = _factors(unit, context, parameter, base, tuned, facts)
@@ -62,7 +62,8 @@ def extract(unit: Unit, context: Context) -> Outcome:
     )
 
 
-def _pair(unit: Unit, context: Context, parameter: str) -> tuple[TensorRef | None, TensorRef]:
+def pair_of(unit: Unit, context: Context, parameter: str) -> tuple[TensorRef | None, TensorRef]:
+    """A parameter on both sides: the base's, where a rule compares with it, and the tuned checkpoint's."""
     sides: Mapping[str, Any] = unit.parameters["rules"][parameter]
     tuned = context.tensor(unit.inputs[sides["tuned"]])
     return (context.tensor(unit.inputs[sides["base"]]) if sides["base"] is not None else None), tuned
@@ -97,7 +98,7 @@ def _complete(
         return
     for parameter in rules:
         if parameter not in replaced:
-            replaced[parameter] = _pair(unit, context, parameter)[1]
+            replaced[parameter] = pair_of(unit, context, parameter)[1]
             fates[parameter] = "whole: unchanged, kept since PEFT loads a module's parameters together"
 
 
@@ -110,7 +111,7 @@ def _factors(
     kernel = tuned.shape[2:] if unit.parameters["layer"] == "conv" else ()
     if kernel:  # (out, in, k, …) is the matrix (out, in·k·…)
         base, tuned = (ref.reshaped(matrix_shape(ref.shape)) for ref in (base, tuned))
-    difference, weight_norm = _difference(base, tuned, context)
+    difference, weight_norm = difference_of(base, tuned, context)
     options: Mapping[str, Any] = unit.parameters["svd"]
     try:
         U, S, Vh, info = truncated_svd(difference, **options, overwrite=True)
@@ -134,7 +135,7 @@ def _factors(
     }
 
 
-def _difference(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[torch.Tensor, float]:
+def difference_of(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[torch.Tensor, float]:
     """`tuned − base` in float32, tile by tile, and ‖base‖_F; rows that only the tuned side has are not part of it."""
     import torch
 

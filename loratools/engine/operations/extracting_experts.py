@@ -33,7 +33,9 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
         context.advance(unit.read_bytes, unit.target)
         return Outcome(unit.target, "extract", "identical", facts)
     experts = int(unit.parameters["experts"])
-    found = [_factors(_parts(tuned, experts, at), _parts(base, experts, at), unit, context) for at in range(experts)]
+    found = [
+        _factors(parts_of(tuned, experts, at), parts_of(base, experts, at), unit, context) for at in range(experts)
+    ]
     rank = max(lora_A.shape[0] for lora_A, _, _, _ in found)
     facts |= _measured([(info, norm) for _, _, info, norm in found], rank)
     what = "low-rank" if rank else "equal in value"
@@ -50,7 +52,7 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
     return Outcome(unit.target, "extract", what, facts)
 
 
-def _parts(refs: Sequence[TensorRef], experts: int, expert: int) -> list[TensorRef]:
+def parts_of(refs: Sequence[TensorRef], experts: int, expert: int) -> list[TensorRef]:
     """The tensors of one expert: a slice of the stacked one, or its own."""
     if len(refs) == 1:
         return [refs[0].rows(expert, expert + 1).reshaped(refs[0].shape[1:])]
@@ -62,18 +64,9 @@ def _factors(
     tuned: Sequence[TensorRef], base: Sequence[TensorRef], unit: Unit, context: Context
 ) -> tuple[torch.Tensor, torch.Tensor, SVDInfo, float]:
     """lora_A (r, in), lora_B (out, r) of one expert, what is known of them, and ‖W‖."""
-    import torch
-
     from loratools.linalg import balanced_factors, truncated_svd
 
-    context.check()
-    before = torch.cat([context.on_device(ref.load()).double() for ref in base])
-    after = torch.cat([context.on_device(ref.load()).double() for ref in tuned])
-    norm = float(torch.linalg.vector_norm(before))
-    difference = after.sub_(before).float()
-    del before
-    if unit.parameters["transposed"]:
-        difference = difference.T.contiguous()
+    difference, norm = difference_of(tuned, base, unit, context)
     try:
         U, S, Vh, info = truncated_svd(difference, **unit.parameters["svd"], overwrite=True)
     except NonFiniteError:
@@ -83,6 +76,23 @@ def _factors(
     lora_A, lora_B = balanced_factors(U, S, Vh)
     context.advance(sum(ref.nbytes for ref in (*base, *tuned)), unit.target)
     return lora_A.cpu(), lora_B.cpu(), info, norm
+
+
+def difference_of(
+    tuned: Sequence[TensorRef], base: Sequence[TensorRef], unit: Unit, context: Context
+) -> tuple[torch.Tensor, float]:
+    """ΔW of one expert, (out, in) in float32, and ‖W‖."""
+    import torch
+
+    context.check()
+    before = torch.cat([context.on_device(ref.load()).double() for ref in base])
+    after = torch.cat([context.on_device(ref.load()).double() for ref in tuned])
+    norm = float(torch.linalg.vector_norm(before))
+    difference = after.sub_(before).float()
+    del before
+    if unit.parameters["transposed"]:
+        difference = difference.T.contiguous()
+    return difference, norm
 
 
 def _stacked(factors: Sequence[tuple[torch.Tensor, torch.Tensor]], rank: int) -> tuple[torch.Tensor, torch.Tensor]:
