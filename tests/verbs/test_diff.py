@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import os
 import struct
 import subprocess
 import sys
@@ -12,7 +13,8 @@ import torch
 
 from loratools import rendering
 from loratools.checkpoints import Checkpoint
-from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
+from loratools.engine.events import Advanced
+from loratools.errors import MismatchError, NonFiniteError, StorageError, UnsupportedError, UsageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.verbs.diff import KINDS, diff
 from loratools.verbs.extract import extract
@@ -216,9 +218,9 @@ def world(name):
         base, config = llama(torch.float32, head=False), CONFIG | {"tie_word_embeddings": True}
         tuned = fine_tuned(base, *WEIGHTS, "model.embed_tokens.weight")
     elif name == "conv1d":
-        base, config = gpt2(), GPT2
+        base, config = gpt2() | {"ln_f.bias": normal(9, 16)}, GPT2  # kept beside the weight that changes
         tuned = fine_tuned(base, "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight")
-        tuned["h.0.attn.c_attn.bias"] = normal(6, 48)
+        tuned |= {"h.0.attn.c_attn.bias": normal(6, 48), "ln_f.weight": normal(7, 16)}
     elif name == "convolutions":
         base |= {"down.conv.weight": normal(1, 6, 4, 3, 5), "down.conv.bias": normal(2, 6)}
         tuned |= fine_tuned(base, "down.conv.weight", *WEIGHTS)
@@ -374,6 +376,19 @@ def test_inputs_stay_and_objects_are_taken(tmp_path):
     assert all(isinstance(each, Checkpoint) for each in opened)
     assert diff(*opened, spectrum=True).to_json() == report.to_json()
     assert equal_bits(opened[0][f"{Q}.weight"].load(), base[f"{Q}.weight"])
+
+
+def test_an_input_that_changes_meanwhile(tmp_path):
+    """No answer about a file that is not what it was."""
+    base = llama(torch.float32)
+    sides = pair(tmp_path, base, fine_tuned(base, *WEIGHTS))
+
+    def rewrite(event):
+        if isinstance(event, Advanced):
+            os.utime(sides[0] / "model.safetensors", (1, 1))
+
+    with pytest.raises(StorageError, match="changed"):
+        diff(*sides, listener=rewrite)
 
 
 def test_the_document(tmp_path):
