@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     import torch
 
 _INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64"})
+_WIDENED: Final = 8
+"""A tile and its forms in wider dtypes, over its stored bytes: what is only measured should stay in the cache."""
 
 
 def compare(unit: Unit, context: Context) -> Outcome:
@@ -135,11 +137,16 @@ def _norms(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[float, 
 
     wide = torch.float64 if "F64" in {base.dtype, tuned.dtype} else torch.float32
     squares = [0.0, 0.0]
-    for before, after in _tiles(base, tuned, context.settings.tile_bytes):
+    for before, after in _tiles(base, tuned, context.settings.tile_bytes // _WIDENED):
         context.check()
-        old = before.load(context.buffer("tile", before.nbytes)).to(wide)
-        new = after.load(context.buffer("tuned", after.nbytes)).to(wide)
-        for at, numbers in enumerate((new - old, old)):
+        old, new = (
+            context.buffer(f"wide {name}", wide.itemsize * ref.spec.numel)[: wide.itemsize * ref.spec.numel]
+            .view(wide)
+            .view(ref.shape)
+            .copy_(ref.load(context.buffer(name, ref.nbytes)))
+            for name, ref in (("tile", before), ("tuned", after))
+        )
+        for at, numbers in enumerate((new.sub_(old), old)):
             squares[at] += float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2
     if not all(square < float("inf") for square in squares):
         raise _non_finite((base, tuned), context)
