@@ -147,7 +147,11 @@ def _require_two_checkpoints(sources: Sequence[Source | Checkpoint | Adapter]) -
 
 
 def _report(plan: Plan, sides: Mapping[str, Checkpoint], found: Comparison, outcomes: Sequence[Outcome]) -> DiffReport:
-    compared = {name: facts for outcome in outcomes for name, facts in outcome.facts["tensors"].items()}
+    compared = {
+        names: {**facts, "module": outcome.target}
+        for outcome in outcomes
+        for names, facts in outcome.facts["tensors"].items()
+    }
     tensors = _tensors(found, compared)
     spectra = [
         ModuleSpectrum(outcome.target, spectrum["sides"], tuple(Spectrum.of(each) for each in spectrum["parts"]))
@@ -178,20 +182,17 @@ def _report(plan: Plan, sides: Mapping[str, Checkpoint], found: Comparison, outc
     )
 
 
-def _tensors(found: Comparison, compared: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _tensors(found: Comparison, compared: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
     """A row for every tensor: those of the second checkpoint in its order, then what only the first has."""
-    targets = {
-        address.name: unit.target for unit in found.units for address in unit.inputs if address.source == "tuned"
-    }
     rows = []
     for path, pair in found.pairs:
-        facts = dict(compared.get(pair.tuned.name, {}))
+        facts = compared.get((pair.base.name, pair.tuned.name), {}) if pair.base is not None else {}
         kind = facts.get("kind", "reshaped" if pair.relation == "reshaped" else "added")
         row = _row(pair.tuned_name, "reshaped" if pair.relation == "rows" else kind, pair.base, pair.tuned)
         weight = facts.get("weight_norm")
         norm = facts.get("norm", 0.0 if facts.get("kind") in SAME else None)
         relative = norm / weight if norm is not None and weight else norm if norm == 0 else None
-        rows.append({**row, "module": targets.get(pair.tuned.name, path), "norm": norm, "relative": relative})
+        rows.append({**row, "module": facts.get("module", path), "norm": norm, "relative": relative})
     for ref in found.removed:
         row = _row(ref.name, "removed", ref, None)
         rows.append({**row, "module": owner(ref.name)[0], "norm": None, "relative": None})

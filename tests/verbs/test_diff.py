@@ -47,10 +47,12 @@ def fine_tuned(tensors, *names, **options):
     return tensors | {name: moved(tensors[name], 10 * at, **options) for at, name in enumerate(names)}
 
 
-def pair(folder, base, tuned, config=CONFIG, tuned_config=None):
-    return (
-        write_checkpoint(folder / "base", base, config),
-        write_checkpoint(folder / "tuned", tuned, tuned_config or config),
+def pair(folder, base, tuned, config=CONFIG):
+    """Both on disk; a Llama without a head of its own says that it is tied."""
+    tied = CONFIG | {"tie_word_embeddings": True}
+    return tuple(
+        write_checkpoint(folder / side, each, tied if config is CONFIG and "lm_head.weight" not in each else config)
+        for side, each in (("base", base), ("tuned", tuned))
     )
 
 
@@ -215,8 +217,11 @@ def world(name):
     elif name == "rows alone":
         tuned |= {"model.embed_tokens.weight": torch.cat([base["model.embed_tokens.weight"], normal(8, 3, 16)])}
     elif name == "tied":
-        base, config = llama(torch.float32, head=False), CONFIG | {"tie_word_embeddings": True}
+        base = llama(torch.float32, head=False)
         tuned = fine_tuned(base, *WEIGHTS, "model.embed_tokens.weight")
+    elif name in {"ties", "unties"}:
+        one, two = base, fine_tuned(llama(torch.float32, head=False), *WEIGHTS, "model.embed_tokens.weight")
+        return (one, two, CONFIG) if name == "ties" else (two, fine_tuned(one, *WEIGHTS), CONFIG)
     elif name == "conv1d":
         base, config = gpt2() | {"ln_f.bias": normal(9, 16)}, GPT2  # kept beside the weight that changes
         tuned = fine_tuned(base, "h.0.attn.c_attn.weight", "h.0.attn.c_proj.weight")
@@ -237,8 +242,8 @@ def world(name):
 
 
 WORLDS = (
-    "plain", "bf16", "large", "new head and rows", "rows alone", "tied", "conv1d", "convolutions", "experts apart",
-    "experts stacked",
+    "plain", "bf16", "large", "new head and rows", "rows alone", "tied", "ties", "unties", "conv1d", "convolutions",
+    "experts apart", "experts stacked",
 )  # fmt: skip
 
 
@@ -266,6 +271,16 @@ def test_the_table_is_what_extract_writes(tmp_path, name):
             assert known.get(str(rank), list(known.values())[-1]) == pytest.approx(residual, rel=1e-3, abs=2e-6)
     if name in {"new head and rows", "rows alone", "tied", "plain"}:
         assert report.whole
+
+
+@pytest.mark.parametrize("name", ["ties", "unties"])
+def test_a_matrix_that_only_one_side_ties_is_compared_with_both(tmp_path, name):
+    """The head and the embedding have a norm each, against what the other side has there."""
+    base, tuned, config = world(name)
+    rows = by_name(diff(*pair(tmp_path, base, tuned, config)).tensors)
+    for key in ("lm_head.weight", "model.embed_tokens.weight"):
+        one, two = (side.get(key, side["model.embed_tokens.weight"]).double() for side in (base, tuned))
+        assert rows[key]["norm"] == pytest.approx(float((two - one).norm()), rel=1e-6)
 
 
 def test_experts_have_a_spectrum_each(tmp_path):

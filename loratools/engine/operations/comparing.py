@@ -24,8 +24,9 @@ _WIDENED: Final = 8
 def compare(unit: Unit, context: Context) -> Outcome:
     """Compare the parameters of one module; with `svd`, say what an extraction would store of it.
 
-    The outcome's facts: `tensors`, by the second checkpoint's name (`kind`, and where numbers are compared `norm` and
-    `weight_norm`); `whole`, bytes of what an adapter stores as it is; `spectrum`, of what it makes low-rank, or None.
+    The outcome's facts: `tensors`, by the names on both sides, since one of them may stand for two (`kind`, and where
+    numbers are compared `norm` and `weight_norm`); `whole`, bytes of what an adapter stores as it is; `spectrum`, of
+    what it makes low-rank, or None.
 
     Raises:
         NonFiniteError: NaN or infinity in a tensor that differs.
@@ -42,7 +43,7 @@ def compare(unit: Unit, context: Context) -> Outcome:
             common = tuned.rows(0, base.shape[0]) if rule in {"rows", "rows-whole"} else tuned
             found = _compared(base, common, context, unit if rule in {"low-rank", "rows"} else None)
             facts["spectrum"] = found.pop("spectrum", None) or facts["spectrum"]
-            facts["tensors"][tuned.name] = found
+            facts["tensors"][base.name, tuned.name] = found
             facts["whole"] += tuned.nbytes - common.nbytes
             untouched = found["kind"] == "identical" or (found["kind"] == "equal" and base.dtype != common.dtype)
             if rule in {"whole", "rows-whole"} and not untouched:
@@ -59,7 +60,7 @@ def compare_experts(unit: Unit, context: Context) -> Outcome:
     """Compare stacked experts, however they are stored; facts and errors as those of `compare`."""
     half = len(unit.inputs) // 2
     tuned, base = ([context.tensor(each) for each in side] for side in (unit.inputs[:half], unit.inputs[half:]))
-    tensors = {new.name: _compared(old, new, context) for old, new in zip(base, tuned, strict=True)}
+    tensors = {(old.name, new.name): _compared(old, new, context) for old, new in zip(base, tuned, strict=True)}
     facts: dict[str, Any] = {"tensors": tensors, "whole": 0, "spectrum": None}
     if unit.parameters["svd"] is not None and any(each["kind"] != "identical" for each in tensors.values()):
         experts = int(unit.parameters["experts"])
@@ -162,7 +163,7 @@ def _spectrum(difference: torch.Tensor, unit: Unit, refs: Sequence[TensorRef], c
         _, S, _, info = truncated_svd(difference, **options, overwrite=True)
     except NonFiniteError as error:
         raise _non_finite(refs, context) from error
-    return {"values": [float(value) for value in S], "norm": info.norm, "rest": info.residual}
+    return {"values": S.tolist(), "norm": info.norm, "rest": info.residual}
 
 
 def _non_finite(refs: Sequence[TensorRef], context: Context) -> NonFiniteError:
