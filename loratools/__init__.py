@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratools.checkpoints import Checkpoint
     from loratools.errors import LoratoolsError
     from loratools.files import load_adapter, open_checkpoint, save
+    from loratools.verbs.diff import diff
     from loratools.verbs.extract import extract, plan_extract
     from loratools.verbs.graph import graph
     from loratools.verbs.inspect import inspect
@@ -32,6 +33,7 @@ __all__ = [
     "Checkpoint",
     "LoratoolsError",
     "__version__",
+    "diff",
     "errors",
     "extract",
     "graph",

@@ -13,8 +13,8 @@ import pytest
 
 import loratools as lt
 
-VERBS = ("extract", "graph", "inspect", "merge", "pull", "push", "rescale", "stack", "unmerge")
-PLANS = tuple(f"plan_{verb}" for verb in VERBS if verb not in {"graph", "inspect"})
+VERBS = ("diff", "extract", "graph", "inspect", "merge", "pull", "push", "rescale", "stack", "unmerge")
+PLANS = tuple(f"plan_{verb}" for verb in VERBS if verb not in {"diff", "graph", "inspect"})
 FILES = ("load_adapter", "open_checkpoint", "save")
 CLASSES = ("Adapter", "Checkpoint", "LoratoolsError")
 MODULES = ("errors", "linalg")
@@ -114,7 +114,7 @@ HEAVY = "{'torch', 'numpy', 'huggingface_hub', 'click', 'rich', 'safetensors'}"
     [
         ("import loratools", "set()"),
         ("import loratools; loratools.__version__; dir(loratools); loratools.errors", "set()"),
-        ("import loratools as lt; lt.inspect, lt.graph, lt.merge, lt.plan_merge, lt.open_checkpoint", "set()"),
+        ("import loratools as lt; lt.inspect, lt.graph, lt.diff, lt.merge, lt.plan_merge, lt.open_checkpoint", "set()"),
         ("import loratools as lt; lt.push, lt.pull", "{'huggingface_hub', 'numpy'}"),
     ],
 )

@@ -21,6 +21,7 @@ COMPLETION: Final = "_LORATOOLS_COMPLETE"
 COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "inspect": ("Look", "What is in a checkpoint or an adapter, from its headers."),
     "graph": ("Look", "The module tree of a model."),
+    "diff": ("Look", "What two checkpoints differ in, and rank → size → error."),
     "merge": ("Checkpoints", "Put adapters into a base; or recast or reshard it."),
     "unmerge": ("Checkpoints", "Take adapters out of a merged checkpoint."),
     "extract": ("Adapters", "Fine-tuned minus base, as an adapter."),

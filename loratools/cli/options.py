@@ -146,6 +146,9 @@ model = click.argument("model")
 adapter = click.argument("adapter")
 adapters = click.argument("adapters", metavar="ADAPTER...", nargs=-1, required=True)
 any_adapters = click.argument("adapters", metavar="[ADAPTER...]", nargs=-1)
+first = click.argument("a")
+second = click.argument("b")
+others = click.argument("others", metavar="...", nargs=-1)
 repo_id = click.argument("repo_id")
 path = click.argument("path")
 shapes = click.option(
@@ -264,6 +267,10 @@ story = click.argument("story", metavar="[adapt]", default="adapt")
 
 # What is shown.
 modules = switch("--modules", help="Also a line for every module.")
+spectrum = switch("--spectrum", help="Also singular values, effective ranks, and a table rank → size → error.")
+spectrum_rank = click.option(
+    "--max-rank", metavar="N", type=int, default=128, show_default=True, help="Singular values per matrix to look at."
+)
 form = click.option(
     "--as",
     "form",

@@ -22,7 +22,7 @@ from loratools.engine.operations import OPERATIONS
 from loratools.engine.plan import Plan, Unit, canonical
 from loratools.engine.planning import Run
 from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
-from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink
+from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink, NoSink
 from loratools.storage.files import ReadOnlyFile, sha256_of
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 from loratools.storage.partials import stale_partials
@@ -114,6 +114,22 @@ def execute(
             file.require_unchanged()
         out.publish()
     return dataclasses.replace(report, notes=(*report.notes, *left))
+
+
+def observe(plan: Plan, sources: Sources, run: Run) -> list[Outcome]:
+    """Run a plan that writes nothing; the outcomes in its order.
+
+    Raises:
+        StorageError: an input was changed meanwhile, or could not be read.
+        LoratoolsError: whatever a unit raised.
+    """
+    run.listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
+    opened = _opened(sources)
+    context = Context(sources, NoSink(), run.settings(computes=False), threading.Event(), _progress(run), opened)
+    outcomes = _run(plan, plan.units, context, run, computes=True)
+    for file in opened.values():
+        file.require_unchanged()
+    return outcomes
 
 
 def _output(plan: Plan) -> OutputDirectory | OutputFiles:

@@ -95,8 +95,8 @@ class Plan:
 
     Attributes:
         verb: `extract`, `merge`, …
-        kind: what comes out.
-        output: where to.
+        kind: what comes out; `report` where nothing is written.
+        output: where to; empty for a report.
         overwrite: whether what is there may be replaced.
         sources: the inputs.
         units: the work, in the order in which it is started.
@@ -112,7 +112,7 @@ class Plan:
     """
 
     verb: str
-    kind: Literal["checkpoint", "adapter"]
+    kind: Literal["checkpoint", "adapter", "report"]
     output: str
     overwrite: bool
     sources: tuple[SourceInfo, ...]

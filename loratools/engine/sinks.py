@@ -59,6 +59,14 @@ class AbstractSink(abc.ABC):
         """Flush, read back, compare hashes."""
 
 
+class NoSink(AbstractSink):
+    """Of a plan that only looks: it takes nothing."""
+
+    def finish(self) -> list[WrittenFile]:
+        """See `AbstractSink.finish`."""
+        return []
+
+
 class CheckpointSink(AbstractSink):
     """Weights files with known headers; each is finished as soon as its last unit is done."""
 

@@ -237,6 +237,7 @@ def _prepare(
         bounds=planning.bounds(work.units, sources.values(), run, write=work.written, scratch=work.scratch),
         options={
             **dataclasses.asdict(svd),
+            "rank_pattern": dict(svd.rank_pattern),
             "save_full": list(options.save_full),
             "only_low_rank": options.only_low_rank,
             "include": list(options.selection.include),

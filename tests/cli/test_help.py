@@ -15,6 +15,7 @@ selecting = {"--include", "--exclude"}
 SURFACE = {
     "inspect": {"--modules", *selecting},
     "graph": {"--as", "--depth", *selecting},
+    "diff": {"--spectrum", "--max-rank", "--device", *selecting},
     "merge": {"-w", "--dtype", "--max-shard-size", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
     "extract": {"--rank", "--energy", "--error", "--sv-ratio", "--sv-cumulative", "--sv-fro", "--knee",
@@ -28,7 +29,8 @@ SURFACE = {
     "demo": {"-o", "--output", "--seed"},
 }  # fmt: skip
 ARGUMENTS = {
-    "inspect": ["source"], "graph": ["model"], "merge": ["base", "adapters"], "unmerge": ["merged", "adapters"],
+    "inspect": ["source"], "graph": ["model"], "diff": ["a", "b", "others"],
+    "merge": ["base", "adapters"], "unmerge": ["merged", "adapters"],
     "extract": ["base", "tuned"], "stack": ["adapters"], "rescale": ["adapter"], "push": ["path", "repo_id"],
     "pull": ["repo_id"], "demo": ["story"],
 }  # fmt: skip

@@ -21,6 +21,7 @@ JSON_RUNS = {
     "unmerge": ["unmerge", "base", "adapter", "-o", "out"],
     "inspect": ["inspect", "adapter"],
     "graph": ["graph", "base"],
+    "diff": ["diff", "base", "base", "--spectrum"],
 }
 
 
@@ -62,6 +63,26 @@ def test_quiet(arguments, run, workdir):
     assert run("inspect", "base", "-q").stdout == run("inspect", "base").stdout  # an answer, not a report of a run
     assert run("merge", "base", "adapter", "-o", "x", "-q").stdout == ""
     assert run(*arguments, "--overwrite", "--dry-run").stdout
+
+
+def test_the_answer_of_diff(run, workdir):
+    """Exit 0 the same, 1 not, either way in words and JSON; with `-q` in the exit code alone; refusals are none."""
+    same, other = run("diff", "base", "base"), run("diff", "base", "tuned")
+    assert (same.exit_code, other.exit_code) == (0, 1)
+    assert (same.stderr, other.stderr) == ("", "")
+    assert "changed" not in same.stdout
+    assert "6 changed" in other.stdout
+    for arguments, code in ((["base", "base"], 0), (["base", "tuned"], 1)):
+        quiet = run("diff", *arguments, "-q")
+        assert (quiet.exit_code, quiet.stdout, quiet.stderr) == (code, "", "")
+        document = run("diff", *arguments, "--json", "--spectrum", "--max-rank", "3")
+        assert document.exit_code == code
+        assert json.loads(document.stdout)["same"] is (code == 0)
+        assert [row["rank"] for row in json.loads(document.stdout)["table"]] == ([] if code == 0 else [1, 2, 3])
+    for refused in (["base", "adapter"], ["base", "tuned", "base"]):
+        result = run("diff", *refused)
+        assert (result.exit_code, result.stdout) == (65, "")
+        assert result.stderr.count("\n") == 1
 
 
 def test_graph_forms(run, workdir):

@@ -6,7 +6,15 @@ from collections.abc import Callable, Mapping
 from typing import Final
 
 from loratools.engine.context import Context, Outcome
-from loratools.engine.operations import allocating, copying, deriving, extracting, extracting_experts, merging
+from loratools.engine.operations import (
+    allocating,
+    comparing,
+    copying,
+    deriving,
+    extracting,
+    extracting_experts,
+    merging,
+)
 from loratools.engine.plan import Unit
 
 Operation = Callable[[Unit, Context], Outcome]
@@ -21,6 +29,8 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "restore": merging.restore,
     "extract": extracting.extract,
     "extract-experts": extracting_experts.extract_experts,
+    "compare": comparing.compare,
+    "compare-experts": comparing.compare_experts,
     "derive": deriving.derive,
     "allocate": allocating.allocate,
 }

@@ -38,7 +38,7 @@ def extract(unit: Unit, context: Context) -> Outcome:
     low_rank: dict[str, Any] = {}
     for parameter, rule in rules.items():
         context.check()
-        base, tuned = _pair(unit, context, parameter)
+        base, tuned = pair_of(unit, context, parameter)
         fate = _fate(rule["rule"], base, tuned, context)
         if fate == "low-rank":
             low_rank = _factors(unit, context, parameter, base, tuned, facts)
@@ -65,7 +65,8 @@ def extract(unit: Unit, context: Context) -> Outcome:
     )
 
 
-def _pair(unit: Unit, context: Context, parameter: str) -> tuple[TensorRef | None, TensorRef]:
+def pair_of(unit: Unit, context: Context, parameter: str) -> tuple[TensorRef | None, TensorRef]:
+    """A parameter on both sides: the base's, where a rule compares with it, and the tuned checkpoint's."""
     sides: Mapping[str, Any] = unit.parameters["rules"][parameter]
     tuned = context.tensor(unit.inputs[sides["tuned"]])
     return (context.tensor(unit.inputs[sides["base"]]) if sides["base"] is not None else None), tuned
@@ -100,7 +101,7 @@ def _complete(
         return
     for parameter in rules:
         if parameter not in replaced:
-            replaced[parameter] = _pair(unit, context, parameter)[1]
+            replaced[parameter] = pair_of(unit, context, parameter)[1]
             fates[parameter] = "whole: unchanged, kept since PEFT loads a module's parameters together"
 
 
@@ -116,7 +117,7 @@ def _factors(
     options: Mapping[str, Any] = unit.parameters["svd"]
     (weights,) = weights_of(unit, context, kernel)
     noise = auto_rank.wanted_noise(options, *base.shape)
-    difference, weight_norm = _difference(base, tuned, context, noise)
+    difference, weight_norm = difference_of(base, tuned, context, noise)
     try:
         found = truncate(difference, options, weights=weights, noise=noise, transposed=unit.parameters["transposed"])
     except NonFiniteError as error:
@@ -140,8 +141,8 @@ def _factors(
     }
 
 
-def _difference(
-    base: TensorRef, tuned: TensorRef, context: Context, noise: RoundingNoise | None
+def difference_of(
+    base: TensorRef, tuned: TensorRef, context: Context, noise: RoundingNoise | None = None
 ) -> tuple[torch.Tensor, float]:
     """`tuned − base` in float32, tile by tile, and ‖base‖_F; rows that only the tuned side has are not part of it."""
     import torch

@@ -21,7 +21,7 @@ from loratools.tensors import TensorRef
 if TYPE_CHECKING:
     import torch
 
-    from loratools.linalg import SVDInfo
+    from loratools.linalg import RoundingNoise, SVDInfo
 
 
 def extract_experts(unit: Unit, context: Context) -> Outcome:
@@ -44,7 +44,7 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
     experts = int(unit.parameters["experts"])
     weights = weights_of(unit, context)
     found = [
-        _factors(_parts(tuned, experts, at), _parts(base, experts, at), weights[at], unit, context)
+        _factors(parts_of(tuned, experts, at), parts_of(base, experts, at), weights[at], unit, context)
         for at in range(experts)
     ]
     rank = max(one.info.rank for one, _ in found)
@@ -67,7 +67,7 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
     return Outcome(unit.target, "extract", what, facts)
 
 
-def _parts(refs: Sequence[TensorRef], experts: int, expert: int) -> list[TensorRef]:
+def parts_of(refs: Sequence[TensorRef], experts: int, expert: int) -> list[TensorRef]:
     """The tensors of one expert: a slice of the stacked one, or its own."""
     if len(refs) == 1:
         return [refs[0].rows(expert, expert + 1).reshaped(refs[0].shape[1:])]
@@ -83,20 +83,9 @@ def _factors(
     context: Context,
 ) -> tuple[Truncated, float]:
     """The truncated SVD of one expert, (out, in), and ‖W‖."""
-    import torch
-
-    context.check()
-    before, after = ([context.on_device(ref.load()) for ref in side] for side in (base, tuned))
-    norm = math.hypot(*(float(torch.linalg.vector_norm(each.double())) for each in before))
-    difference = torch.cat([(new.double() - old.double()).float() for old, new in zip(before, after, strict=True)])
-    noise = auto_rank.wanted_noise(unit.parameters["svd"], *difference.shape)
-    if noise is not None:
-        firsts = itertools.accumulate((len(each) for each in after), initial=0)
-        for first, old, new in zip(firsts, before, after, strict=False):
-            noise.see(first, difference[first : first + len(new)], old, new)
-    del before, after
-    if unit.parameters["transposed"]:
-        difference = difference.T.contiguous()
+    shape = (sum(ref.shape[0] for ref in tuned), tuned[0].shape[1])
+    noise = auto_rank.wanted_noise(unit.parameters["svd"], *shape)
+    difference, norm = difference_of(tuned, base, unit, context, noise)
     try:
         found = truncate(difference, unit.parameters["svd"], weights=weights, noise=noise, transposed=False)
     except NonFiniteError:
@@ -115,6 +104,30 @@ def _energies(values: Sequence[torch.Tensor], rank: int) -> list[float]:
     for S in values:
         total[: S.numel()] += S.double().square()
     return total.tolist()
+
+
+def difference_of(
+    tuned: Sequence[TensorRef],
+    base: Sequence[TensorRef],
+    unit: Unit,
+    context: Context,
+    noise: RoundingNoise | None = None,
+) -> tuple[torch.Tensor, float]:
+    """ΔW of one expert, (out, in) in float32, and ‖W‖; the rounding noise's profile, as stored, is filled in."""
+    import torch
+
+    context.check()
+    before, after = ([context.on_device(ref.load()) for ref in side] for side in (base, tuned))
+    norm = math.hypot(*(float(torch.linalg.vector_norm(each.double())) for each in before))
+    difference = torch.cat([(new.double() - old.double()).float() for old, new in zip(before, after, strict=True)])
+    if noise is not None:
+        firsts = itertools.accumulate((len(each) for each in after), initial=0)
+        for first, old, new in zip(firsts, before, after, strict=False):
+            noise.see(first, difference[first : first + len(new)], old, new)
+    del before, after
+    if unit.parameters["transposed"]:
+        difference = difference.T.contiguous()
+    return difference, norm
 
 
 def _stacked(factors: Sequence[tuple[torch.Tensor, torch.Tensor]], rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,0 +1,42 @@
+"""`loratools diff`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from loratools.cli import options
+from loratools.cli.errors import NO
+from loratools.cli.output import Output
+from loratools.cli.progress import bytes_done
+
+
+@options.command(
+    "diff",
+    examples="""
+    loratools diff base/ tuned/
+    loratools diff base/ tuned/ --spectrum --include '*_proj'
+    loratools diff base/ copy/ -q && echo same
+    """,
+)
+@options.first
+@options.second
+@options.others
+@options.spectrum
+@options.spectrum_rank
+@options.selecting
+@options.device
+def command(out: Output, a: str, b: str, others: tuple[str, ...], **asked: Any) -> None:
+    """Say which tensors of two checkpoints differ, and by how much. Exit 0: none, 1: some.
+
+    --spectrum decomposes every changed matrix once, and shows what an adapter would weigh and lose at every rank.
+    """
+    from loratools import rendering
+    from loratools.verbs.diff import diff
+
+    with bytes_done(shown=out.progress) as listener:
+        report = diff(a, b, *others, listener=listener, **asked)
+    out.report(report, lambda report: rendering.difference(report).splitlines())
+    if not report.same:
+        raise click.exceptions.Exit(NO)
