@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from loratools.linalg._info import Goal
-from loratools.linalg._prepare import Prepared, chunk_rows
+from loratools.linalg._prepare import HeldMatrix, chunk_rows
 from loratools.linalg._rank import FLOAT32_FLOOR, rank_for_tail
 from loratools.linalg._ritz import Approximation
 
 
-def dense(prepared: Prepared, goal: Goal) -> Approximation:
+def dense(matrix: HeldMatrix, goal: Goal) -> Approximation:
     """The best approximation that meets the goal. Time O(m·n² + n³), n the smaller side."""
-    A = prepared.A
+    A = matrix.A
     values, vectors = torch.linalg.eigh(_normal_matrix(A))
     sigma2 = values.flip(0).clamp_min_(0).cpu()
     total = float(sigma2.sum())

@@ -1,4 +1,4 @@
-"""Orthonormal rows by CholeskyQR2, and Gram matrices in float64.
+"""Orthonormal rows by CholeskyQR, and Gram matrices in float64.
 
 Vectors are rows here: a block of b vectors of length L is (b, L), contiguous. Yamamoto, Nakatsukasa, Yanagisawa,
 Fukaya, "Roundoff error analysis of the CholeskyQR2 algorithm" (2015); with the Gram matrix in float64 a float32
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from loratools.linalg._host import to_host
 
 _CHUNK = 2**18  # entries that are widened to float64 at a time
 _SMALLEST_PIVOT = 1e-4
@@ -24,7 +26,7 @@ def gram(X: Tensor, Y: Tensor) -> Tensor:
         Y: (q, L) float32.
 
     Returns:
-        (p, q) float64 on the CPU, where the small dense algebra is done.
+        (p, q) float64 on their device.
     """
     length = X.shape[1]
     step = max(256, _CHUNK // max(X.shape[0], 1)) if X.device.type == "cpu" else max(length, 1)
@@ -33,34 +35,63 @@ def gram(X: Tensor, Y: Tensor) -> Tensor:
         wide = X[:, first : first + step].to(torch.float64)
         other = wide if X is Y else Y[:, first : first + step].to(torch.float64)
         total.addmm_(wide, other.T)
-    return total.cpu()
+    return total
 
 
-def orthonormal_rows(Y: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Q with orthonormal rows and L with Y = L·Q.
+def orthonormal_rows(Y: Tensor) -> tuple[Tensor, Tensor]:
+    """Q with orthonormal rows and L with Y = L·Q, in two rounds.
 
     Args:
         Y: (b, length) float32.
-        least: directions whose squared length in Y is below this are left out, too.
 
     Returns:
         Q (b', length) float32, b' ≤ b: dependent directions are left out; L (b, b') float64 on the CPU.
     """
     L = torch.eye(Y.shape[0], dtype=torch.float64)
     for _ in range(_ROUNDS):
-        if Y.shape[0] == 0:
-            break
-        step, inverse = _factor(gram(Y, Y), least)
-        applied = inverse.to(torch.float32)
-        L = L @ (torch.linalg.inv(applied.to(torch.float64)) if applied.shape[0] == applied.shape[1] else step)
-        Y = applied.to(Y.device) @ Y
+        Y, step = orthonormal_round(Y)
+        L = L @ step
     return Y, L
+
+
+def orthonormal_round(Y: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor]:
+    """One round of `orthonormal_rows`: orthonormal up to float32 errors times Y's condition.
+
+    Args:
+        Y: (b, length) float32.
+        least: directions whose squared length in Y is below this are left out, too.
+    """
+    if Y.shape[0] == 0:
+        return Y, torch.empty((0, 0), dtype=torch.float64)
+    step, inverse = _factor(*to_host(gram(Y, Y)), least)
+    applied = inverse.to(torch.float32)
+    if applied.shape[0] == applied.shape[1]:
+        step = torch.linalg.inv(applied.to(torch.float64))
+    return applied.to(Y.device) @ Y, step
+
+
+def hopeful_round(Y: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """`orthonormal_round` without waiting for the device, as if nothing were dependent or too short.
+
+    Returns:
+        Q (b, length) float32, L (b, b) float64, and whether it holds: a boolean scalar; all on Y's device.
+    """
+    G = gram(Y, Y)
+    scale = _lengths(G, least)
+    factor, failed = torch.linalg.cholesky_ex(G / scale[:, None] / scale)
+    inverse = torch.linalg.solve_triangular(factor, torch.diag(1 / scale), upper=False)
+    fine = (failed == 0) & (factor.diagonal().min() > max(_SMALLEST_PIVOT, least**0.5))
+    return inverse.to(torch.float32) @ Y, scale[:, None] * factor, fine
+
+
+def _lengths(G: Tensor, least: float) -> Tensor:
+    length = G.diagonal().clamp_min(0).sqrt()
+    return torch.where(length > 0, length, 1.0) if least == 0 else torch.ones_like(length)
 
 
 def _factor(G: Tensor, least: float) -> tuple[Tensor, Tensor]:
     """S (b, b') and its left inverse (b', b) with G = S·Sᵀ up to what is dependent or too short."""
-    length = G.diagonal().clamp_min(0).sqrt()
-    scale = torch.where(length > 0, length, 1.0) if least == 0 else torch.ones_like(length)
+    scale = _lengths(G, least)
     scaled = G / scale[:, None] / scale
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if int(failed) == 0 and float(factor.diagonal().min()) > max(_SMALLEST_PIVOT, least**0.5):

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from loratools.errors import UsageError
+from loratools.linalg._basis import HeldBasis
 from loratools.linalg._dense import dense
 from loratools.linalg._info import Goal, SVDInfo, make_goal
 from loratools.linalg._krylov import Effort, block_krylov
 from loratools.linalg._precision import full_float32
-from loratools.linalg._prepare import Prepared, prepare
+from loratools.linalg._prepare import HeldMatrix, prepare
 from loratools.linalg._ritz import Approximation, residual, triples
-from loratools.linalg._workspace import BLOCKS, LEAST_BLOCK, PRESETS, block_for, uses_dense
+from loratools.linalg._workspace import BLOCKS, CERTIFIED_BLOCKS, LEAST_BLOCK, PRESETS, block_for, uses_dense
 
 _FAST_BLOCKS = 2
 _TOLERANCE = 1e-3
@@ -32,6 +33,7 @@ def truncated_svd(  # noqa: PLR0913
     max_rank: int = 256,
     seed: int = 0,
     preset: str = "default",
+    tolerance: float | None = None,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
     """The leading singular triples of M; near-optimal in the Frobenius norm.
@@ -66,10 +68,10 @@ def truncated_svd(  # noqa: PLR0913
     if preset not in PRESETS:
         raise UsageError("There is no such preset.", preset=preset, fix=f"Choose one of {', '.join(PRESETS)}.")
     with full_float32():
-        prepared = prepare(M, overwrite=overwrite)
-        if prepared.total == 0:
+        matrix = prepare(M, overwrite=overwrite)
+        if matrix.total == 0:
             return _nothing(M, goal)
-        return _finish(prepared, goal, _approximate(prepared, goal, seed, preset))
+        return _finish(matrix, goal, _approximate(matrix, goal, seed, preset, tolerance))
 
 
 def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,34 +89,38 @@ def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
     return root[:, None] * Vh, U * root
 
 
-def _approximate(prepared: Prepared, goal: Goal, seed: int, preset: str) -> Approximation:
-    n = prepared.A.shape[1]
-    fast = preset == "fast"
-    tolerance = _FAST_TOLERANCE if fast else _TOLERANCE
-    exact = preset in ("certified", "exact")
+def _approximate(matrix: HeldMatrix, goal: Goal, seed: int, preset: str, tolerance: float | None) -> Approximation:
+    m, n = matrix.shape
     block = block_for(goal.max_rank if goal.rank is None else goal.rank)
-    if exact or uses_dense(n, LEAST_BLOCK if goal.rank is None else block):
-        return dense(prepared, goal)
-    if goal.rank is not None:
-        effort = Effort(block, _FAST_BLOCKS, None) if fast else Effort(block, BLOCKS, tolerance)
-        return block_krylov(prepared, goal, effort, seed)
-    narrow = Effort(LEAST_BLOCK, 3 + -(-goal.max_rank // LEAST_BLOCK), tolerance)
-    found = block_krylov(prepared, goal, narrow, seed)
-    if found.reached:
-        return found
-    if uses_dense(n, block):
-        return dense(prepared, goal)
-    return block_krylov(prepared, goal, Effort(block, _FAST_BLOCKS if fast else BLOCKS, tolerance), seed)
+    if preset == "exact" or uses_dense(n, LEAST_BLOCK if goal.rank is None else block):
+        return dense(matrix, goal)
+    wanted = tolerance or (_FAST_TOLERANCE if preset == "fast" else _TOLERANCE)
+    certified = preset == "certified"
+    blocks = _FAST_BLOCKS if preset == "fast" else CERTIFIED_BLOCKS if certified else BLOCKS
+    if goal.rank is None:
+        narrow = Effort(LEAST_BLOCK, 3 + -(-goal.max_rank // LEAST_BLOCK), wanted, certified)
+        found = block_krylov(_basis(matrix, narrow), goal, narrow, seed)
+        if found.reached:
+            return found
+        if uses_dense(n, block):
+            return dense(matrix, goal)
+    spend_all = preset == "fast" and goal.rank is not None and tolerance is None
+    effort = Effort(block, blocks, None if spend_all else wanted, certified)
+    return block_krylov(_basis(matrix, effort), goal, effort, seed)
 
 
-def _finish(prepared: Prepared, goal: Goal, found: Approximation) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
-    answer = triples(found.Yt, found.Vt)
-    left = residual(prepared, answer)
-    total, unit = prepared.total, math.ldexp(1.0, prepared.exponent)
+def _basis(matrix: HeldMatrix, effort: Effort) -> HeldBasis:
+    return HeldBasis(matrix, min(effort.block * effort.blocks, matrix.shape[1]))
+
+
+def _finish(matrix: HeldMatrix, goal: Goal, found: Approximation) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
+    answer = triples(found)
+    left = residual(matrix, answer)
+    total, unit = matrix.total, math.ldexp(1.0, matrix.exponent)
     certificate = _certificate(found, total, left)
     kind = None if certificate is None else "proven" if found.proven else "heuristic"
     U, Vh = answer.Ut.T.contiguous(), answer.Vt.contiguous()
-    if prepared.flipped:
+    if matrix.flipped:
         U, Vh = Vh.T.contiguous(), U.T.contiguous()
     S = (answer.S * unit).to(U)
     info = SVDInfo(

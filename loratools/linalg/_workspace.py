@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 PRESETS = ("fast", "default", "certified", "exact")
 BLOCKS = 6
+CERTIFIED_BLOCKS = 10
 LEAST_BLOCK = 32
 CHUNK = 2**18  # entries handled at a time in passes over the matrix
 

@@ -261,7 +261,7 @@ def test_few_directions_take_few_products():
     lora = linalg.truncated_svd(matrix("lora_bf16", 900, 800), error=0.05)[3]
     assert (lora.rank, lora.method) == (6, "block-krylov")
     assert lora.products <= 5
-    assert linalg.truncated_svd(matrix("gaussian", 900, 800), 8, preset="fast")[3].products == 4
+    assert linalg.truncated_svd(matrix("gaussian", 900, 800), 8, preset="fast")[3].products == 5
 
 
 def test_balanced_factors():

@@ -1,0 +1,22 @@
+"""The one place where the algorithms wait for a device: results come back to the CPU in a single transfer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors in float64 on the CPU; those of another device arrive together, after one synchronisation.
+
+    Args:
+        tensors: any shapes, numbers or booleans, all on one device.
+
+    Returns:
+        As many tensors, of the same shapes.
+    """
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return tuple(tensor.to(torch.float64) for tensor in tensors)
+    flat = torch.cat([tensor.to(torch.float64).reshape(-1) for tensor in tensors]).cpu()
+    pieces = flat.split([tensor.numel() for tensor in tensors])
+    return tuple(piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True))
