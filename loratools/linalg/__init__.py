@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._rank import rank_for_energy, rank_for_error
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
+    from loratools.linalg._streamed import AbstractRows
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
     from loratools.linalg._workspace import PRESETS, workspace_bytes
 
 __all__ = [
     "PRESETS",
+    "AbstractRows",
     "LowRankSum",
     "SVDInfo",
     "add_low_rank",
@@ -40,6 +42,7 @@ __all__ = [
 _HOMES: Final = MappingProxyType(
     {
         "PRESETS": "_workspace",
+        "AbstractRows": "_streamed",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "add_low_rank": "_addition",

@@ -12,10 +12,12 @@ import abc
 import torch
 from torch import Tensor
 
+from loratools.linalg._half_step import HalfStep
 from loratools.linalg._host import to_host
 from loratools.linalg._orth import gram, hopeful_round, orthonormal_round, orthonormal_rows
 from loratools.linalg._prepare import AbstractMatrix, HeldMatrix
 
+_KEPT = 0.1  # share of its length that a row keeps outside the basis if it stays a unit vector after a second look
 _INSIDE = 0.1  # squared length that a unit vector outside the basis keeps; rounding errors of inside ones lose more
 
 
@@ -30,7 +32,7 @@ class AbstractBasis(abc.ABC):
         self.matrix, self.width, self.newest, self.products = matrix, 0, 0, 0
         self._beside = beside
         self._V = torch.empty((capacity, matrix.shape[1]), dtype=torch.float32, device=matrix.device)
-        self._H = torch.zeros((capacity, capacity), dtype=torch.float64)
+        self._H = torch.zeros((0, 0), dtype=torch.float64)
         self._pending: Tensor | None = None
 
     @property
@@ -43,7 +45,7 @@ class AbstractBasis(abc.ABC):
         """(w, w) float64 on the CPU."""
         if self._pending is not None:
             self._settle(*to_host(self._pending))
-        return self._H[: self.width, : self.width]
+        return self._H
 
     @property
     def room(self) -> int:
@@ -57,12 +59,15 @@ class AbstractBasis(abc.ABC):
 
     def append(self, Z: Tensor, coupling: Tensor) -> None:
         """Take orthonormal rows Z (b, n), orthogonal to V, that the newest block couples to by `coupling` (·, b)."""
-        old, before = self.width, self.width - self.newest
+        H, old, before = self.H, self.width, self.width - self.newest
         self.newest = Z.shape[0]
         self.width += self.newest
         self._V[old : self.width] = Z
-        self._H[before:old, old : self.width] = coupling[:, : self.newest]
-        self._H[old : self.width, before:old] = coupling[:, : self.newest].T
+        grown = torch.zeros((self.width, self.width), dtype=torch.float64)
+        grown[:old, :old] = H
+        grown[before:old, old:] = coupling[:, : self.newest]
+        grown[old:, before:old] = coupling[:, : self.newest].T
+        self._H = grown
         self._pending = self._multiplied(Z)
         self.products += 1
 
@@ -80,8 +85,12 @@ class AbstractBasis(abc.ABC):
             self._settle(pending)
             if bool(fine):
                 return Z, coupling
-        Z, below = orthonormal_round(self.outside(W))
-        Z, turn = orthonormal_round(self.outside(Z), least=_INSIDE)
+        rest = self.outside(W)
+        Z, below, well = orthonormal_round(rest)
+        Z = self.outside(Z)
+        if well and bool((_lengths(rest) >= _KEPT * _lengths(W)).all()):
+            return Z, below
+        Z, turn, _ = orthonormal_round(Z, least=_INSIDE)
         return Z, below @ turn
 
     def outside(self, Z: Tensor) -> Tensor:
@@ -99,8 +108,17 @@ class AbstractBasis(abc.ABC):
         """Rows (r, m) = (A·vᵀ)ᵀ and the rows v (r, n) = coefficients·V."""
 
     @abc.abstractmethod
-    def left(self, coefficients: Tensor, image: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows u·A (r, n) = image·[V; Z] and the rows u (r, m) = coefficients·(A·Vᵀ)ᵀ."""
+    def after(self, step: HalfStep, rank: int, Z: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """The `rank` leading directions once Z, the next block, is taken into account.
+
+        Returns:
+            Rows u·A (r, n) and the rows u (r, m), true; or rows (r, m) and (r, n) like those of `right`, false.
+        """
+
+    def combined(self, coefficients: Tensor, Z: Tensor) -> Tensor:
+        """Coefficients (r, w + c) times [V; Z]."""
+        onto = coefficients.to(self._V)
+        return torch.addmm(onto[:, : self.width] @ self.V, onto[:, self.width :], Z)
 
     @abc.abstractmethod
     def missed(self) -> float:
@@ -115,8 +133,7 @@ class AbstractBasis(abc.ABC):
         """AᵀA times the newest block, as rows (b, n)."""
 
     def _settle(self, diagonal: Tensor) -> None:
-        old = self.width - self.newest
-        self._H[old : self.width, old : self.width] = diagonal
+        self._H[-self.newest :, -self.newest :] = diagonal
         self._pending = None
 
 
@@ -137,11 +154,10 @@ class HeldBasis(AbstractBasis):
         chosen = coefficients.to(self._V)
         return chosen @ self._Y[: self.width], chosen @ self.V
 
-    def left(self, coefficients: Tensor, image: Tensor, Z: Tensor) -> tuple[Tensor, Tensor]:
-        """See `AbstractBasis.left`."""
-        onto = image.to(self._V)
-        rows = torch.addmm(onto[:, : self.width] @ self.V, onto[:, self.width :], Z)
-        return rows, coefficients.to(self._V) @ self._Y[: self.width]
+    def after(self, step: HalfStep, rank: int, Z: Tensor) -> tuple[Tensor, Tensor, bool]:
+        """See `AbstractBasis.after`."""
+        coefficients, image = step.chosen(rank)
+        return self.combined(image, Z), coefficients.to(self._V) @ self._Y[: self.width], True
 
     def missed(self) -> float:
         """See `AbstractBasis.missed`."""
@@ -154,3 +170,8 @@ class HeldBasis(AbstractBasis):
 
     def _image(self) -> Tensor:
         return self._Y[self.width - self.newest : self.width] @ self._A
+
+
+def _lengths(rows: Tensor) -> Tensor:
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return lengths

@@ -8,6 +8,7 @@ are two: an estimate from the newest block, a heuristic; and `deflated_norm`, wh
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -16,8 +17,8 @@ from loratools.linalg._basis import AbstractBasis
 from loratools.linalg._orth import orthonormal_rows
 
 _SAFETY = 1.5  # the newest block's largest Ritz value is 0.6 to 1.0 of ‖D‖
-_AITKEN_FROM = 4
-_AITKEN_FACTOR = 2.5
+_FIRST, _MARGIN = 0.85, 1.2  # of `estimated_gap`
+_FULLEST, _FILLING = 0.55, 1.5
 _CHAINS = 4
 _STEPS = 10
 _FAILURE = 1e-6
@@ -82,24 +83,19 @@ def gap(total: float, captured: float, best: float) -> float:
     return math.sqrt(max(total - captured, 0.0) / (total - best)) - 1.0
 
 
-def estimated_gap(total: float, captured: list[float], depth: float, best: float) -> float:
-    """The smallest of three estimates of residual/optimum − 1; what the stopping rule looks at.
+def estimated_gap(total: float, captured: Sequence[float], depth: float, share: float) -> float:
+    """An estimate of residual/optimum − 1 from the latest gain; what the stopping rule looks at.
 
-    The bordered matrix; the gap-free rate 1/k² of block Krylov methods (Musco and Musco 2015) applied to the
-    last gain; from four blocks on Aitken's extrapolation of the gains.
+    Without a gap in the spectrum the missing energy falls like 1/k² (Musco and Musco 2015), which leaves
+    (k − 1)²/(2k − 1) of what the last block gained, less where the basis fills a good part of the space. The factors
+    are those of flat spectra, the hardest ones, with a margin.
 
     Args:
         total: ‖A‖².
-        captured: with the present rank after the latest blocks, two or more values.
+        captured: after a block less, and now.
         depth: k, the number of blocks; a half step counts as half a block.
-        best: `energy_bound`.
+        share: of the n dimensions that the basis takes up.
     """
-    now = captured[-1]
-    gain = max(now - captured[-2], 0.0)
-    estimates = [gap(total, now, best), gap(total, now, now + depth / 2 * gain)]
-    if depth >= _AITKEN_FROM and len(captured) > 2:  # noqa: PLR2004
-        before = captured[-2] - captured[-3]
-        if 0 < gain < before:
-            ratio = gain / before
-            estimates.append(gap(total, now, now + _AITKEN_FACTOR * gain * ratio / (1 - ratio)))
-    return min(estimates)
+    before, now = captured
+    left = max(_FIRST, _MARGIN * (depth - 1) ** 2 / (2 * depth - 1)) * max(_FULLEST, 1 - _FILLING * share)
+    return gap(total, now, now + left * max(now - before, 0.0))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -18,5 +20,6 @@ def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
     if all(tensor.device.type == "cpu" for tensor in tensors):
         return tuple(tensor.to(torch.float64) for tensor in tensors)
     flat = torch.cat([tensor.to(torch.float64).reshape(-1) for tensor in tensors]).cpu()
-    pieces = flat.split([tensor.numel() for tensor in tensors])
-    return tuple(piece.view(tensor.shape) for piece, tensor in zip(pieces, tensors, strict=True))
+    ends = list(itertools.accumulate(tensor.numel() for tensor in tensors))
+    starts = [0, *ends[:-1]]
+    return tuple(flat[a:b].view(each.shape) for a, b, each in zip(starts, ends, tensors, strict=True))

@@ -17,6 +17,8 @@ from loratools.linalg._ritz import Approximation
 _CONVERGED = 2e-7  # (T − c)/T at the noise of float32 products: nothing is left to find
 _COARSE = 1e-6  # goals and remainders below this fraction need better than T − c
 _LEAST_BLOCKS = 2  # one block is a sketch without a power iteration: off by up to a factor
+_LOOKS = 2
+_EIGENVALUES = 0.1  # measured: eigenvalues take as long as a product at about three times this
 _NOISE = 1e-12  # squared singular values below this fraction of the largest are rounding noise
 
 
@@ -37,60 +39,95 @@ class Effort:
     proven: bool = False
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one look found: at which depth, which rank meets the goal, and the energy that it captures."""
+
+    depth: float
+    rank: int
+    captured: float
+
+
 class _Progress:
     """What the growing basis has shown so far, and when that is enough."""
 
     def __init__(self, basis: AbstractBasis, goal: Goal, effort: Effort) -> None:
         self.basis, self.goal, self.effort, self.total = basis, goal, effort, basis.matrix.total
-        self.captured: list[float] = []
-        self.ranks: list[int] = []
+        self.seen: list[_Seen] = []
         self.reached = False
         self.best: float | None = None
         self.step: HalfStep | None = None
         self.blocks = 0
 
+    @property
+    def rank(self) -> int:
+        return self.seen[-1].rank
+
     def complete(self) -> bool:
-        """Whether nothing is left for another product to find."""
-        H = self.basis.H
+        """Whether the basis is good enough as it is, before the next product."""
         self.blocks += 1
-        if self.blocks < _LEAST_BLOCKS or self.total - float(H.trace()) > _CONVERGED * self.total:
+        if self.blocks < _LEAST_BLOCKS:
             return False
-        theta = torch.linalg.eigvalsh(H)
-        self._choose(theta)
-        return self.reached and self.total - self.captured[-1] <= _CONVERGED * self.total
+        found = self.total - float(self.basis.H.trace()) <= _CONVERGED * self.total
+        if not found and (self.best is None or self.effort.proven or not self._cheap(self.basis.width)):
+            return False
+        self.step = None
+        self._look(self.blocks, torch.linalg.eigvalsh(self.basis.H))
+        if not self.reached:
+            return False
+        if self.total - self.seen[-1].captured <= _CONVERGED * self.total:
+            return True
+        return self.best is not None and not self.effort.proven and self._settled()
 
     def enough(self, coupling: Tensor) -> bool:
-        """Whether the gap is small enough, the goal out of reach, or the effort spent, given the next coupling."""
+        """Whether the half step is good enough, the goal out of reach, or the effort spent."""
         H, newest = self.basis.H, self.basis.newest
         self.step = half_step(H, coupling, newest)
-        self._choose(torch.linalg.eigvalsh(H if self.step is None else self.step.normal_matrix()))
+        found = H if self.step is None else self.step.normal_matrix()
+        self._look(self.blocks + (self.step is not None) / 2, torch.linalg.eigvalsh(found))
         spent = self.blocks >= self.effort.blocks or not self.basis.room or not coupling.shape[1]
         if self.blocks < _LEAST_BLOCKS or self.effort.tolerance is None:
             return spent
-        mu, rank = likely_norm(H, newest), self.ranks[-1]
         if not self.reached:
-            most = energy_bound(H, coupling, self.goal.max_rank, mu)
+            most = energy_bound(H, coupling, self.goal.max_rank, likely_norm(H, newest))
             return spent or most < (1 - self.goal.tail - _CONVERGED) * self.total
-        self.best = energy_bound(H, coupling, rank, mu)
-        same = [c for r, c in zip(self.ranks, self.captured, strict=True) if r == rank]
-        settled = len(self.ranks) > 1 and self.ranks[-2] == rank
-        depth = self.blocks + (self.step is not None) / 2
-        return spent or (settled and estimated_gap(self.total, same, depth, self.best) <= self.effort.tolerance)
+        done = spent or self._settled()
+        if done or self._cheap(H.shape[0] + coupling.shape[1]):
+            self.best = energy_bound(H, coupling, self.rank, likely_norm(H, newest))
+        return done or self._settled()
 
     def prove(self, coupling: Tensor, seed: int) -> bool:
         """Replace the estimate by a proof; whether it shows what is wanted, or no more effort is left."""
         mu = deflated_norm(self.basis, seed)
-        self.best = energy_bound(self.basis.H, coupling, self.ranks[-1], mu)
-        proven = gap(self.total, self.captured[-1], self.best)
+        self.best = energy_bound(self.basis.H, coupling, self.rank, mu)
+        proven = gap(self.total, self.seen[-1].captured, self.best)
         return proven <= (self.effort.tolerance or 0.0) or self.blocks >= self.effort.blocks or not self.basis.room
 
-    def _choose(self, values: Tensor) -> None:
+    def _cheap(self, width: int) -> bool:
+        """Whether eigenvalues of this many dimensions cost little beside a product."""
+        m, n = self.basis.matrix.shape
+        return width**3 <= _EIGENVALUES * m * n * self.effort.block
+
+    def _settled(self) -> bool:
+        """Whether the gap is small enough by the bound or by the estimate; the rank has to be the same as before."""
+        now, tolerance = self.seen[-1], self.effort.tolerance
+        if tolerance is None or len(self.seen) < _LOOKS or self.seen[-2].rank != now.rank:
+            return False
+        if self.best is not None and gap(self.total, now.captured, self.best) <= tolerance:
+            return True
+        before = next((each for each in self.seen if each.depth == now.depth - 1), None)
+        if before is None or before.rank != now.rank:
+            return False
+        share = now.depth * self.effort.block / self.basis.matrix.shape[1]
+        return estimated_gap(self.total, (before.captured, now.captured), now.depth, share) <= tolerance
+
+    def _look(self, depth: float, values: Tensor) -> None:
         theta = values.flip(0).clamp_min(0)
-        rank, self.reached = self.goal.choose(theta, self._total())
-        if not self.ranks or rank != self.ranks[-1]:
+        chosen, self.reached = self.goal.choose(theta, self._total())
+        rank = min(chosen, int((theta > _NOISE * theta[0]).sum()))
+        if self.seen and rank != self.rank:
             self.best = None
-        self.ranks.append(min(rank, int((theta > _NOISE * theta[0]).sum())))
-        self.captured.append(float(theta[: self.ranks[-1]].sum()))
+        self.seen.append(_Seen(depth, rank, float(theta[:rank].sum())))
 
     def _total(self) -> float:
         """‖A‖², or for goals that it is too coarse for, the energy found plus the measured rest."""
@@ -127,19 +164,19 @@ def block_krylov(basis: AbstractBasis, goal: Goal, effort: Effort, seed: int) ->
     return _from_basis(basis, progress)
 
 
-def _from_basis(basis: AbstractBasis, progress: _Progress) -> Approximation:
+def _from_basis(basis: AbstractBasis, progress: _Progress, *, proven: bool = False) -> Approximation:
     _, vectors = torch.linalg.eigh(basis.H)
-    rank = progress.ranks[-1]
-    images, rows = basis.right(vectors[:, vectors.shape[1] - rank :].flip(1).T)
-    return Approximation(images, rows, progress.reached, basis.products, None, False, "block-krylov")
+    images, rows = basis.right(vectors[:, vectors.shape[1] - progress.rank :].flip(1).T)
+    best = _useful(progress)
+    return Approximation(images, rows, progress.reached, basis.products, best, proven, "block-krylov")
 
 
 def _from_half_step(basis: AbstractBasis, progress: _Progress, Z: Tensor, *, proven: bool) -> Approximation:
     if progress.step is None:
-        return dataclasses.replace(_from_basis(basis, progress), best=_useful(progress), proven=proven)
-    images, rows = basis.left(*progress.step.chosen(progress.ranks[-1]), Z)
+        return _from_basis(basis, progress, proven=proven)
+    images, rows, left = basis.after(progress.step, progress.rank, Z)
     best = _useful(progress)
-    return Approximation(images, rows, progress.reached, basis.products, best, proven, "block-krylov", left=True)
+    return Approximation(images, rows, progress.reached, basis.products, best, proven, "block-krylov", left)
 
 
 def _useful(progress: _Progress) -> float | None:

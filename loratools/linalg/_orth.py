@@ -15,7 +15,7 @@ from loratools.linalg._host import to_host
 _CHUNK = 2**18  # entries that are widened to float64 at a time
 _SMALLEST_PIVOT = 1e-4
 _DEPENDENT = 1e-11  # relative eigenvalue of the scaled Gram matrix: 3e-6 of the largest direction
-_ROUNDS = 2
+_WELL = 0.3  # smallest pivot of unit rows: one round leaves errors of a few 1e-7
 
 
 def gram(X: Tensor, Y: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def gram(X: Tensor, Y: Tensor) -> Tensor:
 
 
 def orthonormal_rows(Y: Tensor) -> tuple[Tensor, Tensor]:
-    """Q with orthonormal rows and L with Y = L·Q, in two rounds.
+    """Q with orthonormal rows and L with Y = L·Q; a second round where the first one's input needs it.
 
     Args:
         Y: (b, length) float32.
@@ -47,27 +47,35 @@ def orthonormal_rows(Y: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Q (b', length) float32, b' ≤ b: dependent directions are left out; L (b, b') float64 on the CPU.
     """
-    L = torch.eye(Y.shape[0], dtype=torch.float64)
-    for _ in range(_ROUNDS):
-        Y, step = orthonormal_round(Y)
-        L = L @ step
-    return Y, L
+    Q, L, well = orthonormal_round(Y)
+    if well:
+        return Q, L
+    Q, turn, _ = orthonormal_round(Q)
+    return Q, L @ turn
 
 
-def orthonormal_round(Y: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor]:
+def orthonormal_round(Y: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor, bool]:
     """One round of `orthonormal_rows`: orthonormal up to float32 errors times Y's condition.
 
     Args:
         Y: (b, length) float32.
         least: directions whose squared length in Y is below this are left out, too.
+
+    Returns:
+        Q, L, and whether Y's rows were far enough from dependent for one round.
     """
     if Y.shape[0] == 0:
-        return Y, torch.empty((0, 0), dtype=torch.float64)
-    step, inverse = _factor(*to_host(gram(Y, Y)), least)
+        return Y, torch.empty((0, 0), dtype=torch.float64), True
+    (G,) = to_host(gram(Y, Y))
+    return _applied(Y, *_factor(G, least))
+
+
+def _applied(Y: Tensor, step: Tensor, inverse: Tensor, least_pivot: float) -> tuple[Tensor, Tensor, bool]:
     applied = inverse.to(torch.float32)
-    if applied.shape[0] == applied.shape[1]:
-        step = torch.linalg.inv(applied.to(torch.float64))
-    return applied.to(Y.device) @ Y, step
+    if least_pivot and least_pivot < _WELL:  # L has to belong to the rounded inverse
+        unit = torch.eye(len(step), dtype=step.dtype)
+        step = torch.linalg.solve_triangular(applied.to(torch.float64), unit, upper=False)
+    return applied.to(Y.device) @ Y, step, least_pivot >= _WELL
 
 
 def hopeful_round(Y: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,15 +97,19 @@ def _lengths(G: Tensor, least: float) -> Tensor:
     return torch.where(length > 0, length, 1.0) if least == 0 else torch.ones_like(length)
 
 
-def _factor(G: Tensor, least: float) -> tuple[Tensor, Tensor]:
-    """S (b, b') and its left inverse (b', b) with G = S·Sᵀ up to what is dependent or too short."""
+def _factor(G: Tensor, least: float) -> tuple[Tensor, Tensor, float]:
+    """S (b, b') and its left inverse (b', b) with G = S·Sᵀ up to what is dependent or too short.
+
+    Also the smallest pivot of the rows scaled to length 1, 0 where a triangular S would not do.
+    """
     scale = _lengths(G, least)
     scaled = G / scale[:, None] / scale
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    if int(failed) == 0 and float(factor.diagonal().min()) > max(_SMALLEST_PIVOT, least**0.5):
+    pivot = 0.0 if int(failed) else float(factor.diagonal().min())
+    if pivot > max(_SMALLEST_PIVOT, least**0.5):
         inverse = torch.linalg.solve_triangular(factor, torch.diag(1 / scale), upper=False)
-        return scale[:, None] * factor, inverse
+        return scale[:, None] * factor, inverse, pivot
     values, vectors = torch.linalg.eigh(scaled)
     keep = values > max(_DEPENDENT * float(values[-1]), least)
     root, vectors = values[keep].sqrt(), vectors[:, keep]
-    return scale[:, None] * vectors * root, (vectors / root).T / scale
+    return scale[:, None] * vectors * root, (vectors / root).T / scale, 0.0

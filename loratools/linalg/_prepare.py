@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -36,7 +37,11 @@ class AbstractMatrix(abc.ABC):
 
     @abc.abstractmethod
     def left_times(self, rows: Tensor) -> Tensor:
-        """rows (b, m) times A: (b, n) float32."""
+        """Rows (b, m) times A: (b, n) float32."""
+
+    @abc.abstractmethod
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows of A and which they are, float32, in order; a chunk is valid until the next one."""
 
     @abc.abstractmethod
     def distance(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> float:
@@ -73,6 +78,12 @@ class HeldMatrix(AbstractMatrix):
         """See `AbstractMatrix.left_times`."""
         return rows @ self.A
 
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """See `AbstractMatrix.chunks`."""
+        step = max(1, chunk_rows(self.A))
+        for first in range(0, self.A.shape[0], step):
+            yield slice(first, first + step), self.A[first : first + step]
+
     def distance(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> float:
         """See `AbstractMatrix.distance`; streamed over the rows of the input as it is stored."""
         stored = self.A.T if self.flipped else self.A
@@ -89,7 +100,8 @@ class HeldMatrix(AbstractMatrix):
 def square_distance(chunk: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """‖chunk − rowsᵀ·columns‖_F², float64; `chunk` is used up."""
     chunk.addmm_(rows.T, columns, alpha=-1)
-    return torch.linalg.vector_norm(chunk, dim=1).to(torch.float64).square().sum()
+    lengths: Tensor = torch.linalg.vector_norm(chunk, dim=1)
+    return lengths.to(torch.float64).square().sum()
 
 
 def prepare(M: Tensor, *, overwrite: bool = False) -> HeldMatrix:

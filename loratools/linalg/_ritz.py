@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from loratools.linalg._host import to_host
-from loratools.linalg._orth import gram, orthonormal_round, orthonormal_rows
+from loratools.linalg._orth import orthonormal_round, orthonormal_rows
 from loratools.linalg._prepare import AbstractMatrix
 
 _CANCELS = 5e-2  # residual²/total below which T − c is replaced by a measurement
-_NEEDS_FLOAT64 = 1e-7  # and below which float32 products would hide it
+_ROWS = 16  # widened at a time
+_NEEDS_FLOAT64 = 1e-5  # and below which float32 products would hide it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ def triples(found: Approximation) -> Triples:
     """Singular triples of the approximation: images = L·Q, L = P·S·Wᵀ, so one side is Wᵀ·Q, the other Pᵀ·basis."""
     basis, images = found.basis, found.images
     if found.left:  # its vectors are combinations of float32 rows: orthonormal to the condition of the combination
-        basis, turn = orthonormal_round(basis)
-        images = torch.linalg.pinv(turn).to(images) @ images
+        basis, turn, _ = orthonormal_round(basis)
+        images = torch.linalg.lstsq(turn, torch.eye(len(turn), dtype=turn.dtype)).solution.to(images) @ images
     Q, L = orthonormal_rows(images)
     P, S, Wt = torch.linalg.svd(L, full_matrices=False)
     near, far, S = Wt.to(Q) @ Q, P.T.to(basis) @ basis, S.to(torch.float32).to(torch.float64)
@@ -86,7 +87,11 @@ def residual(matrix: AbstractMatrix, found: Triples) -> float:
 
 
 def _explained(near: Tensor, S: Tensor, far: Tensor) -> float:
-    """2⟨A, X⟩ − ‖X‖², with A·far = near·S: both Gram matrices as they are, not as they should be."""
-    one, other = to_host(gram(near, near), gram(far, far))
-    weighted = one * torch.outer(S, S)
-    return float(2 * weighted.trace() - (weighted * other).sum())
+    """2⟨A, X⟩ − ‖X‖², with A·far = near·S and the vectors as long as they are, not as long as they should be."""
+    one, other = to_host(_squares(near), _squares(far))
+    return float((S.square() * one * (2 - other)).sum())
+
+
+def _squares(rows: Tensor) -> Tensor:
+    pieces = [rows[first : first + _ROWS].to(torch.float64) for first in range(0, len(rows), _ROWS)]
+    return torch.cat([piece.square().sum(1) for piece in pieces]) if pieces else rows.new_empty(0)
