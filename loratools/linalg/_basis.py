@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from loratools.linalg._half_step import HalfStep
-from loratools.linalg._host import to_host
+from loratools.linalg._host import is_remote, to_host
 from loratools.linalg._orth import gram, hopeful_round, orthonormal_round, orthonormal_rows
 from loratools.linalg._prepare import AbstractMatrix, HeldMatrix
 
@@ -78,7 +78,7 @@ class AbstractBasis(abc.ABC):
         """
         W = self._image()
         self.products += 1
-        if W.device.type != "cpu" and self._pending is not None and W.shape[0] <= W.shape[1] - self.width:
+        if is_remote(W) and self._pending is not None and W.shape[0] <= W.shape[1] - self.width:
             Z, below, first = hopeful_round(self.outside(W))
             Z, turn, second = hopeful_round(self.outside(Z), least=_INSIDE)
             pending, coupling, fine = to_host(self._pending, below @ turn, first & second)
@@ -88,7 +88,8 @@ class AbstractBasis(abc.ABC):
         rest = self.outside(W)
         Z, below, well = orthonormal_round(rest)
         Z = self.outside(Z)
-        if well and bool((_lengths(rest) >= _KEPT * _lengths(W)).all()):
+        (shortest,) = to_host((_lengths(rest) - _KEPT * _lengths(W)).min())
+        if well and float(shortest) >= 0:
             return Z, below
         Z, turn, _ = orthonormal_round(Z, least=_INSIDE)
         return Z, below @ turn

@@ -16,6 +16,8 @@ from loratools.linalg._prepare import AbstractMatrix
 from loratools.linalg._rank import FLOAT32_FLOOR, rank_for_tail
 from loratools.linalg._ritz import Approximation
 
+_ON_HOST = 1024
+
 
 def dense(matrix: AbstractMatrix, goal: Goal) -> Approximation:
     """The best approximation that meets the goal. Time O(m·n² + n³) for an m×n matrix, two passes over its rows."""
@@ -23,12 +25,14 @@ def dense(matrix: AbstractMatrix, goal: Goal) -> Approximation:
     normal = torch.zeros((n, n), dtype=torch.float64, device=matrix.device)
     for _, chunk in _widened(matrix):
         normal.addmm_(chunk.T, chunk)
+    if n <= _ON_HOST:  # CUDA's eigensolver is slower than the way to the CPU and back
+        (normal,) = to_host(normal)
     values, vectors = torch.linalg.eigh(normal)
     (sigma2,) = to_host(values.flip(0).clamp_min_(0))
     total = float(sigma2.sum())
     rank, reached = goal.choose(sigma2, total)
     rank = min(rank, rank_for_tail(sigma2, total, 0.0))
-    chosen = vectors[:, vectors.shape[1] - rank :].flip(1)
+    chosen = vectors[:, vectors.shape[1] - rank :].flip(1).to(matrix.device)
     images = torch.empty((rank, m), dtype=torch.float32, device=matrix.device)
     for mine, chunk in _widened(matrix):
         images[:, mine] = (chunk @ chosen).T

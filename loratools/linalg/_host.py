@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def is_remote(tensor: Tensor) -> bool:
+    """Whether reading the tensor means to wait for a device."""
+    return tensor.device.type != "cpu"
+
+
 def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors in float64 on the CPU; those of another device arrive together, after one synchronisation.
 
@@ -17,7 +22,7 @@ def to_host(*tensors: Tensor) -> tuple[Tensor, ...]:
     Returns:
         As many tensors, of the same shapes.
     """
-    if all(tensor.device.type == "cpu" for tensor in tensors):
+    if not any(is_remote(tensor) for tensor in tensors):
         return tuple(tensor.to(torch.float64) for tensor in tensors)
     flat = torch.cat([tensor.to(torch.float64).reshape(-1) for tensor in tensors]).cpu()
     ends = list(itertools.accumulate(tensor.numel() for tensor in tensors))

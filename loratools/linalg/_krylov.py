@@ -11,6 +11,7 @@ from torch import Tensor
 from loratools.linalg._basis import AbstractBasis
 from loratools.linalg._certificate import deflated_norm, energy_bound, estimated_gap, gap, likely_norm
 from loratools.linalg._half_step import HalfStep, half_step
+from loratools.linalg._host import is_remote
 from loratools.linalg._info import Goal
 from loratools.linalg._ritz import Approximation
 
@@ -153,7 +154,7 @@ def block_krylov(basis: AbstractBasis, goal: Goal, effort: Effort, seed: int) ->
     sketch = torch.randn((effort.block, basis.matrix.shape[0]), generator=generator)
     basis.start(sketch.to(basis.matrix.device))
     progress = _Progress(basis, goal, effort)
-    wait = basis.matrix.device.type != "cpu"  # a product costs less there than to wait for its use
+    wait = is_remote(basis.V)  # a product costs less there than to wait for its use
     while wait or not progress.complete():
         Z, coupling = basis.next_block()
         if wait and progress.complete():
