@@ -10,40 +10,42 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from loratools.linalg._host import to_host
 from loratools.linalg._info import Goal
-from loratools.linalg._prepare import Prepared, chunk_rows
+from loratools.linalg._prepare import AbstractMatrix
 from loratools.linalg._rank import FLOAT32_FLOOR, rank_for_tail
 from loratools.linalg._ritz import Approximation
 
+_ON_HOST = 1024
 
-def dense(prepared: Prepared, goal: Goal) -> Approximation:
-    """The best approximation that meets the goal. Time O(m·n² + n³), n the smaller side."""
-    A = prepared.A
-    values, vectors = torch.linalg.eigh(_normal_matrix(A))
-    sigma2 = values.flip(0).clamp_min_(0).cpu()
+
+def dense(matrix: AbstractMatrix, goal: Goal) -> Approximation:
+    """The best approximation that meets the goal. Time O(m·n² + n³) for an m×n matrix, two passes over its rows."""
+    m, n = matrix.shape
+    normal = torch.zeros((n, n), dtype=torch.float64, device=matrix.device)
+    for _, chunk in _widened(matrix):
+        normal.addmm_(chunk.T, chunk)
+    if n <= _ON_HOST:  # CUDA's eigensolver is slower than the way to the CPU and back
+        (normal,) = to_host(normal)
+    values, vectors = torch.linalg.eigh(normal)
+    (sigma2,) = to_host(values.flip(0).clamp_min_(0))
     total = float(sigma2.sum())
     rank, reached = goal.choose(sigma2, total)
     rank = min(rank, rank_for_tail(sigma2, total, 0.0))
-    chosen = vectors[:, vectors.shape[1] - rank :].flip(1)
-    Yt = torch.empty((rank, A.shape[0]), dtype=torch.float32, device=A.device)
-    for first, chunk in _chunks(A):
-        Yt[:, first : first + chunk.shape[0]] = (chunk @ chosen).T
+    chosen = vectors[:, vectors.shape[1] - rank :].flip(1).to(matrix.device)
+    images = torch.empty((rank, m), dtype=torch.float32, device=matrix.device)
+    for mine, chunk in _widened(matrix):
+        images[:, mine] = (chunk @ chosen).T
     best = float(sigma2[:rank].sum())
     settled = total - best > 10 * FLOAT32_FLOOR * total
-    return Approximation(Yt, chosen.T.to(torch.float32), reached, 0, best if settled else None, True, "dense")
+    basis = chosen.T.to(torch.float32)
+    return Approximation(images, basis, reached, 0, best if settled else None, True, "dense")
 
 
-def _normal_matrix(A: Tensor) -> Tensor:
-    total = torch.zeros((A.shape[1], A.shape[1]), dtype=torch.float64, device=A.device)
-    for _, chunk in _chunks(A):
-        total.addmm_(chunk.T, chunk)
-    return total
-
-
-def _chunks(A: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Float64 rows, one buffer for all: a chunk is valid until the next one."""
-    step = min(chunk_rows(A), A.shape[0])
-    buffer = torch.empty((step, A.shape[1]), dtype=torch.float64, device=A.device)
-    for first in range(0, A.shape[0], step):
-        count = min(step, A.shape[0] - first)
-        yield first, buffer[:count].copy_(A[first : first + count])
+def _widened(matrix: AbstractMatrix) -> Iterator[tuple[slice, Tensor]]:
+    """Float64 chunks, one buffer for all."""
+    buffer: Tensor | None = None
+    for mine, chunk in matrix.chunks():
+        if buffer is None or len(buffer) < len(chunk):
+            buffer = torch.empty(chunk.shape, dtype=torch.float64, device=chunk.device)
+        yield mine, buffer[: len(chunk)].copy_(chunk)

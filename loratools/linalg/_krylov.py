@@ -1,168 +1,188 @@
-"""Randomised block Krylov iteration on AᵀA with Rayleigh-Ritz from a float64 Gram matrix.
-
-Musco and Musco, "Randomized block Krylov methods for stronger and faster approximate singular value
-decomposition" (2015); Tropp and Webber, "Randomized algorithms for low-rank matrix approximation" (2023).
-Vectors are kept as rows (block, length), so growing the basis appends memory and copies nothing.
-"""
+"""Randomised block Krylov iteration: grow a basis until its approximation is near enough to the best."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 from torch import Tensor
 
-from loratools.linalg._certificate import energy_bound, estimated_gap
+from loratools.linalg._basis import AbstractBasis
+from loratools.linalg._certificate import deflated_norm, energy_bound, estimated_gap, gap, likely_norm
+from loratools.linalg._half_step import HalfStep, half_step
+from loratools.linalg._host import is_remote
 from loratools.linalg._info import Goal
-from loratools.linalg._orth import gram, orthonormal_rows
-from loratools.linalg._prepare import Prepared
-from loratools.linalg._ritz import Approximation, measured
+from loratools.linalg._ritz import Approximation
 
 _CONVERGED = 2e-7  # (T − c)/T at the noise of float32 products: nothing is left to find
 _COARSE = 1e-6  # goals and remainders below this fraction need better than T − c
 _LEAST_BLOCKS = 2  # one block is a sketch without a power iteration: off by up to a factor
-_INSIDE = 0.1  # squared length that a unit vector outside the basis keeps; rounding errors of inside ones lose more
+_LOOKS = 2
+_EIGENVALUES = 0.1  # measured: eigenvalues take as long as a product at about three times this
 _NOISE = 1e-12  # squared singular values below this fraction of the largest are rounding noise
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Effort:
-    """block: vectors per block. blocks: at most so many. tolerance: wanted gap, None to spend every block."""
+    """How much work at most.
+
+    Attributes:
+        block: vectors per block.
+        blocks: at most so many.
+        tolerance: wanted gap; None spends every block.
+        proven: the gap has to be proven, up to a failure probability of 1e-6.
+    """
 
     block: int
     blocks: int
     tolerance: float | None
+    proven: bool = False
 
 
-class _Basis:
-    """Orthonormal rows V, the rows (A·Vᵀ)ᵀ, and H = V·AᵀA·Vᵀ; grows block by block."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Seen:
+    """What one look found: at which depth, which rank meets the goal, and the energy that it captures."""
 
-    def __init__(self, A: Tensor, capacity: int) -> None:
-        self.A, self.width, self.newest, self.products = A, 0, 0, 0
-        self._V = A.new_empty((capacity, A.shape[1]))
-        self._Y = A.new_empty((capacity, A.shape[0]))
-        self._H = torch.zeros((capacity, capacity), dtype=torch.float64)
-
-    @property
-    def V(self) -> Tensor:  # noqa: N802
-        return self._V[: self.width]
-
-    @property
-    def Y(self) -> Tensor:  # noqa: N802
-        return self._Y[: self.width]
-
-    @property
-    def H(self) -> Tensor:  # noqa: N802
-        return self._H[: self.width, : self.width]
-
-    @property
-    def room(self) -> int:
-        return self._V.shape[0] - self.width
-
-    @property
-    def full(self) -> bool:
-        return self.room == 0
-
-    def append(self, Z: Tensor) -> None:
-        """Take orthonormal rows Z (b, n), orthogonal to V; one product with A."""
-        old, self.newest = self.width, Z.shape[0]
-        self.width += self.newest
-        self._V[old : self.width] = Z
-        torch.mm(Z, self.A.T, out=self._Y[old : self.width])
-        self.products += 1
-        cross = gram(self.Y, self._Y[old : self.width])
-        self._H[: self.width, old : self.width] = cross
-        self._H[old : self.width, : self.width] = cross.T
-
-    def outside(self, Z: Tensor) -> Tensor:
-        """Z without its part in span(V)."""
-        return Z - (Z @ self.V.T) @ self.V
-
-    def next_block(self) -> tuple[Tensor, Tensor]:
-        """Orthonormal rows of the new part of AᵀA·V and the newest block's coupling to them; one product."""
-        Q, L = orthonormal_rows(self._Y[self.width - self.newest : self.width])
-        W = Q @ self.A
-        self.products += 1
-        Z, below = orthonormal_rows(self.outside(W))
-        Z, turn = orthonormal_rows(self.outside(Z), least=_INSIDE)
-        return Z, L @ below @ turn
+    depth: float
+    rank: int
+    captured: float
 
 
 class _Progress:
     """What the growing basis has shown so far, and when that is enough."""
 
-    def __init__(self, prepared: Prepared, goal: Goal, effort: Effort) -> None:
-        self.prepared, self.goal, self.effort = prepared, goal, effort
-        self.captured: list[float] = []
-        self.ranks: list[int] = []
+    def __init__(self, basis: AbstractBasis, goal: Goal, effort: Effort) -> None:
+        self.basis, self.goal, self.effort, self.total = basis, goal, effort, basis.matrix.total
+        self.seen: list[_Seen] = []
         self.reached = False
         self.best: float | None = None
-        self.vectors = torch.empty((0, 0), dtype=torch.float64)
-        self.noise_free = 0
+        self.step: HalfStep | None = None
+        self.blocks = 0
 
-    def look(self, basis: _Basis) -> bool:
-        """Solve the projected problem; true where no product can improve on it."""
-        theta, vectors = torch.linalg.eigh(basis.H)
-        theta, self.vectors = theta.flip(0).clamp_min(0), vectors.flip(1)
-        rank, self.reached = self.goal.choose(theta, self._total(basis, theta))
-        if not self.ranks or rank != self.ranks[-1]:
-            self.best = None
-        self.ranks.append(rank)
-        self.captured.append(float(theta[:rank].sum()))
-        self.noise_free = int((theta[:rank] > _NOISE * theta[0]).sum())
-        floor = self.prepared.total - self.captured[-1] <= _CONVERGED * self.prepared.total
-        blocks = len(self.captured)
-        spent = blocks >= self.effort.blocks or basis.full
-        return spent or (floor and self.reached and blocks >= _LEAST_BLOCKS)
+    @property
+    def rank(self) -> int:
+        return self.seen[-1].rank
 
-    def enough(self, basis: _Basis, coupling: Tensor) -> bool:
-        """Whether the gap is small enough, or the goal is out of reach, given what the next block couples to."""
-        if len(self.captured) < _LEAST_BLOCKS or self.effort.tolerance is None:
+    def complete(self) -> bool:
+        """Whether the basis is good enough as it is, before the next product."""
+        self.blocks += 1
+        if self.blocks < _LEAST_BLOCKS:
             return False
-        total, rank = self.prepared.total, self.ranks[-1]
+        found = self.total - float(self.basis.H.trace()) <= _CONVERGED * self.total
+        if not found and (self.best is None or self.effort.proven or not self._cheap(self.basis.width)):
+            return False
+        self.step = None
+        self._look(self.blocks, torch.linalg.eigvalsh(self.basis.H))
         if not self.reached:
-            most = energy_bound(basis.H, coupling, basis.newest, self.goal.max_rank)
-            return most < (1 - self.goal.tail - _CONVERGED) * total
-        self.best = energy_bound(basis.H, coupling, basis.newest, rank)
-        same = [c for r, c in zip(self.ranks, self.captured, strict=True) if r == rank]
-        settled = len(self.ranks) > 1 and self.ranks[-2] == rank
-        gap = estimated_gap(total, same, len(self.captured), self.best) if settled else float("inf")
-        return gap <= self.effort.tolerance
+            return False
+        if self.total - self.seen[-1].captured <= _CONVERGED * self.total:
+            return True
+        return self.best is not None and not self.effort.proven and self._settled()
 
-    def _total(self, basis: _Basis, theta: Tensor) -> float:
+    def enough(self, coupling: Tensor) -> bool:
+        """Whether the half step is good enough, the goal out of reach, or the effort spent."""
+        H, newest = self.basis.H, self.basis.newest
+        self.step = half_step(H, coupling, newest)
+        found = H if self.step is None else self.step.normal_matrix()
+        self._look(self.blocks + (self.step is not None) / 2, torch.linalg.eigvalsh(found))
+        spent = self.blocks >= self.effort.blocks or not self.basis.room or not coupling.shape[1]
+        if self.blocks < _LEAST_BLOCKS or self.effort.tolerance is None:
+            return spent
+        if not self.reached:
+            most = energy_bound(H, coupling, self.goal.max_rank, likely_norm(H, newest))
+            return spent or most < (1 - self.goal.tail - _CONVERGED) * self.total
+        done = spent or self._settled()
+        if done or self._cheap(H.shape[0] + coupling.shape[1]):
+            self.best = energy_bound(H, coupling, self.rank, likely_norm(H, newest))
+        return done or self._settled()
+
+    def prove(self, coupling: Tensor, seed: int) -> bool:
+        """Replace the estimate by a proof; whether it shows what is wanted, or no more effort is left."""
+        mu = deflated_norm(self.basis, seed)
+        self.best = energy_bound(self.basis.H, coupling, self.rank, mu)
+        proven = gap(self.total, self.seen[-1].captured, self.best)
+        return proven <= (self.effort.tolerance or 0.0) or self.blocks >= self.effort.blocks or not self.basis.room
+
+    def _cheap(self, width: int) -> bool:
+        """Whether eigenvalues of this many dimensions cost little beside a product."""
+        m, n = self.basis.matrix.shape
+        return width**3 <= _EIGENVALUES * m * n * self.effort.block
+
+    def _settled(self) -> bool:
+        """Whether the gap is small enough by the bound or by the estimate; the rank has to be the same as before."""
+        now, tolerance = self.seen[-1], self.effort.tolerance
+        if tolerance is None or len(self.seen) < _LOOKS or self.seen[-2].rank != now.rank:
+            return False
+        if self.best is not None and gap(self.total, now.captured, self.best) <= tolerance:
+            return True
+        before = next((each for each in self.seen if each.depth == now.depth - 1), None)
+        if before is None or before.rank != now.rank:
+            return False
+        share = now.depth * self.effort.block / self.basis.matrix.shape[1]
+        return estimated_gap(self.total, (before.captured, now.captured), now.depth, share) <= tolerance
+
+    def _look(self, depth: float, values: Tensor) -> None:
+        theta = values.flip(0).clamp_min(0)
+        chosen, self.reached = self.goal.choose(theta, self._total())
+        rank = min(chosen, int((theta > _NOISE * theta[0]).sum()))
+        if self.seen and rank != self.rank:
+            self.best = None
+        self.seen.append(_Seen(depth, rank, float(theta[:rank].sum())))
+
+    def _total(self) -> float:
         """‖A‖², or for goals that it is too coarse for, the energy found plus the measured rest."""
-        total, found = self.prepared.total, float(theta.sum())
+        total, found = self.total, float(self.basis.H.trace())
         if self.goal.rank is not None or self.goal.tail > _COARSE or total - found > _COARSE * total:
             return total
-        return found + measured(self.prepared, basis.Y, basis.V, torch.float64) ** 2
+        return found + self.basis.missed()
 
 
-def block_krylov(prepared: Prepared, goal: Goal, effort: Effort, seed: int) -> Approximation:
+def block_krylov(basis: AbstractBasis, goal: Goal, effort: Effort, seed: int) -> Approximation:
     """Grow a Krylov basis until the goal is met and the gap is small, or the effort is spent.
 
-    Time 2·m·n·block per product and O((m + n)·w²) for a basis of w vectors, memory 4·(m + n)·w bytes.
+    Time 2·m·n·block per product and O((m + n)·w²) for a basis of w vectors. After k blocks 2k + 1 products are spent,
+    2k where nothing is left to find.
 
     Args:
-        prepared: a tall matrix that is not zero.
+        basis: empty, of a matrix that is not zero.
         goal: a rank of at most `effort.block`, an energy or an error.
         effort: how much work at most.
         seed: of the start block; the sketch is drawn on the CPU, so devices agree on it.
     """
-    A = prepared.A
     generator = torch.Generator().manual_seed(seed)
-    sketch = torch.randn((effort.block, A.shape[0]), generator=generator).to(A.device)
-    basis = _Basis(A, min(effort.block * effort.blocks, A.shape[1]))
-    basis.append(orthonormal_rows(sketch @ A)[0])
-    basis.products += 1
-    progress = _Progress(prepared, goal, effort)
-    while not progress.look(basis):
+    sketch = torch.randn((effort.block, basis.matrix.shape[0]), generator=generator)
+    basis.start(sketch.to(basis.matrix.device))
+    progress = _Progress(basis, goal, effort)
+    wait = is_remote(basis.V)  # a product costs less there than to wait for its use
+    while wait or not progress.complete():
         Z, coupling = basis.next_block()
-        if progress.enough(basis, coupling) or Z.shape[0] == 0:
+        if wait and progress.complete():
             break
-        basis.append(Z[: basis.room])
-    chosen = progress.vectors[:, : progress.noise_free].T.to(basis.Y)
+        if progress.enough(coupling) and (not effort.proven or not progress.reached or progress.prove(coupling, ~seed)):
+            return _from_half_step(basis, progress, Z, proven=effort.proven)
+        basis.append(Z[: basis.room], coupling)
+    return _from_basis(basis, progress)
+
+
+def _from_basis(basis: AbstractBasis, progress: _Progress, *, proven: bool = False) -> Approximation:
+    _, vectors = torch.linalg.eigh(basis.H)
+    images, rows = basis.right(vectors[:, vectors.shape[1] - progress.rank :].flip(1).T)
+    best = _useful(progress)
+    return Approximation(images, rows, progress.reached, basis.products, best, proven, "block-krylov")
+
+
+def _from_half_step(basis: AbstractBasis, progress: _Progress, Z: Tensor, *, proven: bool) -> Approximation:
+    if progress.step is None:
+        return _from_basis(basis, progress, proven=proven)
+    images, rows, left = basis.after(progress.step, progress.rank, Z)
+    best = _useful(progress)
+    return Approximation(images, rows, progress.reached, basis.products, best, proven, "block-krylov", left)
+
+
+def _useful(progress: _Progress) -> float | None:
+    """The bound, unless what it leaves is at the noise of float32."""
     best = progress.best
-    if best is not None and prepared.total - best < _CONVERGED * 10 * prepared.total:
-        best = None
-    reached, products = progress.reached, basis.products
-    return Approximation(chosen @ basis.Y, chosen @ basis.V, reached, products, best, False, "block-krylov")
+    if best is None or not math.isfinite(best) or progress.total - best < 10 * _CONVERGED * progress.total:
+        return None
+    return best

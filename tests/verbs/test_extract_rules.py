@@ -66,7 +66,7 @@ def test_a_pattern_stands_above_the_rule(tmp_path, pair):
     assert said[Q]["rank"] == 3
     assert "energy" not in said[Q]
     assert said[DOWN]["energy"] == 0.99
-    assert json.loads(json.dumps(plan.to_json()))["options"]["rank_pattern"] == [["q_proj", 3], ["self_attn.*", 5]]
+    assert json.loads(json.dumps(plan.to_json()))["options"]["rank_pattern"] == {"q_proj": 3, "self_attn.*": 5}
 
 
 @pytest.mark.parametrize(
