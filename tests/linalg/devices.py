@@ -30,6 +30,8 @@ class Indexing(TorchFunctionMode):
             return torch.ops.aten.copy_.default(indexed(*args[:2]), args[2])
         if function is torch.Tensor.copy_ and isinstance(args[0], FakeTensor):
             return torch.ops.aten.copy_.default(*args)
+        if function is torch.Tensor.contiguous and isinstance(args[0], FakeTensor):
+            return torch.ops.aten.clone.default(args[0], memory_format=torch.contiguous_format)
         return function(*args, **(kwargs or {}))
 
 

@@ -1,5 +1,7 @@
 """The kernel on a GPU that is not there: operands where they belong, nothing read behind the back, few waits."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
@@ -8,7 +10,16 @@ from loratools import linalg
 from tests.linalg.devices import CUDA, NoDevice, on_device, recorded, replayed
 from tests.linalg.spectra import matrix
 
-FEW = 9  # waits of a matrix, besides one a block
+FEW = 11  # waits of a matrix besides one a block: 6 to 8, and a few more where a block has dependent rows
+
+
+def same(one, other):
+    """All facts; the last bits of a certificate depend on where in memory a small matrix lies."""
+    certificates = one.certificate, other.certificate
+    if None not in certificates:
+        assert certificates[0] == pytest.approx(certificates[1], rel=1e-6)
+        one = dataclasses.replace(one, certificate=other.certificate)
+    assert one == other
 
 
 def both(M, **options):
@@ -28,7 +39,7 @@ def test_everything_stays_on_the_device(kind, shape, options):
         assert other.device == CUDA
         assert tuple(one.shape) == tuple(other.shape)
     assert mode.read == []
-    assert held[3] == fake[3]
+    same(held[3], fake[3])
     assert fake[3].method == "block-krylov"
     assert len(waits) <= fake[3].products // 2 + FEW
     assert max(sum(torch.Size(each).numel() for each in wait) for wait in waits) < 50_000  # never vectors of the matrix
@@ -49,7 +60,7 @@ def test_a_block_waits_once():
 def test_presets(options):
     held, fake, mode, _ = both(matrix("power", 500, 400), **options)
     assert mode.read == []
-    assert held[3] == fake[3]
+    same(held[3], fake[3])
     assert fake[3].certificate_kind == "proven"
 
 
@@ -65,7 +76,8 @@ def test_dependent_rows_take_the_careful_way():
     """What the hopeful way cannot do on the device is done over, with waits, not wrongly."""
     M = matrix("lora", 600, 500)
     held, fake, mode, _ = both(M, rank=24)
-    assert (held[3].rank, held[3]) == (6, fake[3])
+    assert held[3].rank == 6
+    same(held[3], fake[3])
     assert mode.read == []
 
 
@@ -73,6 +85,8 @@ def test_the_mode_notices_what_it_is_for():
     with NoDevice() as mode:
         M = on_device((4, 3))
         with pytest.raises(DataDependentOutputException):
+            torch.ops.aten._local_scalar_dense(M.sum())
+        with pytest.raises(RuntimeError):
             float(M.sum())
         with pytest.raises(Exception, match="device"):
             M @ torch.ones(3, 2)
