@@ -21,6 +21,7 @@ from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
+from loratools.engine.streaming import streamed
 from loratools.engine.svd_options import SvdOptions
 from loratools.errors import UsageError
 from loratools.files import open_activations, open_checkpoint
@@ -223,8 +224,9 @@ def _prepare(
     sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}
     planner = ExtractPlanner.of(before, after, svd, options.selection, options.save_full, options.only_low_rank)
     weighing = _weighing(planner, options.activations, sources)
+    units = streamed(weighing.units, sum(map(len, sources.values())), run.max_memory)
     asked = budgets.Pool(svd.budget, svd.max_rank, svd.uniform_rank) if svd.budget is not None else None
-    work = budgets.work([*planning.hash_units(sources), *weighing.units], asked, after)
+    work = budgets.work([*planning.hash_units(sources), *units], asked, after)
     planning.check_output(path, run, sources.values(), work.written + work.scratch)
     plan = Plan(
         verb="extract",

@@ -10,7 +10,14 @@ from loratools.adapters import Full, LowRank
 from loratools.engine.binding import matrix_shape
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations import auto_rank
-from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes, same_values
+from loratools.engine.operations.tiles import (
+    difference_into,
+    require_all_finite,
+    row_bytes,
+    row_ranges,
+    same_bytes,
+    same_values,
+)
 from loratools.engine.operations.truncating import Truncated, truncate
 from loratools.engine.operations.weighting import share, weights_of
 from loratools.engine.plan import Unit
@@ -114,18 +121,14 @@ def _factors(
     kernel = tuned.shape[2:] if unit.parameters["layer"] == "conv" else ()
     if kernel:  # (out, in, k, …) is the matrix (out, in·k·…)
         base, tuned = (ref.reshaped(matrix_shape(ref.shape)) for ref in (base, tuned))
-    options: Mapping[str, Any] = unit.parameters["svd"]
-    (weights,) = weights_of(unit, context, kernel)
-    noise = auto_rank.wanted_noise(options, *base.shape)
-    difference, weight_norm = difference_of(base, tuned, context, noise)
     try:
-        found = truncate(difference, options, weights=weights, noise=noise, transposed=unit.parameters["transposed"])
+        found, weight_norm = _truncated(unit, context, base, tuned, kernel)
     except NonFiniteError as error:
         for ref in (base, tuned):
             require_all_finite(ref, context.settings.tile_bytes)
         raise NonFiniteError("The difference overflows float32.", tensor=tuned.name, shape=tuned.shape) from error
     U, S, Vh = found.U, found.S, found.Vh
-    facts |= _measured(found, weight_norm, options.get("error"))
+    facts |= _measured(found, weight_norm, unit.parameters["svd"].get("error"))
     if not S.numel():
         return {}
     if unit.parameters["transposed"]:
@@ -139,6 +142,25 @@ def _factors(
         "of": unit.parameters["layer"],
         "kernel": kernel,
     }
+
+
+def _truncated(
+    unit: Unit, context: Context, base: TensorRef, tuned: TensorRef, kernel: tuple[int, ...]
+) -> tuple[Truncated, float]:
+    """The truncated difference, held or read in passes as the plan says, and ‖base‖."""
+    options: Mapping[str, Any] = unit.parameters["svd"]
+    if unit.parameters.get("streamed"):
+        from loratools.engine.operations.difference_rows import DifferenceRows
+        from loratools.linalg import truncated_svd
+
+        rows = DifferenceRows(base, tuned, context)
+        U, S, Vh, info = truncated_svd(rows, **options)
+        return Truncated(U, S, Vh, info, None, {}), rows.weight_norm
+    (weights,) = weights_of(unit, context, kernel)
+    noise = auto_rank.wanted_noise(options, *base.shape)
+    difference, weight_norm = difference_of(base, tuned, context, noise)
+    transposed = unit.parameters["transposed"]
+    return truncate(difference, options, weights=weights, noise=noise, transposed=transposed), weight_norm
 
 
 def difference_of(
@@ -158,13 +180,8 @@ def difference_of(
         rows = difference[first:last]
         before, after = base.rows(first, last), tuned.rows(first, last)
         tile = context.on_device(before.load(context.buffer("tile", before.nbytes)))
-        rows.copy_(tile)
-        squares += float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
         other = context.on_device(after.load(context.buffer("tuned", after.nbytes)))
-        if "F64" in {base.dtype, tuned.dtype}:  # float32 would hide what the two have in common
-            rows.copy_(other.double() - tile.double())
-        else:
-            rows.copy_(other).sub_(tile)
+        squares += difference_into(rows, tile, other)
         if noise is not None:
             noise.see(first, rows, tile, other)
     return difference, squares**0.5

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from loratools.errors import NonFiniteError
 from loratools.storage.files import Check
 from loratools.tensors import COMPUTABLE, TensorRef
+
+if TYPE_CHECKING:
+    import torch
 
 
 def row_ranges(shape: tuple[int, ...], row_bytes: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
@@ -41,6 +45,19 @@ def require_all_finite(ref: TensorRef, tile_bytes: int) -> None:
             tensor=ref.name,
             file=ref.source.label,
         )
+
+
+def difference_into(rows: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
+    """`after − before` into float32 `rows`, exact where float32 is; returns ‖before‖²."""
+    import torch
+
+    rows.copy_(before)
+    squares = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    if torch.float64 in {before.dtype, after.dtype}:  # float32 would hide what the two have in common
+        rows.copy_(after.double() - before.double())
+    else:
+        rows.copy_(after).sub_(before)
+    return squares
 
 
 def same_bytes(one: TensorRef, other: TensorRef, chunk_bytes: int, check: Check = None) -> bool:
