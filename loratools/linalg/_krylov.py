@@ -32,12 +32,14 @@ class Effort:
         blocks: at most so many.
         tolerance: wanted gap; None spends every block.
         proven: the gap has to be proven, up to a failure probability of 1e-6.
+        eager: stop as soon as the estimate allows, though a product more would make the certificate much better.
     """
 
     block: int
     blocks: int
     tolerance: float | None
     proven: bool = False
+    eager: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ class _Progress:
             return False
         if self.total - self.seen[-1].captured <= _CONVERGED * self.total:
             return True
-        return self.best is not None and not self.effort.proven and self._settled()
+        return self.best is not None and not self.effort.proven and self._settled(certified=not self.effort.eager)
 
     def enough(self, coupling: Tensor) -> bool:
         """Whether the half step is good enough, the goal out of reach, or the effort spent."""
@@ -109,13 +111,18 @@ class _Progress:
         m, n = self.basis.matrix.shape
         return width**3 <= _EIGENVALUES * m * n * self.effort.block
 
-    def _settled(self) -> bool:
-        """Whether the gap is small enough by the bound or by the estimate; the rank has to be the same as before."""
+    def _settled(self, *, certified: bool = False) -> bool:
+        """Whether the gap is small enough, by the bound or, if that is enough, by the estimate.
+
+        The rank has to be the same as before.
+        """
         now, tolerance = self.seen[-1], self.effort.tolerance
         if tolerance is None or len(self.seen) < _LOOKS or self.seen[-2].rank != now.rank:
             return False
         if self.best is not None and gap(self.total, now.captured, self.best) <= tolerance:
             return True
+        if certified:
+            return False
         before = next((each for each in self.seen if each.depth == now.depth - 1), None)
         if before is None or before.rank != now.rank:
             return False

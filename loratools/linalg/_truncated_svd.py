@@ -121,7 +121,7 @@ def _approximate(matrix: AbstractMatrix, goal: Goal, seed: int, preset: str, tol
         if uses_dense(least, block):
             return dense(matrix, goal)
     spend_all = preset == "fast" and goal.rank is not None and tolerance is None
-    effort = Effort(block, most_blocks(preset), None if spend_all else wanted, certified)
+    effort = Effort(block, most_blocks(preset), None if spend_all else wanted, certified, tolerance is not None)
     return block_krylov(_basis(matrix, effort), goal, effort, seed)
 
 

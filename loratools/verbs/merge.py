@@ -112,12 +112,20 @@ def merge(
 def _require_order(base: Source | Checkpoint, adapters: Sequence[Source | Adapter]) -> None:
     """Refuse an adapter where the base belongs if the base stands where adapters do."""
     named = [adapter for adapter in adapters if not isinstance(adapter, Adapter)]
-    if isinstance(base, Checkpoint) or not Path(base).is_dir() or kind_of(base) != "adapter":
+    if isinstance(base, Checkpoint) or not _is_kind(base, "adapter"):
         return
-    swapped = next((each for each in named if Path(each).is_dir() and kind_of(each) == "checkpoint"), None)
+    swapped = next((each for each in named if _is_kind(each, "checkpoint")), None)
     if swapped is not None:
         order = f"`loratools merge {Path(swapped).name} {Path(base).name}`"
         raise UsageError("The base comes first, then the adapters.", fix=f"Turn them round: {order}.", adapter=base)
+
+
+def _is_kind(source: Source, kind: str) -> bool:
+    """Whether a directory holds this; what cannot be looked at is for the reader to refuse."""
+    try:
+        return Path(source).is_dir() and kind_of(source) == kind
+    except OSError:
+        return False
 
 
 def _load(base: Source | Checkpoint, adapters: Sequence[Source | Adapter]) -> tuple[Checkpoint, list[Adapter]]:

@@ -352,7 +352,7 @@ def test_certificates_at_a_lower_rank(tmp_path, minilm, minilm_tuned):
             gaps[row["name"]] = row["residual"] / eckart_young(exact, row["rank"]) - 1
             assert gaps[row["name"]] <= row["certificate"]
     assert len(gaps) > 5
-    assert max(gaps.values()) > 2e-6, "or this shows nothing"
+    assert max(gaps.values()) > 5e-7, "or this shows nothing"
 
 
 def test_decomposing_again_on_a_real_fine_tune(tmp_path, minilm, minilm_tuned, minilm_level, monkeypatch):
