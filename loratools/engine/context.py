@@ -13,6 +13,7 @@ from loratools.checkpoints import Checkpoint
 from loratools.engine import memory
 from loratools.engine.plan import Input, Unit
 from loratools.engine.sinks import AbstractSink
+from loratools.engine.uploads import CudaCopies, Uploads
 from loratools.errors import InternalError
 from loratools.storage.files import ReadOnlyFile
 from loratools.tensors import TensorRef
@@ -118,6 +119,8 @@ class Context:
         """
         import torch
 
+        if self.settings.device.startswith("cuda"):
+            return self._uploads().buffer(name, nbytes)
         held: dict[str, torch.Tensor] = self.buffers.__dict__
         if name not in held or held[name].numel() < nbytes:
             held[name] = torch.empty(nbytes, dtype=torch.uint8)
@@ -125,4 +128,15 @@ class Context:
 
     def on_device(self, tensor: torch.Tensor) -> torch.Tensor:
         """`tensor` where the run computes."""
-        return tensor if self.settings.device == "cpu" else tensor.to(self.settings.device)
+        if self.settings.device == "cpu":
+            return tensor
+        if self.settings.device.startswith("cuda"):
+            return self._uploads().upload(tensor)
+        return tensor.to(self.settings.device)
+
+    def _uploads(self) -> Uploads:
+        """This thread's way to the GPU."""
+        held: dict[str, Uploads] = self.buffers.__dict__.setdefault("gpu", {})
+        if self.settings.device not in held:
+            held[self.settings.device] = Uploads(CudaCopies(self.settings.device))
+        return held[self.settings.device]

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     )
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
-    from loratools.linalg._streamed import AbstractRows
+    from loratools.linalg._streamed import ChunkedRows
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
     from loratools.linalg._weighted import input_weights, truncated_svd_weighted
     from loratools.linalg._workspace import PRESETS, noise_bytes, workspace_bytes
@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "WHOLE_SPECTRUM",
-    "AbstractRows",
     "Allotment",
+    "ChunkedRows",
     "LowRankSum",
     "RankRules",
     "RoundingNoise",
@@ -81,7 +81,7 @@ _HOMES: Final = MappingProxyType(
         "noise_edge": "_noise",
         "noise_margin": "_noise",
         "given_rule": "_rules",
-        "AbstractRows": "_streamed",
+        "ChunkedRows": "_streamed",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",

@@ -6,9 +6,9 @@ pass, where a matrix in memory costs two products; only vectors of the smaller k
 
 from __future__ import annotations
 
-import abc
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -23,20 +23,20 @@ from loratools.linalg._rounding import non_finite_count, power_of_two
 from loratools.linalg._workspace import CHUNK
 
 
-class AbstractRows(abc.ABC):
-    """The rows of a matrix, to be read several times; the same numbers each time.
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChunkedRows:
+    """The rows of a matrix, to be read several times.
 
     Attributes:
         shape: (m, n).
         device: where the chunks are.
+        read: all rows in order, (rows, n) float32 each, the same numbers every time; a chunk is valid, and may be
+            changed, until the next one.
     """
 
     shape: tuple[int, int]
     device: torch.device
-
-    @abc.abstractmethod
-    def chunks(self) -> Iterator[Tensor]:
-        """All rows in order, (rows, n) float32 each; a chunk is valid, and may be changed, until the next one."""
+    read: Callable[[], Iterator[Tensor]]
 
 
 class StreamedMatrix(AbstractMatrix):
@@ -44,7 +44,7 @@ class StreamedMatrix(AbstractMatrix):
 
     flipped = False
 
-    def __init__(self, rows: AbstractRows) -> None:
+    def __init__(self, rows: ChunkedRows) -> None:
         self._rows, self.passes = rows, 0
         self.exponent, self.total = 0, 0.0
         largest, total, bad = 0.0, 0.0, 0
@@ -73,7 +73,7 @@ class StreamedMatrix(AbstractMatrix):
         """One pass: which rows, and the chunk, scaled."""
         self.passes += 1
         first = 0
-        for chunk in self._rows.chunks():
+        for chunk in self._rows.read():
             if self.exponent:
                 chunk.copy_(chunk.to(torch.float64) * power_of_two(torch.tensor(-self.exponent)).to(chunk.device))
             yield slice(first, first + chunk.shape[0]), chunk

@@ -16,7 +16,7 @@ from loratools.linalg._krylov import Effort, block_krylov
 from loratools.linalg._precision import full_float32
 from loratools.linalg._prepare import AbstractMatrix, HeldMatrix, prepare
 from loratools.linalg._ritz import Approximation, residual, triples
-from loratools.linalg._streamed import AbstractRows, StreamedBasis, StreamedMatrix
+from loratools.linalg._streamed import ChunkedRows, StreamedBasis, StreamedMatrix
 from loratools.linalg._workspace import LEAST_BLOCK, PRESETS, block_for, most_blocks, uses_dense
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ _ENERGY_DOUBT = 2e-9  # of ‖M‖²: rounding error of energies from float32 pr
 
 
 def truncated_svd(  # noqa: PLR0913
-    M: Tensor | AbstractRows,
+    M: Tensor | ChunkedRows,
     rank: int | None = None,
     *,
     energy: float | None = None,
@@ -54,7 +54,7 @@ def truncated_svd(  # noqa: PLR0913
 
     Args:
         M: (m, n), float64, float32, float16 or bfloat16. Computed in float32, with float64 sums; magnitudes
-            1e-38 to 1e30 are handled by scaling with a power of two. Or `AbstractRows`, a matrix that is not held
+            1e-38 to 1e30 are handled by scaling with a power of two. Or `ChunkedRows`, a matrix that is not held
             but read some ten times, in float32 chunks of rows.
         rank: number of triples.
         energy: keep the least r with ‖M_r‖² ≥ energy·‖M‖², in (0, 1].
@@ -84,7 +84,7 @@ def truncated_svd(  # noqa: PLR0913
     if tolerance is not None and tolerance <= 0:
         raise UsageError("A tolerance is above 0.", tolerance=tolerance)
     with full_float32():
-        matrix = StreamedMatrix(M) if isinstance(M, AbstractRows) else prepare(M, overwrite=overwrite)
+        matrix = StreamedMatrix(M) if isinstance(M, ChunkedRows) else prepare(M, overwrite=overwrite)
         if matrix.total == 0:
             return _nothing(matrix, goal)
         goal = goal.scaled(matrix.exponent)

@@ -56,7 +56,7 @@ def workspace_bytes(  # noqa: PLR0913
         dtype: of the input; None is float32.
         preset: as for `truncated_svd`.
         scaled: the entries may lie outside 2^±30 (and `overwrite` is not given).
-        streamed: the input is `AbstractRows`, whose chunks are not counted.
+        streamed: the input is `ChunkedRows`, whose chunks are not counted.
 
     Returns:
         Bytes; at most 1.67 times what is taken of a matrix in memory when every block is spent, more than what is

@@ -12,18 +12,23 @@ from loratools.errors import NonFiniteError
 from tests.linalg.spectra import KINDS, distance, lost_orthogonality, matrix, squares
 
 
-class Chunks(linalg.AbstractRows):
-    """Copies of 70 rows at a time; counts the passes."""
+class Counted:
+    """70 rows at a time, in one buffer; counts the passes."""
 
     def __init__(self, M):
-        self.M, self.shape, self.device, self.passes = M, tuple(M.shape), M.device, 0
+        self.M, self.passes = M, 0
+        self.rows = linalg.ChunkedRows(tuple(M.shape), M.device, self.read)
 
-    def chunks(self):
+    def read(self):
         self.passes += 1
-        buffer = torch.empty(70, self.shape[1])
-        for first in range(0, self.shape[0], 70):
+        buffer = torch.empty(70, self.M.shape[1])
+        for first in range(0, self.M.shape[0], 70):
             rows = self.M[first : first + 70]
             yield buffer[: len(rows)].copy_(rows)
+
+
+def chunks(M):
+    return Counted(M).rows
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,8 +37,8 @@ def test_near_the_optimum_in_few_passes(kind, shape):
     M = matrix(kind, *shape)
     sigma2 = squares(M)
     for rank in (1, 6, 24):
-        rows = Chunks(M)
-        U, S, Vh, info = linalg.truncated_svd(rows, rank)
+        counted = Counted(M)
+        U, S, Vh, info = linalg.truncated_svd(counted.rows, rank)
         assert (U.shape[0], Vh.shape[1]) == shape
         assert max(lost_orthogonality(U.T), lost_orthogonality(Vh)) < 1e-6
         true, best = distance(M, U, S, Vh), math.sqrt(float(sigma2[rank:].sum()))
@@ -42,32 +47,32 @@ def test_near_the_optimum_in_few_passes(kind, shape):
             true, rel=1e-5 if true > 1e-3 * info.norm else 1e-3, abs=1e-11 * info.norm
         )
         assert info.norm == pytest.approx(float(torch.linalg.vector_norm(M.double())), rel=1e-6)
-        assert rows.passes <= 11
+        assert counted.passes <= 11
 
 
 @pytest.mark.parametrize("goal", [{"energy": 0.9}, {"error": 0.03}, {"error": 1e-4}])
 @pytest.mark.parametrize("kind", ["geometric", "power", "lora_bf16"])
 def test_goals_are_those_of_the_matrix_in_memory(kind, goal):
     M = matrix(kind, 700, 500)
-    held, streamed = linalg.truncated_svd(M, **goal)[3], linalg.truncated_svd(Chunks(M), **goal)[3]
+    held, streamed = linalg.truncated_svd(M, **goal)[3], linalg.truncated_svd(chunks(M), **goal)[3]
     assert (held.rank, held.reached) == (streamed.rank, streamed.reached)
     assert held.captured == pytest.approx(streamed.captured, abs=1e-5)
 
 
 def test_magnitudes():
     M = matrix("power", 500, 400)
-    U, S, _, info = linalg.truncated_svd(Chunks(M * 2.0**100), 8)
-    wanted = linalg.truncated_svd(Chunks(M), 8)
+    U, S, _, info = linalg.truncated_svd(chunks(M * 2.0**100), 8)
+    wanted = linalg.truncated_svd(chunks(M), 8)
     assert torch.equal(U, wanted[0])
     assert torch.equal(S, wanted[1] * 2.0**100)
     assert info.residual == wanted[3].residual * 2.0**100
-    assert linalg.truncated_svd(Chunks(torch.zeros(400, 300)), 8)[3].method == "zero"
+    assert linalg.truncated_svd(chunks(torch.zeros(400, 300)), 8)[3].method == "zero"
 
 
 @pytest.mark.parametrize("preset", ["fast", "certified", "exact"])
 def test_presets(preset):
     M = matrix("power", 500, 400)
-    U, S, Vh, info = linalg.truncated_svd(Chunks(M), 8, preset=preset)
+    U, S, Vh, info = linalg.truncated_svd(chunks(M), 8, preset=preset)
     best = math.sqrt(float(squares(M)[8:].sum()))
     assert distance(M, U, S, Vh) <= best * 1.001
     assert info.certificate_kind == {"fast": None, "certified": "proven", "exact": "proven"}[preset]
@@ -78,7 +83,7 @@ def test_non_finite_entries_are_counted():
     M[3, 4] = M[200, 1] = math.nan
     M[250, 1] = math.inf
     with pytest.raises(NonFiniteError) as caught:
-        linalg.truncated_svd(Chunks(M), 4)
+        linalg.truncated_svd(chunks(M), 4)
     assert "3" in str(caught.value)
 
 
@@ -87,9 +92,7 @@ import resource, sys, torch
 from loratools import linalg
 torch.set_num_threads(1)
 m, n, rank = map(int, sys.argv[1:])
-class Rows(linalg.AbstractRows):
-    shape, device = (m, n), torch.device("cpu")
-    def chunks(self):
+def read():
         left, noise = torch.randn(m, 3, generator=G(1)), torch.randn(512, n, generator=G(2)) * 0.01
         right, chunk = torch.randn(3, n, generator=G(3)), torch.empty(512, n)
         for first in range(0, m, 512):
@@ -99,7 +102,7 @@ def G(seed):
     return torch.Generator().manual_seed(seed)
 linalg.truncated_svd(torch.randn(400, 300), 4)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-info = linalg.truncated_svd(Rows(), rank)[3]
+info = linalg.truncated_svd(linalg.ChunkedRows((m, n), torch.device("cpu"), read), rank)[3]
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(1024 * (after - before), linalg.workspace_bytes(m, n, rank, streamed=True), info.rank)
 """

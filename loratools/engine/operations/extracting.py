@@ -10,6 +10,7 @@ from loratools.adapters import Full, LowRank
 from loratools.engine.binding import matrix_shape
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations import auto_rank
+from loratools.engine.operations.difference_rows import DifferenceRows
 from loratools.engine.operations.tiles import (
     difference_into,
     require_all_finite,
@@ -150,11 +151,10 @@ def _truncated(
     """The truncated difference, held or read in passes as the plan says, and ‖base‖."""
     options: Mapping[str, Any] = unit.parameters["svd"]
     if unit.parameters.get("streamed"):
-        from loratools.engine.operations.difference_rows import DifferenceRows
         from loratools.linalg import truncated_svd
 
         rows = DifferenceRows(base, tuned, context)
-        U, S, Vh, info = truncated_svd(rows, **options)
+        U, S, Vh, info = truncated_svd(rows.chunked(), **options)
         return Truncated(U, S, Vh, info, None, {}), rows.weight_norm
     (weights,) = weights_of(unit, context, kernel)
     noise = auto_rank.wanted_noise(options, *base.shape)
@@ -174,7 +174,17 @@ def difference_of(
         difference = held[: 4 * base.spec.numel].view(torch.float32).view(base.shape)
     else:
         difference = torch.empty(base.shape, dtype=torch.float32, device=context.settings.device)
-    squares = 0.0
+    squares = fill_difference(difference, base, tuned, context, noise)
+    return difference, float(squares) ** 0.5
+
+
+def fill_difference(
+    difference: torch.Tensor, base: TensorRef, tuned: TensorRef, context: Context, noise: RoundingNoise | None
+) -> torch.Tensor:
+    """`tuned − base` into a tensor where the run computes, and ‖base‖² there: nothing waits for a device."""
+    import torch
+
+    squares = torch.zeros((), dtype=torch.float64, device=difference.device)
     for first, last in row_ranges(base.shape, max(row_bytes(base), row_bytes(tuned)), context.settings.tile_bytes):
         context.check()
         rows = difference[first:last]
@@ -184,7 +194,7 @@ def difference_of(
         squares += difference_into(rows, tile, other)
         if noise is not None:
             noise.see(first, rows, tile, other)
-    return difference, squares**0.5
+    return squares
 
 
 def _measured(found: Truncated, weight_norm: float, error: float | None) -> dict[str, Any]:

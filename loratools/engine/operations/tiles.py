@@ -47,12 +47,12 @@ def require_all_finite(ref: TensorRef, tile_bytes: int) -> None:
         )
 
 
-def difference_into(rows: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
-    """`after − before` into float32 `rows`, exact where float32 is; returns ‖before‖²."""
+def difference_into(rows: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """`after − before` into float32 `rows`, exact where float32 is; returns ‖before‖², float64, on their device."""
     import torch
 
     rows.copy_(before)
-    squares = float(torch.linalg.vector_norm(rows, dim=1).double().square().sum())
+    squares: torch.Tensor = torch.linalg.vector_norm(rows, dim=1).double().square().sum()
     if torch.float64 in {before.dtype, after.dtype}:  # float32 would hide what the two have in common
         rows.copy_(after.double() - before.double())
     else:
