@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from loratools.linalg._addition import LowRankSum, add_low_rank, low_rank_delta, subtract_low_rank
+    from loratools.linalg._batch import batch_size, truncated_svd_batch
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
     from loratools.linalg._info import SVDInfo
@@ -45,6 +46,7 @@ __all__ = [
     "add_low_rank",
     "allocate_ranks",
     "balanced_factors",
+    "batch_size",
     "given_rule",
     "input_weights",
     "low_rank_delta",
@@ -64,6 +66,7 @@ __all__ = [
     "subtract_low_rank",
     "truncate_low_rank",
     "truncated_svd",
+    "truncated_svd_batch",
     "truncated_svd_weighted",
     "ulp",
     "uniform_rank",
@@ -103,6 +106,8 @@ _HOMES: Final = MappingProxyType(
         "subtract_low_rank": "_addition",
         "truncate_low_rank": "_core",
         "truncated_svd": "_truncated_svd",
+        "truncated_svd_batch": "_batch",
+        "batch_size": "_batch",
         "truncated_svd_weighted": "_weighted",
         "ulp": "_rounding",
         "uniform_rank": "_budget",

@@ -18,7 +18,7 @@ from loratools.linalg._orth import gram, hopeful_round, orthonormal_round, ortho
 from loratools.linalg._prepare import AbstractMatrix, HeldMatrix
 
 _KEPT = 0.1  # share of its length that a row keeps outside the basis if it stays a unit vector after a second look
-_INSIDE = 0.1  # squared length that a unit vector outside the basis keeps; rounding errors of inside ones lose more
+INSIDE = 0.1  # squared length that a unit vector outside the basis keeps; rounding errors of inside ones lose more
 
 
 class AbstractBasis(abc.ABC):
@@ -44,7 +44,7 @@ class AbstractBasis(abc.ABC):
     def H(self) -> Tensor:  # noqa: N802
         """(w, w) float64 on the CPU."""
         if self._pending is not None:
-            self._settle(*to_host(self._pending))
+            self.settle(*to_host(self._pending))
         return self._H
 
     @property
@@ -59,17 +59,27 @@ class AbstractBasis(abc.ABC):
 
     def append(self, Z: Tensor, coupling: Tensor) -> None:
         """Take orthonormal rows Z (b, n), orthogonal to V, that the newest block couples to by `coupling` (·, b)."""
-        H, old, before = self.H, self.width, self.width - self.newest
-        self.newest = Z.shape[0]
-        self.width += self.newest
+        old = self.width
+        self.grow(Z.shape[0], coupling)
         self._V[old : self.width] = Z
-        grown = torch.zeros((self.width, self.width), dtype=torch.float64)
-        grown[:old, :old] = H
-        grown[before:old, old:] = coupling[:, : self.newest]
-        grown[old:, before:old] = coupling[:, : self.newest].T
-        self._H = grown
         self._pending = self._multiplied(Z)
         self.products += 1
+
+    def grow(self, count: int, coupling: Tensor) -> None:
+        """Count `count` vectors more, that the newest block couples to by `coupling` (·, count)."""
+        H, old, before = self.H, self.width, self.width - self.newest
+        self.newest = count
+        self.width += count
+        grown = torch.zeros((self.width, self.width), dtype=torch.float64)
+        grown[:old, :old] = H
+        grown[before:old, old:] = coupling[:, :count]
+        grown[old:, before:old] = coupling[:, :count].T
+        self._H = grown
+
+    def settle(self, diagonal: Tensor) -> None:
+        """Take the newest block's Gram matrix (newest, newest), float64 on the CPU."""
+        self._H[-self.newest :, -self.newest :] = diagonal
+        self._pending = None
 
     def next_block(self) -> tuple[Tensor, Tensor]:
         """Orthonormal rows Z (c, n), the new part of AᵀA·V, and the coupling (newest, c) to them; one product.
@@ -80,9 +90,9 @@ class AbstractBasis(abc.ABC):
         self.products += 1
         if is_remote(W) and self._pending is not None and W.shape[0] <= W.shape[1] - self.width:
             Z, below, first = hopeful_round(self.outside(W))
-            Z, turn, second = hopeful_round(self.outside(Z), least=_INSIDE)
+            Z, turn, second = hopeful_round(self.outside(Z), least=INSIDE)
             pending, coupling, fine = to_host(self._pending, below @ turn, first & second)
-            self._settle(pending)
+            self.settle(pending)
             if bool(fine):
                 return Z, coupling
         rest = self.outside(W)
@@ -91,7 +101,7 @@ class AbstractBasis(abc.ABC):
         (shortest,) = to_host((_lengths(rest) - _KEPT * _lengths(W)).min())
         if well and float(shortest) >= 0:
             return Z, below
-        Z, turn, _ = orthonormal_round(Z, least=_INSIDE)
+        Z, turn, _ = orthonormal_round(Z, least=INSIDE)
         return Z, below @ turn
 
     def outside(self, Z: Tensor) -> Tensor:
@@ -133,10 +143,6 @@ class AbstractBasis(abc.ABC):
     def _image(self) -> Tensor:
         """AᵀA times the newest block, as rows (b, n)."""
 
-    def _settle(self, diagonal: Tensor) -> None:
-        self._H[-self.newest :, -self.newest :] = diagonal
-        self._pending = None
-
 
 class HeldBasis(AbstractBasis):
     """A matrix in memory; keeps (A·Vᵀ)ᵀ, so that nothing is multiplied twice."""
@@ -145,6 +151,13 @@ class HeldBasis(AbstractBasis):
         super().__init__(matrix, capacity, beside)
         self._held, self._A = matrix, matrix.A
         self._Y = matrix.A.new_empty((capacity, matrix.A.shape[0]))
+
+    @classmethod
+    def within(cls, matrix: HeldMatrix, V: Tensor, Y: Tensor) -> HeldBasis:
+        """One whose vectors (capacity, n) and images (capacity, m) another fills in; see `grow` and `settle`."""
+        made = cls(matrix, 0)
+        made._V, made._Y = V, Y
+        return made
 
     def another(self, capacity: int) -> HeldBasis:
         """See `AbstractBasis.another`."""

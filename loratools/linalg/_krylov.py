@@ -51,7 +51,7 @@ class _Seen:
     captured: float
 
 
-class _Progress:
+class Progress:
     """What the growing basis has shown so far, and when that is enough."""
 
     def __init__(self, basis: AbstractBasis, goal: Goal, effort: Effort) -> None:
@@ -64,6 +64,7 @@ class _Progress:
 
     @property
     def rank(self) -> int:
+        """That meets the goal, as far as is known."""
         return self.seen[-1].rank
 
     def complete(self) -> bool:
@@ -160,34 +161,36 @@ def block_krylov(basis: AbstractBasis, goal: Goal, effort: Effort, seed: int) ->
     generator = torch.Generator().manual_seed(seed)
     sketch = torch.randn((effort.block, basis.matrix.shape[0]), generator=generator)
     basis.start(sketch.to(basis.matrix.device))
-    progress = _Progress(basis, goal, effort)
+    progress = Progress(basis, goal, effort)
     wait = is_remote(basis.V)  # a product costs less there than to wait for its use
     while wait or not progress.complete():
         Z, coupling = basis.next_block()
         if wait and progress.complete():
             break
         if progress.enough(coupling) and (not effort.proven or not progress.reached or progress.prove(coupling, ~seed)):
-            return _from_half_step(basis, progress, Z, proven=effort.proven)
+            return after_half_step(basis, progress, Z, proven=effort.proven)
         basis.append(Z[: basis.room], coupling)
-    return _from_basis(basis, progress)
+    return as_it_is(basis, progress)
 
 
-def _from_basis(basis: AbstractBasis, progress: _Progress, *, proven: bool = False) -> Approximation:
+def as_it_is(basis: AbstractBasis, progress: Progress, *, proven: bool = False) -> Approximation:
+    """What the basis says as it is."""
     _, vectors = torch.linalg.eigh(basis.H)
     images, rows = basis.right(vectors[:, vectors.shape[1] - progress.rank :].flip(1).T)
     best = _useful(progress)
     return Approximation(images, rows, progress.reached, basis.products, best, proven, "block-krylov")
 
 
-def _from_half_step(basis: AbstractBasis, progress: _Progress, Z: Tensor, *, proven: bool) -> Approximation:
+def after_half_step(basis: AbstractBasis, progress: Progress, Z: Tensor, *, proven: bool = False) -> Approximation:
+    """What it says once the next block, Z (c, n), is taken into account."""
     if progress.step is None:
-        return _from_basis(basis, progress, proven=proven)
+        return as_it_is(basis, progress, proven=proven)
     images, rows, left = basis.after(progress.step, progress.rank, Z)
     best = _useful(progress)
     return Approximation(images, rows, progress.reached, basis.products, best, proven, "block-krylov", left)
 
 
-def _useful(progress: _Progress) -> float | None:
+def _useful(progress: Progress) -> float | None:
     """The bound, unless what it leaves is at the noise of float32."""
     best = progress.best
     if best is None or not math.isfinite(best) or progress.total - best < 10 * _CONVERGED * progress.total:

@@ -81,19 +81,25 @@ def _applied(Y: Tensor, step: Tensor, inverse: Tensor, least_pivot: float) -> tu
 def hopeful_round(Y: Tensor, *, least: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """`orthonormal_round` without waiting for the device, as if nothing were dependent or too short.
 
+    Args:
+        Y: (b, length) float32, or (k, b, length) for k blocks at once.
+        least: as for `orthonormal_round`.
+
     Returns:
-        Q (b, length) float32, L (b, b) float64, and whether it holds: a boolean scalar; all on Y's device.
+        Q like Y, L (…, b, b) float64, and whether it holds: a boolean scalar, or one a block; all on Y's device.
     """
-    G = gram(Y, Y)
+    wide = Y.to(torch.float64)
+    G = wide @ wide.mT
     scale = _lengths(G, least)
-    factor, failed = torch.linalg.cholesky_ex(G / scale[:, None] / scale)
-    inverse = torch.linalg.solve_triangular(factor, torch.diag(1 / scale), upper=False)
-    fine = (failed == 0) & (factor.diagonal().min() > max(_SMALLEST_PIVOT, least**0.5))
-    return inverse.to(torch.float32) @ Y, scale[:, None] * factor, fine
+    factor, failed = torch.linalg.cholesky_ex(G / scale.unsqueeze(-1) / scale.unsqueeze(-2))
+    inverse = torch.linalg.solve_triangular(factor, torch.diag_embed(1 / scale), upper=False)
+    pivot = factor.diagonal(dim1=-2, dim2=-1).amin(-1)
+    fine = (failed == 0) & (pivot > max(_SMALLEST_PIVOT, least**0.5))
+    return inverse.to(torch.float32) @ Y, scale.unsqueeze(-1) * factor, fine
 
 
 def _lengths(G: Tensor, least: float) -> Tensor:
-    length = G.diagonal().clamp_min(0).sqrt()
+    length = G.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     return torch.where(length > 0, length, 1.0) if least == 0 else torch.ones_like(length)
 
 

@@ -88,7 +88,7 @@ def truncated_svd(  # noqa: PLR0913
         if matrix.total == 0:
             return _nothing(matrix, goal)
         goal = goal.scaled(matrix.exponent)
-        return _finish(matrix, goal, _approximate(matrix, goal, seed, preset, tolerance))
+        return finish(matrix, goal, _approximate(matrix, goal, seed, preset, tolerance))
 
 
 def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,9 +120,17 @@ def _approximate(matrix: AbstractMatrix, goal: Goal, seed: int, preset: str, tol
             return found
         if uses_dense(least, block):
             return dense(matrix, goal)
-    spend_all = preset == "fast" and goal.rank is not None and tolerance is None
-    effort = Effort(block, most_blocks(preset), None if spend_all else wanted, certified, tolerance is not None)
+    effort = effort_for(goal, least, preset, tolerance)
     return block_krylov(_basis(matrix, effort), goal, effort, seed)
+
+
+def effort_for(goal: Goal, least: int, preset: str, tolerance: float | None = None) -> Effort:
+    """What a preset, or a tolerance, may spend on blocks as wide as the rank; `least` is the smaller side."""
+    block = min(block_for(goal.max_rank if goal.rank is None else goal.rank), least)
+    wanted = tolerance or (_FAST_TOLERANCE if preset == "fast" else _TOLERANCE)
+    spend_all = preset == "fast" and goal.rank is not None and tolerance is None
+    proven, eager = preset == "certified", tolerance is not None
+    return Effort(block, most_blocks(preset), None if spend_all else wanted, proven, eager)
 
 
 def _basis(matrix: AbstractMatrix, effort: Effort) -> AbstractBasis:
@@ -133,7 +141,8 @@ def _basis(matrix: AbstractMatrix, effort: Effort) -> AbstractBasis:
     return HeldBasis(matrix, capacity)
 
 
-def _finish(matrix: AbstractMatrix, goal: Goal, found: Approximation) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
+def finish(matrix: AbstractMatrix, goal: Goal, found: Approximation) -> tuple[Tensor, Tensor, Tensor, SVDInfo]:
+    """Triples and what is known of them, in the input's size and orientation."""
     answer = triples(found)
     left = residual(matrix, answer)
     total, unit = matrix.total, math.ldexp(1.0, matrix.exponent)

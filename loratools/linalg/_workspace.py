@@ -15,6 +15,7 @@ _SMALL = 256  # up to this smaller side the dense path is as fast
 _OVERSAMPLING = 8
 _BLOCK_STEP = 8  # thin products are fastest for multiples of this
 _FIXED = 2**18
+BATCH_BYTES = 2**30
 _PROBE = 40  # vectors that prove a certificate, in a basis of their own
 
 

@@ -117,3 +117,42 @@ def test_a_limit_is_kept_where_the_matrix_does_not_fit(tmp_path):
     assert 1024 * int(done.stdout) <= limit
     with pytest.raises(MemoryLimitError):
         extract(base, tuned, tmp_path / "out2", rank=8, max_memory=memory.FIXED + 2**20)
+
+
+def experts(path, seed):
+    """Six stacked experts as transformers 5 keeps them."""
+    generator = torch.Generator().manual_seed(seed)
+    path.mkdir()
+    (path / "config.json").write_text(json.dumps({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}))
+    name = "model.layers.0.mlp.experts"
+    tensors = {
+        f"{name}.gate_up_proj": torch.randn(6, 160, 48, generator=generator),
+        f"{name}.down_proj": torch.randn(6, 48, 80, generator=generator),
+        "model.layers.0.mlp.gate.weight": torch.ones(6, 48),
+    }
+    save_file(tensors, path / "model.safetensors")
+    return path
+
+
+def test_experts_together_are_experts_one_by_one(tmp_path, monkeypatch):
+    """What a GPU does at once: the same adapter, in batches that do not divide the experts evenly."""
+    from loratools import linalg
+    from loratools.engine.operations import extracting_experts
+
+    sides = experts(tmp_path / "base", 0), experts(tmp_path / "tuned", 1)
+    one = extract(*sides, tmp_path / "one", rank=5, threads=1)
+    calls = []
+    whole = linalg.truncated_svd_batch
+
+    def counted(matrices, **options):
+        calls.append(len(matrices))
+        return whole(matrices, **options)
+
+    monkeypatch.setattr(extracting_experts, "is_batched", lambda *_: True)
+    monkeypatch.setattr(linalg, "batch_size", lambda m, n: 4)
+    monkeypatch.setattr(linalg, "truncated_svd_batch", counted)
+    together = extract(*sides, tmp_path / "together", rank=5, threads=1)
+    assert calls == [4, 2, 4, 2]
+    assert [dict(row) for row in one.modules] == [dict(row) for row in together.modules]
+    read = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("one", "together")]
+    assert read[0] == read[1]

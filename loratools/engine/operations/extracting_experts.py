@@ -43,10 +43,11 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
         return Outcome(unit.target, "extract", "identical", facts)
     experts = int(unit.parameters["experts"])
     weights = weights_of(unit, context)
-    found = [
-        _factors(parts_of(tuned, experts, at), parts_of(base, experts, at), weights[at], unit, context)
-        for at in range(experts)
-    ]
+    pairs = [(parts_of(tuned, experts, at), parts_of(base, experts, at)) for at in range(experts)]
+    if is_batched(unit, context, weights):
+        found = _in_batches(pairs, unit, context)
+    else:
+        found = [_factors(*pair, weights[at], unit, context) for at, pair in enumerate(pairs)]
     rank = max(one.info.rank for one, _ in found)
     facts |= _measured([(one.info, norm) for one, norm in found], rank)
     facts |= auto_rank.together([one.decided for one, _ in found])
@@ -94,6 +95,36 @@ def _factors(
         raise
     context.advance(sum(ref.nbytes for ref in (*base, *tuned)), unit.target)
     return dataclasses.replace(found, U=found.U.cpu(), S=found.S.cpu(), Vh=found.Vh.cpu()), norm
+
+
+def is_batched(unit: Unit, context: Context, weights: Sequence[torch.Tensor | None]) -> bool:
+    """Whether experts are decomposed together: on a device, at one rank, unweighted."""
+    plain = isinstance(unit.parameters["svd"].get("rank"), int) and all(each is None for each in weights)
+    return plain and context.settings.device != "cpu"
+
+
+def _in_batches(
+    pairs: Sequence[tuple[Sequence[TensorRef], Sequence[TensorRef]]], unit: Unit, context: Context
+) -> list[tuple[Truncated, float]]:
+    from loratools.linalg import batch_size, truncated_svd_batch
+
+    svd = {key: value for key, value in unit.parameters["svd"].items() if key != "max_rank"}
+    first = pairs[0][0]
+    step = batch_size(sum(ref.shape[0] for ref in first), first[0].shape[1])
+    found: list[tuple[Truncated, float]] = []
+    for start in range(0, len(pairs), step):
+        batch = pairs[start : start + step]
+        differences = [difference_of(tuned, base, unit, context) for tuned, base in batch]
+        try:
+            results = truncated_svd_batch([each for each, _ in differences], **svd)
+        except NonFiniteError:
+            for ref in (ref for tuned, base in batch for ref in (*base, *tuned)):
+                require_all_finite(ref, context.settings.tile_bytes)
+            raise
+        for (U, S, Vh, info), (_, norm) in zip(results, differences, strict=True):
+            found.append((Truncated(U.cpu(), S.cpu(), Vh.cpu(), info, None, {}), norm))
+        context.advance(sum(ref.nbytes for tuned, base in batch for ref in (*base, *tuned)), unit.target)
+    return found
 
 
 def _energies(values: Sequence[torch.Tensor], rank: int) -> list[float]:
