@@ -1,8 +1,10 @@
-"""Time `truncated_svd` beside torch.linalg.svd and torch.svd_lowrank, alternating, in one process.
+"""Time `truncated_svd` beside torch.linalg.svd, torch.svd_lowrank and scikit-learn, alternating, in one process.
 
-    python -m tests.benchmarks.kernel --shape 1024x1024 --shape 4096x4096:nofull --rank 16 --rank 64
+    python -m tests.benchmarks.kernel [--shape 768x768]... [--rank 16]... [-o tests/benchmarks/results/kernel.json]
 
-Prints one JSON document. Times are minima over the rounds; `gap` is ‖M − M̂‖/optimum − 1 where the optimum is known.
+One thread; a time is the process's CPU time (on a GPU: wall time), the least of the rounds. `gap` is
+‖M − M̂‖/optimum − 1, both norms in float64, the optimum from torch.linalg.svd of the same run. `matched` is our
+kernel with the tolerance that svd_lowrank turned out to reach. `--device cuda` runs the same on a GPU.
 """
 
 from __future__ import annotations
@@ -13,95 +15,172 @@ import math
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from loratools import linalg
+from tests.benchmarks import measure
 
-KINDS = ("lora", "decay", "flat")
+SHAPES = ("768x768", "2048x1408", "4096x4096", "4096x14336", "16x1024x704")
+RANKS = (8, 16, 64, 128)
+KINDS = ("lora", "finetune", "power", "flat", "outlier")
+LEAST = 1e-6  # a gap below this is the rounding of float32: no tolerance to ask for
+Factors = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def matrix(kind: str, m: int, n: int) -> torch.Tensor:
-    """A float32 test matrix: LoRA delta of two bf16 checkpoints, 1/sqrt(i)-like decay, or Gaussian noise."""
+    """Float32: the difference of two bf16 checkpoints with a rank-16 update; 256 spikes i^-0.7 in noise; i^-0.75;
+    noise; noise and one direction a thousand times as large."""
     generator = torch.Generator().manual_seed(m + n)
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
 
-    if kind == "flat":
-        return normal(m, n)
-    if kind == "decay":
-        weights = torch.arange(1, 513) ** -0.75
-        return (normal(m, 512) * weights) @ normal(512, n)
-    base = (normal(m, n) * 0.02).bfloat16().float()
-    return (base + normal(m, 16) @ normal(16, n) * 1e-3).bfloat16().float() - base
+    if kind == "lora":
+        base = (normal(m, n) * 0.02).bfloat16().float()
+        return (base + normal(m, 16) @ normal(16, n) * 1e-3).bfloat16().float() - base
+    if kind == "finetune":
+        spikes = torch.arange(1, 257) ** -0.7 * 1.5 * (m**0.5 + n**0.5)
+        return (normal(m, 256) / m**0.5 * spikes) @ (normal(256, n) / n**0.5) + normal(m, n) * 0.35
+    if kind == "power":
+        k = min(m, n)
+        return (normal(m, k) * torch.arange(1, k + 1) ** -0.75) @ normal(k, n)
+    if kind == "outlier":
+        spike = normal(m, 1) / m**0.5 @ (normal(1, n) / n**0.5)
+        return normal(m, n) + spike * 1000
+    return normal(m, n)
 
 
-def lowrank(M: torch.Tensor, rank: int) -> tuple[torch.Tensor, ...]:
+def lowrank(M: torch.Tensor, rank: int) -> Factors:
+    """The rival, as its users call it."""
     U, S, V = torch.svd_lowrank(M, q=rank + 8, niter=2)
     return U[:, :rank], S[:rank], V[:, :rank].T
 
 
-def distance(M: torch.Tensor, factors: tuple[torch.Tensor, ...]) -> float:
-    U, S, Vh = factors[:3]
-    return float(torch.linalg.vector_norm(M.double() - (U.double() * S.double()) @ Vh.double()))
+def sklearn(M: torch.Tensor, rank: int) -> Factors:
+    """scikit-learn's defaults."""
+    from sklearn.utils.extmath import randomized_svd
+
+    U, S, Vh = randomized_svd(M.cpu().numpy(), rank, random_state=0)
+    return tuple(torch.from_numpy(each.copy()) for each in (U, S, Vh))
 
 
-def timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def distance(M: torch.Tensor, factors: Factors) -> float:
+    U, S, Vh = (each.to(M.device).double() for each in factors[:3])
+    left, total = U * S, 0.0
+    for first in range(0, len(M), 512):
+        total += float((M[first : first + 512].double() - left[first : first + 512] @ Vh).square().sum())
+    return math.sqrt(total)
+
+
+def timed(call: Callable[[], object], device: str) -> float:
+    if device == "cpu":
+        start = time.process_time()
+        call()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    begun = time.perf_counter()
     call()
-    return time.perf_counter() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - begun
 
 
-def cell(kind: str, m: int, n: int, rank: int, rounds: int, spectrum: torch.Tensor | None) -> dict[str, object]:
-    M = matrix(kind, m, n)
-    sides = {
-        "default": lambda: linalg.truncated_svd(M, rank),
-        "fast": lambda: linalg.truncated_svd(M, rank, preset="fast"),
-        "svd_lowrank": lambda: lowrank(M, rank),
+def peak(call: Callable[[], object]) -> int:
+    """Bytes of resident memory beyond what the process had."""
+
+    def status(name: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
+def cell(kind: str, matrices: list[torch.Tensor], rank: int, rounds: int, best: list[float], device: str) -> dict:
+    """One cell; of several matrices the times are sums and the gaps the largest."""
+
+    def gaps(method: Callable[[torch.Tensor], Factors]) -> float:
+        return max(distance(M, method(M)) / optimum - 1 for M, optimum in zip(matrices, best, strict=True))
+
+    rival = gaps(lambda M: lowrank(M, rank))
+    matched = max(rival, LEAST)
+    methods: dict[str, Callable[[torch.Tensor], Factors]] = {
+        "default": lambda M: linalg.truncated_svd(M, rank),
+        "matched": lambda M: linalg.truncated_svd(M, rank, tolerance=matched),
+        "fast": lambda M: linalg.truncated_svd(M, rank, preset="fast"),
+        "svd_lowrank": lambda M: lowrank(M, rank),
+        "sklearn": lambda M: sklearn(M, rank),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    if device != "cpu":
+        del methods["sklearn"]
+    seconds: dict[str, list[float]] = {name: [] for name in methods}
     for _ in range(rounds):
-        for name, call in sides.items():
-            seconds[name].append(timed(call))
-    best = float(spectrum[rank:].double().square().sum().sqrt()) if spectrum is not None else math.nan
-    info = linalg.truncated_svd(M, rank)[3]
+        for name, method in methods.items():
+            seconds[name].append(sum(timed(lambda M=M, method=method: method(M), device) for M in matrices))
+    info = linalg.truncated_svd(matrices[0], rank)[3]
+    memory = {}
+    if kind == "flat" and device == "cpu":
+        memory = {name: peak(lambda method=method: method(matrices[0])) for name, method in methods.items()}
     return {
         "kind": kind,
-        "shape": [m, n],
         "rank": rank,
-        "ms": {name: round(min(times) * 1e3, 2) for name, times in seconds.items()},
-        "spread": {name: round(max(times) / min(times), 2) for name, times in seconds.items()},
-        "gap": {name: distance(M, call()) / best - 1 for name, call in sides.items()} if spectrum is not None else None,
+        "seconds": {name: min(times) for name, times in seconds.items()},
+        "spread": {name: max(times) / min(times) for name, times in seconds.items()},
+        "gap": {name: rival if name == "svd_lowrank" else gaps(method) for name, method in methods.items()},
         "products": info.products,
         "certificate": info.certificate,
+        "peak": memory,
     }
+
+
+def shape_cells(text: str, kinds: list[str], ranks: list[int], rounds: int, device: str) -> list[dict]:
+    *count, m, n = (int(side) for side in text.split("x"))
+    cells = []
+    for kind in kinds:
+        made = [matrix(kind, m + at, n + at)[:m, :n].contiguous() for at in range(count[0] if count else 1)]
+        matrices = [each.to(device) for each in made]
+        full, spectra = 0.0, []
+        for M in matrices:
+            held: list[torch.Tensor] = []
+            full += timed(lambda M=M, held=held: held.append(torch.linalg.svd(M, full_matrices=False)[1]), device)
+            spectra.append(held[0].double().square())
+        for rank in ranks:
+            best = [math.sqrt(float(squares[rank:].sum())) for squares in spectra]
+            found = cell(kind, matrices, rank, rounds, best, device)
+            cells.append({"shape": text, **found, "full": full})
+            print(json.dumps(cells[-1]), flush=True)
+    return cells
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--shape", action="append", default=None, help="MxN, with :nofull to skip the full SVD")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", action="append", default=None, help="MxN, or COUNTxMxN")
     parser.add_argument("--rank", action="append", type=int, default=None)
     parser.add_argument("--kind", action="append", choices=KINDS, default=None)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("-o", "--output", type=Path, default=None)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
     cells = []
-    for shape in options.shape or ["1024x1024"]:
-        size, _, skip = shape.partition(":")
-        m, n = (int(side) for side in size.split("x"))
-        for kind in options.kind or KINDS:
-            spectrum, full = None, None
-            if not skip:
-                M = matrix(kind, m, n)
-                start = time.perf_counter()
-                spectrum = torch.linalg.svd(M, full_matrices=False)[1]
-                full = round((time.perf_counter() - start) * 1e3, 1)
-            for rank in options.rank or [16, 64]:
-                cells.append({**cell(kind, m, n, rank, options.rounds, spectrum), "full_svd_ms": full})
-    machine = {"platform": platform.platform(), "torch": torch.__version__, "threads": options.threads}
-    print(json.dumps({"schema": "loratools/benchmark-kernel/1", "machine": machine, "cells": cells}, indent=1))
+    for text in asked.shape or SHAPES:
+        cells += shape_cells(text, asked.kind or list(KINDS), asked.rank or list(RANKS), asked.rounds, asked.device)
+        if asked.output:
+            asked.output.write_text(json.dumps({**origin(asked.device), "cells": cells}, indent=1) + "\n")
+
+
+def origin(device: str) -> dict:
+    """What was measured, where and when."""
+    name = torch.cuda.get_device_name() if device != "cpu" else platform.machine()
+    return {
+        "schema": "loratools/benchmark-kernel/1",
+        "machine": {**measure.machine(), "device": name, "torch": torch.__version__},
+        "commit": measure.commit(Path(__file__).parent),
+        "date": measure.now(),
+    }
 
 
 if __name__ == "__main__":
