@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _TOLERANCE = 1e-3
 _FAST_TOLERANCE = 1e-2
 _RESIDUAL_DOUBT = 1e-6  # relative rounding error of a reported residual
-_ENERGY_DOUBT = 2e-9  # of ‖M‖²: rounding error of energies from float32 products
+_ENERGY_DOUBT = 4e-8  # of ‖M‖²: rounding error of energies from float32 products; up to 3.3e-8 measured
 
 
 def truncated_svd(  # noqa: PLR0913
