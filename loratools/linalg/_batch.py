@@ -49,7 +49,7 @@ def truncated_svd_batch(
     goal = make_goal(rank, None, None, 256)
     least = min(min(matrix.shape) for matrix in matrices) if matrices else 0
     effort = effort_for(goal, least, preset)
-    alone = preset in ("certified", "exact") or uses_dense(least, effort.block)
+    alone = preset in ("certified", "exact") or uses_dense(least, effort.block, quick=preset == "fast")
     found: dict[int, Result] = {}
     if len(matrices) > 1 and not alone and is_remote(matrices[0]):
         with full_float32():

@@ -109,7 +109,8 @@ def balanced_factors(U: Tensor, S: Tensor, Vh: Tensor) -> tuple[Tensor, Tensor]:
 def _approximate(matrix: AbstractMatrix, goal: Goal, seed: int, preset: str, tolerance: float | None) -> Approximation:
     least = min(matrix.shape)
     block = min(block_for(goal.max_rank if goal.rank is None else goal.rank), least)
-    if preset == "exact" or goal.whole or uses_dense(least, LEAST_BLOCK if goal.rank is None else block):
+    quick = preset == "fast" or tolerance is not None
+    if preset == "exact" or goal.whole or uses_dense(least, LEAST_BLOCK if goal.rank is None else block, quick=quick):
         return dense(matrix, goal)
     wanted = tolerance or (_FAST_TOLERANCE if preset == "fast" else _TOLERANCE)
     certified = preset == "certified"

@@ -12,6 +12,7 @@ LEAST_BLOCK = 32
 CHUNK = 2**18  # entries handled at a time in passes over the matrix
 
 _SMALL = 256  # up to this smaller side the dense path is as fast
+_DENSE, _QUICK = 7, 4  # blocks of a smaller side that are as fast as dense; measured on flat and falling spectra
 _OVERSAMPLING = 8
 _BLOCK_STEP = 8  # thin products are fastest for multiples of this
 _FIXED = 2**18
@@ -19,9 +20,9 @@ BATCH_BYTES = 2**30
 _PROBE = 40  # vectors that prove a certificate, in a basis of their own
 
 
-def uses_dense(n: int, block: int) -> bool:
-    """Whether the dense path is the faster one for a smaller side of n."""
-    return n <= max(_SMALL, 4 * block)
+def uses_dense(n: int, block: int, *, quick: bool = False) -> bool:
+    """Whether the dense path is the faster one for a smaller side of n; `quick` for a few products at most."""
+    return n <= max(_SMALL, (_QUICK if quick else _DENSE) * block)
 
 
 def block_for(rank: int) -> int:
@@ -68,8 +69,10 @@ def workspace_bytes(  # noqa: PLR0913
     pieces = 10 * min(CHUNK, m * n) + _FIXED
     finish = 12 * kept * (m + n) + 32 * kept * kept + 8 * min(CHUNK, kept * high)
     copy = 4 * m * n if not streamed and (scaled or str(dtype or "torch.float32") != "torch.float32") else 0
-    if preset == "exact" or uses_dense(low, block):
-        return copy + pieces + max(34 * low * low, finish)
+    if preset == "exact" or uses_dense(low, block, quick=preset == "fast"):
+        narrow = min(low, (3 + -(-kept // LEAST_BLOCK)) * LEAST_BLOCK) if low > _SMALL and preset != "exact" else 0
+        first = 4 * narrow * (m + n) + 32 * narrow * narrow  # what a rule for the rank tries before
+        return copy + pieces + max(34 * low * low, finish, first)
     pieces = 2 * min(CHUNK, m * n) + 8 * min(CHUNK, block * high) + _FIXED
     width = min(low, most_blocks(preset) * block)
     if preset == "certified" and not streamed:
