@@ -209,7 +209,7 @@ preset = click.option(
     type=click.Choice(("fast", "default", "certified", "exact")),
     default="default",
     show_default=True,
-    help="Effort of the SVD; certified and exact are dense, O(n³).",
+    help="Effort of the SVD; certified proves how near the best it is; exact is dense, O(n³).",
 )
 activations = click.option(
     "--activations",

@@ -156,7 +156,7 @@ def extract(
         budget: or bytes of the weights file, header included: the ranks that leave the least ‖ΔW − Δ̂‖² over all.
         uniform_rank: with a budget, the largest rank that all modules can have, filled up with zeros.
         max_rank: cap on ranks that a rule or `auto` chooses; never on a number.
-        preset: effort of the SVD, `fast`, `default` or `exact`.
+        preset: effort of the SVD, `fast`, `default`, `certified` or `exact`.
         seed: of the sketch.
         save_full: patterns of modules to store whole instead.
         only_low_rank: leave out, and name, what is changed and is no matrix.

@@ -40,7 +40,7 @@ METHODS = """## Which method where
 
 | smaller side n | rank r | method |
 |:---|:---|:---|
-| n ≤ 256, or n ≤ 4·(r + 8) | any | dense: float64 AᵀA and its eigenvectors, proven |
+| n ≤ 256, or n ≤ 7·(r + 8), or 4·(r + 8) if `fast` | any | dense: float64 AᵀA and its eigenvectors, proven |
 | any, `--preset exact`, `--sv-cumulative`, `--knee` | any | dense |
 | larger | explicit | block Krylov, blocks of r + 8 vectors rounded up to 8, until the estimated gap is 1e-3 |
 | larger | by energy, error, a count | block Krylov, blocks of 32, until the rank does not change and the gap is 1e-3 |
@@ -54,11 +54,11 @@ its error to offer.
 
 GPU = """## On a GPU
 
-Nothing on this page has run on one. `pytest -m gpu` runs the tests that need one;
+Nothing on this page has run on one. `pytest -m gpu` runs the tests that need one (kernel, `extract`, `merge`, experts);
 `python -m tests.benchmarks.kernel --device cuda` measures the same grid there. What is tested without: under torch's fake
 tensors every operation finds its operands on the device, nothing is read back but through one function, which is called once a
 block and six to eleven times a matrix (`tests/linalg/test_devices.py`), and tiles are copied from pinned memory, two in flight
-(`tests/engine/test_uploads.py`).
+(`tests/engine/test_uploads.py`). `--rank auto` looks at the rounding noise of every tile, and waits for it each time.
 """
 
 
