@@ -137,9 +137,11 @@ def page(result: Path = RESULT) -> str:
         ]
     parts += ["## Memory\n\nMiB beyond the matrix, flat spectrum.\n\n", "\n".join(memory(cells)), "\n\n", METHODS, GPU]
     machine = document["machine"]
+    measured = document.get("commits") or dict.fromkeys((cell["shape"] for cell in cells), document["commit"])
+    commits = ", ".join(f"{shape} `{commit[:12]}`" for shape, commit in measured.items())
     parts.append(
-        f"\n{machine['cpu']}, {machine['cores']} cores, {machine['system']}, torch {machine['torch']}. Commit "
-        f"`{document['commit'][:12]}`, {document['date'][:10]}.\n"
+        f"\n{machine['cpu']}, {machine['cores']} cores, {machine['system']}, torch {machine['torch']}, {document['date'][:10]}. "
+        f"Commits: {commits}.\n"
     )
     return "".join(parts)
 
