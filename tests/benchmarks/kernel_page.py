@@ -89,12 +89,12 @@ def rows(cells: list[Cell]) -> list[str]:
 
 
 def memory(cells: list[Cell]) -> list[str]:
-    names = ("default", "matched", "svd_lowrank", "sklearn")
+    names = ("default", "matched", "svd_lowrank")
     lines = [f"| shape | r | M itself | {' | '.join(names)} |", "|:---|---:|" + "---:|" * (1 + len(names))]
     for cell in cells:
         if cell["peak"]:
             sides = [int(side) for side in cell["shape"].split("x")][-2:]
-            found = " | ".join(f"{cell['peak'][name] / 2**20:.0f}" for name in names)
+            found = " | ".join(f"{cell['peak'][name] / 2**20:.1f}" for name in names)
             lines.append(f"| {cell['shape']} | {cell['rank']} | {4 * math.prod(sides) / 2**20:.0f} | {found} |")
     return lines
 
@@ -135,7 +135,13 @@ def page(result: Path = RESULT) -> str:
             "\n".join(rows(mine)),
             "\n\n",
         ]
-    parts += ["## Memory\n\nMiB beyond the matrix, flat spectrum.\n\n", "\n".join(memory(cells)), "\n\n", METHODS, GPU]
+    parts += [
+        "## Memory\n\nMiB that torch holds at most beyond the matrix, flat spectrum.\n\n",
+        "\n".join(memory(cells)),
+        "\n\n",
+        METHODS,
+        GPU,
+    ]
     machine = document["machine"]
     measured = document.get("commits") or dict.fromkeys((cell["shape"] for cell in cells), document["commit"])
     commits = ", ".join(f"{shape} `{commit[:12]}`" for shape, commit in measured.items())
