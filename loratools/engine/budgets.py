@@ -70,11 +70,6 @@ def require_sensible(budget: int | None, *, uniform: bool) -> None:
         raise UsageError("One rank for all modules that a budget holds needs a budget.", fix="Give --budget as well.")
 
 
-def without(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a decomposition, which knows of no budget."""
-    return {key: value for key, value in options.items() if key not in {"budget", "uniform_rank"}}
-
-
 def shape_of(rules: Mapping[str, Any], pairs: Mapping[str, Pair]) -> list[int] | None:
     """Rows and columns of what a module's unit decomposes, if anything; for its `matrix` parameter."""
     for name, each in rules.items():

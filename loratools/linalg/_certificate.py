@@ -2,7 +2,8 @@
 
 In the basis [V, V⊥] the matrix AᵀA is [[H, C], [Cᵀ, D]]. With the next Krylov block at hand C is known, and for any
 mu ≥ ‖D‖ the eigenvalues of AᵀA are at most those of [[H, E], [Eᵀ, mu·I]]. The bound is as good as mu, for which there
-are two: an estimate from the newest block, a heuristic; and `deflated_norm`, which fails with probability 1e-6.
+are two: an estimate from the newest block, a heuristic; and `deflated_norm`, all uses of which in
+one decomposition together fail with probability 1e-6.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _FIRST, _MARGIN = 0.85, 1.2  # of `estimated_gap`
 _FULLEST, _FILLING = 0.55, 1.5
 _CHAINS = 4
 _STEPS = 10
-_FAILURE = 1e-6
+_FAILURE = 1e-6 / 32  # a decomposition asks for a proof after every block, at most some twenty times
 _ROUNDING = 1e-4  # relative, of float32 products and of couplings taken for what they should be
 
 
@@ -31,7 +32,7 @@ def likely_norm(H: Tensor, newest: int) -> float:
 
 
 def deflated_norm(basis: AbstractBasis, seed: int) -> float:
-    """A bound on ‖D‖ = ‖A(I − VᵀV)‖² that fails with probability at most 1e-6; 20 products with 4 vectors.
+    """A bound on ‖D‖ = ‖A(I − VᵀV)‖² that fails with probability at most 1e-6/32; 20 products with 4 vectors.
 
     Ten Lanczos steps from each of four independent Gaussian vectors. After k steps from one the largest Ritz value is
     below (1 − ε)·‖D‖ with probability at most 1.648·√n·exp(−√ε·(2k − 1)): Kuczyński and Woźniakowski, "Estimating

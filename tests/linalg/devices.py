@@ -55,7 +55,6 @@ class NoDevice(TorchDispatchMode):
     """What touches `cuda:0` is done in fake tensors; the rest is done.
 
     Attributes:
-        moved: shapes of what went to the device.
         read: names of operations that would have read from it.
     """
 
@@ -63,7 +62,7 @@ class NoDevice(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.indexing = Indexing()
-        self.moved, self.read = [], []
+        self.read = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
@@ -76,8 +75,6 @@ class NoDevice(TorchDispatchMode):
                 return function(*args, **kwargs)
         if to_device:
             kwargs["device"] = CUDA
-            if not on_device and any(isinstance(each, torch.Tensor) for each in flat):
-                self.moved.append(next(tuple(each.shape) for each in flat if isinstance(each, torch.Tensor)))
         elif target is not None:
             self.read.append(str(function))
         return function(*args, **kwargs)
