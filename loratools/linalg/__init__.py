@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         rank_for_fro,
         rank_for_ratio,
     )
+    from loratools.linalg._reversal import Corrections, corrected, corrections, risky_count
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
     from loratools.linalg._streamed import ChunkedRows
@@ -38,6 +39,7 @@ __all__ = [
     "WHOLE_SPECTRUM",
     "Allotment",
     "ChunkedRows",
+    "Corrections",
     "LowRankSum",
     "RankRules",
     "RoundingNoise",
@@ -47,6 +49,8 @@ __all__ = [
     "allocate_ranks",
     "balanced_factors",
     "batch_size",
+    "corrected",
+    "corrections",
     "given_rule",
     "input_weights",
     "low_rank_delta",
@@ -62,6 +66,7 @@ __all__ = [
     "rank_for_fro",
     "rank_for_ratio",
     "require_in_range",
+    "risky_count",
     "round_to",
     "subtract_low_rank",
     "truncate_low_rank",
@@ -85,6 +90,10 @@ _HOMES: Final = MappingProxyType(
         "noise_margin": "_noise",
         "given_rule": "_rules",
         "ChunkedRows": "_streamed",
+        "Corrections": "_reversal",
+        "corrected": "_reversal",
+        "corrections": "_reversal",
+        "risky_count": "_reversal",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",
