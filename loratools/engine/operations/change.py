@@ -92,11 +92,11 @@ class Change:
         """Whether the actions have to see all of the base before: row tiles do not hold whole rows of theirs."""
         return self.transposed and not self.at_once and any(action.looks for *_, action in self.actions)
 
-    def tiles(self, ref: TensorRef, context: Context) -> Sequence[tuple[int, int]]:
-        """Row ranges of the stored matrix."""
+    def tiles(self, ref: TensorRef, context: Context, step: int = 1) -> Sequence[tuple[int, int]]:
+        """Row ranges of the stored matrix, each but the last of a multiple of `step` rows."""
         if self.at_once:
             return [(0, ref.shape[0])]
-        return list(row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes))
+        return list(row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes, step))
 
     def look(self, base: torch.Tensor, rows: tuple[int, int]) -> None:
         """Show a tile of the base to the actions."""
