@@ -18,9 +18,11 @@ from loratools.engine.context import Context, Outcome, stopped_if
 from loratools.engine.events import Stage, Started
 from loratools.engine.plan import Plan, canonical
 from loratools.engine.planning import Run
+from loratools.engine.receipts.draft import Draft
+from loratools.engine.receipts.manifest import RECEIPT_FILE, SUFFIX
 from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
 from loratools.engine.running import progress, run_closing, run_units
-from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink, NoSink
+from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink, NoSink, SectionSink
 from loratools.storage.files import ReadOnlyFile, sha256_of
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 from loratools.storage.partials import stale_partials
@@ -61,7 +63,7 @@ class Execution:
         return [outcome for outcome in self.outcomes if outcome.operation == operation]
 
 
-def execute(
+def execute(  # noqa: PLR0913
     plan: Plan,
     sources: Sources,
     *,
@@ -69,6 +71,7 @@ def execute(
     run: Run,
     computes: bool = True,
     assembly: Assembly | None = None,
+    receipt: Draft | None = None,
 ) -> Report:
     """Run `plan` and publish its output; on any failure nothing is left.
 
@@ -79,6 +82,7 @@ def execute(
         run: threads, device, limits, listener.
         computes: whether there are numbers to compute, which is what a device is for.
         assembly: for adapters, what they are put together with.
+        receipt: for merges that can be undone, what is known of the receipt beforehand.
 
     The report that is returned also names what killed runs left beside the output; the one that is written does
     not, so that the same inputs give the same bytes.
@@ -103,11 +107,14 @@ def execute(
         outcomes = run_closing(plan, outcomes, early, run, computes=computes)
         listener(Stage("verifying"))
         written = sink.finish()
+        if receipt is not None:
+            written.append(receipt.write(plan, outcomes, sink, _receipt_path(plan, out)))
         _copy_companions(plan, sources, out.path)
         adapter = sink.adapter if isinstance(sink, AdapterSink) else None
         files = _files(out.path, written)
         report = describe(Execution(tuple(outcomes), files, adapter))
-        report = _describe(report, out)
+        if plan.kind != "receipt":
+            report = _describe(report, out)
         for file in opened.values():
             file.require_unchanged()
         out.publish()
@@ -132,9 +139,15 @@ def observe(plan: Plan, sources: Sources, run: Run) -> list[Outcome]:
 
 def _output(plan: Plan) -> OutputDirectory | OutputFiles:
     path = Path(plan.output)
-    if path.suffix == ".safetensors":
+    if path.suffix in {".safetensors", SUFFIX}:
         return OutputFiles(path, overwrite=plan.overwrite)
     return OutputDirectory(path, overwrite=plan.overwrite)
+
+
+def _receipt_path(plan: Plan, out: OutputDirectory | OutputFiles) -> Path:
+    if plan.kind == "receipt" and isinstance(out, OutputFiles):
+        return out.file
+    return out.sibling(SUFFIX) if isinstance(out, OutputFiles) else out.path / RECEIPT_FILE
 
 
 def _opened(sources: Sources) -> dict[tuple[str, str], ReadOnlyFile]:
@@ -152,6 +165,8 @@ def _sink(plan: Plan, directory: Path, assembly: Assembly | None, stop: threadin
         assert assembly is not None
         order = [unit.target for unit in plan.units if unit.operation in {"extract", "extract-experts", "derive"}]
         return AdapterSink(directory, assembly, str(plan.options["format"]), order)
+    if plan.kind == "receipt":
+        return SectionSink(directory)
     counts = Counter(unit.file for unit in plan.units if unit.file)
     return CheckpointSink(directory, plan.files, counts, lambda: stopped_if(stop))
 

@@ -155,9 +155,9 @@ def check_output(output: Path, run: Run, sources: Iterable[Checkpoint | Adapter]
     inputs: list[Path] = []
     for source in sources:
         inputs += source.files if isinstance(source, Checkpoint) else files_behind(source)
-        if source.location is not None:
+        if source.location is not None and output.suffix != ".receipt":  # one may lie beside what it is for
             inputs.append(Path(source.location))
-    single = output.suffix == ".safetensors"
+    single = output.suffix in {".safetensors", ".receipt"}
     (OutputFiles if single else OutputDirectory).check(output, run.overwrite, inputs, needed)
 
 

@@ -54,6 +54,14 @@ class AbstractSink(abc.ABC):
         """What would be written now, if these modules had these updates."""
         raise InternalError("This output takes no updates.", modules=len(changed))
 
+    def keep_section(self, target: str, data: bytes) -> None:
+        """More bytes of what the receipt will hold of an output tensor, in order."""
+        raise InternalError("This output has no receipt.", tensor=target, bytes=len(data))
+
+    def sections(self, target: str) -> Sequence[TensorRef]:
+        """What was kept of it, piece by piece."""
+        raise InternalError("This output has no receipt.", tensor=target)
+
     @abc.abstractmethod
     def finish(self) -> list[WrittenFile]:
         """Flush, read back, compare hashes."""
@@ -67,7 +75,37 @@ class NoSink(AbstractSink):
         return []
 
 
-class CheckpointSink(AbstractSink):
+class SectionSink(AbstractSink):
+    """Takes the sections of a receipt, and nothing else: they lie in a file without a name until they are put in order.
+
+    Args:
+        directory: where.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._place = directory
+        self._scratch: ScratchFile | None = None
+        self._sections: dict[str, list[TensorRef]] = {}
+        self._guard = threading.Lock()
+
+    def keep_section(self, target: str, data: bytes) -> None:
+        """See `AbstractSink.keep_section`."""
+        with self._guard:
+            if self._scratch is None:
+                self._scratch = ScratchFile(self._place)
+            scratch, kept = self._scratch, self._sections.setdefault(target, [])
+        kept.append(scratch.append(target, data, TensorSpec(target, "U8", (len(data),))))
+
+    def sections(self, target: str) -> Sequence[TensorRef]:
+        """See `AbstractSink.sections`."""
+        return self._sections.get(target, [])
+
+    def finish(self) -> list[WrittenFile]:
+        """See `AbstractSink.finish`."""
+        return []
+
+
+class CheckpointSink(SectionSink):
     """Weights files with known headers; each is finished as soon as its last unit is done."""
 
     def __init__(
@@ -77,6 +115,7 @@ class CheckpointSink(AbstractSink):
         counts: Mapping[str, int],
         check: Check = None,
     ) -> None:
+        super().__init__(directory)
         self._directory = directory
         self._check = check
         self._files = {file.name: file for file in files}

@@ -15,6 +15,9 @@ from loratools.engine.execute import Execution, execute
 from loratools.engine.merge_units import MergePlanner
 from loratools.engine.plan import Plan, Unit
 from loratools.engine.planning import Run, RunOptions
+from loratools.engine.receipts.afterwards import plan_afterwards
+from loratools.engine.receipts.choice import drafted
+from loratools.engine.receipts.draft import Draft
 from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.vocabulary import lengthened
@@ -35,7 +38,8 @@ class MergeReport(AbstractWrittenReport):
 
     Attributes:
         modules: each changed tensor with the adapters that changed it and how many entries became others.
-        tensors: how many tensors were copied, merged (replacements among them), recast, added.
+        tensors: how many were copied, merged (replacements among them), recast, added; for a receipt alone: recorded, or
+            unchanged.
         totals: bytes and counts.
     """
 
@@ -55,6 +59,7 @@ class _Prepared:
     sources: dict[str, Checkpoint | Adapter]
     base: Checkpoint
     run: Run
+    draft: Draft | None
 
 
 def plan_merge(
@@ -65,10 +70,12 @@ def plan_merge(
     weights: Sequence[float] | float | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    receipt: str | None = None,
+    receipt_for: Source | Checkpoint | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `merge` with the same arguments; reads headers and configurations only."""
-    return _prepare(base, adapters, output, weights, dtype, max_shard_size, Run(**run)).plan
+    return _prepare(base, adapters, output, weights, dtype, max_shard_size, receipt, receipt_for, Run(**run)).plan
 
 
 def merge(
@@ -79,6 +86,8 @@ def merge(
     weights: Sequence[float] | float | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    receipt: str | None = None,
+    receipt_for: Source | Checkpoint | None = None,
     **run: Unpack[RunOptions],
 ) -> MergeReport:
     """Write `round(W + Σ w_i ΔW_i)` for every weight that the adapters change; copy the rest byte for byte.
@@ -90,6 +99,10 @@ def merge(
         weights: none is 1 each, one is for all, or one each; they multiply ΔW and may be negative.
         dtype: `bf16`, `fp16`, `fp32` for all floating-point tensors; default each tensor's own.
         max_shard_size: bytes per file; default the base's own files.
+        receipt: `full`, from which alone `unmerge` gives the base back; `lean`, for which it needs the adapters, too;
+            `none`. Default `full` where it can be, which the notes say otherwise.
+        receipt_for: a checkpoint that something else merged from these: only a receipt is written, to a file `output`
+            whose name ends in `.receipt`.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
@@ -99,13 +112,14 @@ def merge(
 
     Law: untouched tensors are byte-identical; the result does not depend on threads, tiles or device.
     """
-    prepared = _prepare(base, adapters, output, weights, dtype, max_shard_size, Run(**run))
+    prepared = _prepare(base, adapters, output, weights, dtype, max_shard_size, receipt, receipt_for, Run(**run))
     return execute(
         prepared.plan,
         prepared.sources,
         describe=lambda execution: _report(prepared, execution),
         run=prepared.run,
-        computes=any(unit.operation == "merge" for unit in prepared.plan.units),
+        computes=any(unit.operation in {"merge", "record"} for unit in prepared.plan.units),
+        receipt=prepared.draft,
     )
 
 
@@ -141,52 +155,86 @@ def _prepare(  # noqa: PLR0917
     weights: Sequence[float] | float | None,
     dtype: str | None,
     max_shard_size: int | None,
+    receipt: str | None,
+    receipt_for: Source | Checkpoint | None,
     run: Run,
 ) -> _Prepared:
     checkpoint, loaded = _load(base, planning.as_list(adapters))
     wanted = planning.dtype_named(dtype)
     factors = planning.weights_for(len(loaded), weights)
+    if receipt_for is not None:
+        return _prepare_receipt(
+            checkpoint, loaded, factors, output, wanted or max_shard_size, receipt, receipt_for, run
+        )
     if not loaded and wanted is None and max_shard_size is None:
         raise UsageError("Without an adapter, merge recasts or reshards.", fix="Give --dtype or --max-shard-size.")
+    draft, notes = drafted(receipt, checkpoint, loaded, factors, wanted)
     changes = collect(checkpoint, loaded, factors)
     sources: dict[str, Checkpoint | Adapter] = {"base": checkpoint}
     sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
-    planner = MergePlanner(checkpoint, changes, sources, wanted)
-    path = Path(output)
-    files = planner.files(max_shard_size, single=path.suffix == ".safetensors", name=path.name)
+    planner = MergePlanner(checkpoint, changes, sources, wanted, draft is not None)
+    options = {"weights": factors, "dtype": wanted, "max_shard_size": max_shard_size}
+    options["receipt"] = draft.kind if draft is not None else "none"
+    notes = (*checkpoint.notes, *changes.notes, *layout.recast_notes(checkpoint, wanted), *notes)
+    return _Prepared(_plan(planner, Path(output), draft, options, notes, run), sources, checkpoint, run, draft)
+
+
+def _prepare_receipt(  # noqa: PLR0917
+    base: Checkpoint,
+    loaded: Sequence[Adapter],
+    factors: Sequence[float],
+    output: Source,
+    other: object,
+    receipt: str | None,
+    receipt_for: Source | Checkpoint,
+    run: Run,
+) -> _Prepared:
+    merged, options = open_checkpoint(receipt_for), {"weights": list(factors), "receipt": receipt or "full"}
+    if other or receipt == "none":
+        what = "--receipt none" if receipt == "none" else "--dtype and --max-shard-size"
+        raise UsageError(f"--receipt-for writes a receipt alone; {what} say nothing there.", fix="Leave that out.")
+    draft, _ = drafted(receipt or "full", base, loaded, factors, None)
+    assert draft is not None
+    draft = dataclasses.replace(draft, merged=tuple(merged))
+    plan, sources = plan_afterwards(merged, draft, Path(output), options, run)
+    return _Prepared(plan, sources, base, run, draft)
+
+
+def _plan(
+    planner: MergePlanner, path: Path, draft: Draft | None, options: Mapping[str, Any], notes: tuple[str, ...], run: Run
+) -> Plan:
+    base, sources, single = planner.base, planner.sources, path.suffix == ".safetensors"
+    files = planner.files(options["max_shard_size"], single=single, name=path.name)
     units = planning.hash_units(sources) + planner.units(files)
-    headers = layout.output_files(files, checkpoint)
+    headers = layout.output_files(files, base)
     written = sum(spec.nbytes for file in headers for spec in file.tensors)
-    beside = 0 if path.suffix == ".safetensors" else sum(map(planning.size_of, checkpoint.companions))
-    planning.check_output(path, run, sources.values(), written + beside)
-    single = path.suffix == ".safetensors"
-    untied, rows = changes.untied is not None, planner.vocabulary()
+    written += 0 if single else sum(map(planning.size_of, base.companions))
+    receipt = draft.estimate(units) if draft is not None else 0
+    planning.check_output(path, run, sources.values(), written + receipt)
+    untied, rows = planner.changes.untied is not None, planner.vocabulary()
     edits, edit_notes = layout.config_edits(
-        checkpoint.config, dtype=wanted, untied=untied, rows=rows, written=not single
+        base.config, dtype=planner.dtype, untied=untied, rows=rows, written=not single
     )
-    plan = Plan(
+    return Plan(
         verb="merge",
         kind="checkpoint",
         output=str(path),
         overwrite=run.overwrite,
-        sources=tuple(
-            planning.info(key, "base" if key == "base" else "adapter", each) for key, each in sources.items()
-        ),
+        sources=planning.infos(sources),
         units=tuple(units),
-        bounds=planning.bounds(units, sources.values(), run, write=written + beside),
+        bounds=planning.bounds(units, sources.values(), run, write=written),
         files=headers,
         copies=() if single else planner.copies(edited=bool(edits)),
         texts={} if single else planner.texts(headers, edits),
-        options={"weights": factors, "dtype": wanted, "max_shard_size": max_shard_size},
+        options=options,
         rules=RULES,
-        notes=(*checkpoint.notes, *changes.notes, *edit_notes, *layout.recast_notes(checkpoint, wanted)),
+        notes=(*notes, *edit_notes),
     )
-    return _Prepared(plan, sources, checkpoint, run)
 
 
 def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
     plan = prepared.plan
-    counts: dict[str, int] = {"copied": 0, "merged": 0, "recast": 0, "added": 0}
+    counts: dict[str, int] = {"copied": 0, "merged": 0, "recast": 0, "added": 0, "recorded": 0, "unchanged": 0}
     modules = []
     for unit, outcome in zip(plan.units, execution.outcomes, strict=True):
         if unit.operation == "copy":
@@ -195,10 +243,14 @@ def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
             counts["recast"] += 1
         elif unit.operation == "add":
             counts["added"] += 1
+        elif unit.operation == "record-same":
+            counts["unchanged"] += len(unit.inputs) // 2
+        elif unit.operation == "record":
+            counts["recorded"] += 1
         elif unit.operation == "merge":
             counts["merged"] += 1
             modules.append(_module(unit, outcome.facts, plan))
-    touched = [unit.inputs[0].name for unit in plan.units if unit.operation == "merge"]
+    touched = [unit.inputs[-1].name for unit in plan.units if unit.operation in {"merge", "record"}]
     inputs = execution.inputs(plan)
     return MergeReport(
         inputs=inputs,

@@ -77,7 +77,7 @@ def test_subtraction_is_within_its_bound(tmp_path, kind, dtype):
     """Without the base ΔW is subtracted: every entry is within the reported bound of what was there, and the report
     does not call it exact."""
     made = world(tmp_path, kind, dtype, adapters=3)
-    merge(made.base, made.adapters, tmp_path / "merged", weights=WEIGHTS[3])
+    merge(made.base, made.adapters, tmp_path / "merged", weights=WEIGHTS[3], receipt="none")
     report = unmerge(tmp_path / "merged", tmp_path / "back", adapters=made.adapters)
     assert report.method == "subtraction"
     before, after = models.tensors_of(made.base), models.tensors_of(tmp_path / "back")
@@ -96,7 +96,7 @@ def test_subtraction_of_every_kind(tmp_path, name, dtype):
     kinds that are no sums of products are refused too."""
     kind = EVERY_KIND[name]
     base, adapter = kind.write_base(tmp_path / "base", dtype), kind.write(tmp_path / "adapter")
-    merge(base, [adapter], tmp_path / "merged", weights=[0.7] if kind.twice else None)
+    merge(base, [adapter], tmp_path / "merged", weights=[0.7] if kind.twice else None, receipt="none")
     updates = load_adapter(adapter, base=base).values()
     whole = any(update.gives_whole for update in updates)
     if whole or any(update.depends_on_base for update in updates):
@@ -144,7 +144,7 @@ def test_another_base_is_refused(tmp_path):
 def test_the_bound_is_not_idle(tmp_path):
     """In bf16 subtraction does lose bits, or the law would be about nothing."""
     made = world(tmp_path, "linear", "bf16")
-    merge(made.base, made.adapters, tmp_path / "merged")
+    merge(made.base, made.adapters, tmp_path / "merged", receipt="none")
     unmerge(tmp_path / "merged", tmp_path / "back", adapters=made.adapters)
     before, after = models.tensors_of(made.base), models.tensors_of(tmp_path / "back")
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())

@@ -65,7 +65,7 @@ def test_the_way_back_is_that_of_the_negative(dtype, pieces, rows):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_few_corrections_are_needed(dtype):
-    """At ‖ΔW‖ = ‖W‖ / 100: fewer than one entry in twelve is at risk, hardly any differs elsewhere, distances are small."""
+    """At ‖ΔW‖ = ‖W‖ / 100: one entry in twelve at most is at risk, hardly any other differs, distances are short."""
     W = normal(1, 512, 256, scale=0.02).to(dtype)
     A, B = normal(2, 8, 256), normal(3, 512, 8)
     scale = 0.01 * float(W.double().norm() / (B @ A).norm())

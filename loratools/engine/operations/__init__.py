@@ -7,6 +7,7 @@ from typing import Final
 
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations import (
+    afterwards,
     allocating,
     comparing,
     copying,
@@ -22,11 +23,14 @@ Operation = Callable[[Unit, Context], Outcome]
 OPERATIONS: Final[Mapping[str, Operation]] = {
     "hash": copying.hash_file,
     "copy": copying.copy,
+    "revert": copying.revert,
     "same": copying.same,
     "cast": copying.cast,
     "add": merging.add,
     "merge": merging.merge,
     "restore": merging.restore,
+    "record": afterwards.record,
+    "record-same": afterwards.record_same,
     "extract": extracting.extract,
     "extract-experts": extracting_experts.extract_experts,
     "compare": comparing.compare,

@@ -33,8 +33,9 @@ def merge(unit: Unit, context: Context) -> Outcome:
     dtype = torch_dtype(str(unit.parameters["dtype"]))
     written = changed = 0
     bound = Bound.of(unit, context) if unit.parameters.get("bound") else None
-    recorder = Recorder(unit.target, ref.nbytes, context) if unit.parameters.get("receipt") else None
-    for tile in recomputed(unit, ref, dtype, context, back=recorder is not None):
+    receipt = unit.parameters.get("receipt")
+    recorder = Recorder(unit.target, ref, context, keeps=receipt == "kept") if receipt else None
+    for tile in recomputed(unit, ref, dtype, context, back=receipt == "corrected"):
         tile.require_finite(context)
         changed += differing_entries(tile.after, tile.before)
         if bound is not None:
@@ -47,14 +48,14 @@ def merge(unit: Unit, context: Context) -> Outcome:
     for result in _appended(unit, context, dtype):
         context.sink.write(unit.file, unit.target, result, written)
         written += result.numel() * result.element_size()
-    facts = {"changed": changed, "entries": ref.spec.numel}
+    facts: dict[str, Any] = {"changed": changed, "entries": ref.spec.numel}
     facts |= {"bound": bound.value} if bound else {}
     return Outcome(unit.target, "merge", "merged", facts, receipt=recorder.facts() if recorder else None)
 
 
 def _merge_given(unit: Unit, ref: TensorRef, context: Context) -> Outcome:
     """A tensor of integers (a counter, a table) that an adapter gives whole: its bytes."""
-    given = _given(unit, context)
+    given = given_whole(unit, context)
     context.sink.copy(unit.file, [unit.target], [given])
     context.advance(unit.read_bytes, unit.target)
     facts = {"changed": differing_bytes(ref, given), "entries": ref.spec.numel}
@@ -62,7 +63,8 @@ def _merge_given(unit: Unit, ref: TensorRef, context: Context) -> Outcome:
     return Outcome(unit.target, "merge", "merged", facts, receipt=receipt)
 
 
-def _given(unit: Unit, context: Context) -> TensorRef:
+def given_whole(unit: Unit, context: Context) -> TensorRef:
+    """The one replacement that a unit names."""
     (whole,) = unit.parameters["wholes"]
     return context.update(Input(whole["source"], whole["module"])).replaced[whole["parameter"]]
 
@@ -111,7 +113,7 @@ def restore(unit: Unit, context: Context) -> Outcome:
     merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
     difference = Difference(bool(unit.parameters.get("foreign")), bool(unit.parameters.get("acts")))
     if base.dtype not in COMPUTABLE:
-        difference.entries = differing_bytes(merged, _given(unit, context))
+        difference.entries = differing_bytes(merged, given_whole(unit, context))
         return _restored(unit, base, difference, context)
     dtype = torch_dtype(merged.dtype)
     read = 0
@@ -126,6 +128,17 @@ def restore(unit: Unit, context: Context) -> Outcome:
 
 
 def _restored(unit: Unit, base: TensorRef, difference: Difference, context: Context) -> Outcome:
+    require_as_merged(unit, base, difference)
+    context.sink.copy(unit.file, [unit.target], [base])
+    return Outcome(unit.target, "restore", "restored", {"entries": base.spec.numel})
+
+
+def require_as_merged(unit: Unit, base: TensorRef, difference: Difference) -> None:
+    """Refuse a merged tensor that is not what was recomputed.
+
+    Raises:
+        MismatchError: says in how many entries.
+    """
     if difference.entries:
         raise MismatchError(
             "The merged tensor is not this base plus these adapters: "
@@ -133,5 +146,3 @@ def _restored(unit: Unit, base: TensorRef, difference: Difference, context: Cont
             fix="Are these the base, the adapters and the weights that it was merged from?",
             tensor=unit.target,
         )
-    context.sink.copy(unit.file, [unit.target], [base])
-    return Outcome(unit.target, "restore", "restored", {"entries": base.spec.numel})

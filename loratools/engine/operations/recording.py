@@ -24,12 +24,14 @@ class Recorder:
 
     Args:
         target: the output's name of the tensor.
-        nbytes: of the tensor in the base.
+        ref: the tensor in the base.
         context: where the section goes.
+        keeps: the receipt keeps the tensor anyway.
     """
 
-    def __init__(self, target: str, nbytes: int, context: Context) -> None:
-        self._target, self._nbytes, self._context = target, nbytes, context
+    def __init__(self, target: str, ref: TensorRef, context: Context, *, keeps: bool = False) -> None:
+        self._target, self._name, self._context = target, ref.name, context
+        self._nbytes = 0 if keeps else ref.nbytes
         self._base, self._section = hashlib.sha256(), hashlib.sha256()
         self._used = 0
         self._matrices: list[dict[str, list[int]]] = []
@@ -41,20 +43,23 @@ class Recorder:
         self._base.update(bytes_of(tile.stored))
         if self._used >= self._nbytes:
             return
+        step = tile.rows[1] - tile.rows[0] if tile.change.at_once else chunk_rows(tile.matrix.shape)
+        for first in range(*tile.rows, max(step, 1)):
+            self._see_rows(tile, (first, min(first + step, tile.rows[1])))
+        if tile.last:
+            self._end(tile)
+
+    def _see_rows(self, tile: Tile, rows: tuple[int, int]) -> None:
+        """Rows that are predicted together, chunk by chunk."""
+        predicted, rounds = self._predicted(tile, rows)
         step = chunk_rows(tile.matrix.shape)
-        if tile.change.at_once:
-            predicted, rounds = self._predicted(tile, tile.rows)
-        for first in range(*tile.rows, step):
-            rows = first, min(first + step, tile.rows[1])
-            mine = slice(rows[0] - tile.rows[0], rows[1] - tile.rows[0])
-            if not tile.change.at_once:
-                predicted, rounds = self._predicted(tile, rows)
-            known = predicted[mine] if tile.change.at_once else predicted
+        for first in range(*rows, step):
+            last = min(first + step, rows[1])
+            mine = slice(first - tile.rows[0], last - tile.rows[0])
+            known = predicted[first - rows[0] : last - rows[0]]
             chunk = encode_chunk(_cpu(tile.stored[mine]), _cpu(tile.after[mine]), _cpu(known), rounds)
             self._keep(chunk)
             self._chunks.append(len(chunk))
-        if tile.last:
-            self._end(tile)
 
     def _predicted(self, tile: Tile, rows: tuple[int, int]) -> tuple[torch.Tensor, int]:
         mine = slice(rows[0] - tile.rows[0], rows[1] - tile.rows[0])
@@ -84,8 +89,8 @@ class Recorder:
 
     def facts(self) -> Mapping[str, Any]:
         """For the manifest of the receipt: see `engine.receipts.manifest.Entry`."""
-        found = {"base": self._base.hexdigest()}
-        if self._used >= self._nbytes > 0:
+        found = {"name": self._name, "base": self._base.hexdigest()}
+        if self._used >= self._nbytes:
             return found | {"how": "kept"}
         section = {"bytes": self._used, "sha256": self._section.hexdigest(), "matrices": self._matrices}
         return found | {"how": "corrected", "section": section}
@@ -93,7 +98,7 @@ class Recorder:
 
 def kept(ref: TensorRef, context: Context) -> Mapping[str, Any]:
     """The facts of a tensor that the receipt keeps as it was, since nothing of it is left in the output."""
-    return {"how": "kept", "base": hash_of(ref, context)}
+    return {"name": ref.name, "how": "kept", "base": hash_of(ref, context)}
 
 
 def hash_of(ref: TensorRef, context: Context) -> str:

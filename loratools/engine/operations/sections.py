@@ -10,13 +10,14 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from loratools.engine import memory
 from loratools.engine.operations.predicting import MOST_ROUNDS
 from loratools.errors import MalformedError
 
 if TYPE_CHECKING:
     import torch
 
-CHUNK_ENTRIES: Final = 2**19
+CHUNK_ENTRIES: Final = memory.RECEIPT_ENTRIES
 """Entries of a chunk: a quarter of a tile of 16 bits. It is part of the format, unlike tiles, so that a receipt has the
 same bytes however much memory there was."""
 _BLOCK: Final = 64

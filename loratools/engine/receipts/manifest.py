@@ -73,8 +73,8 @@ class Part:
         sha256: of its files, by base name.
         config: the configuration beside the weights, or None.
         metadata: of the weights file.
-        tensors: by file (`weights`, or a side file's name) and key, what the receipt holds of it, and its SHA-256; empty
-            in a lean receipt.
+        tensors: by file (`weights`, or a side file's name) and key, what the receipt holds of it, and its SHA-256;
+            empty in a lean receipt.
     """
 
     name: str

@@ -96,27 +96,29 @@ class Receipt:
         if opened.metadata["schema"] != SCHEMA:
             raise MalformedError("The receipt names two versions.", fix=_FIX, file=path.name)
         receipt = cls(manifest, opened.tensors, opened.file)
-        receipt._require_parts()  # noqa: SLF001
+        receipt._require_parts()
         return receipt
 
     def _require_parts(self) -> None:
         """Refuse parts that are missing, of another dtype or size than the manifest says, or that it does not name."""
         left = {name: ref.spec for name, ref in self.tensors.items() if name != MANIFEST_KEY}
-        for entry in self.manifest.entries:
-            wanted = _stored(entry)
-            if wanted is not None and left.pop(wanted.name, None) != wanted:
+        for wanted in filter(None, map(_stored, self.manifest.entries)):
+            if left.pop(wanted.name, None) != wanted:
                 self._refuse("is missing, or not as large as the manifest says", wanted.name)
-        for index, part in enumerate(self.manifest.adapters):
-            for file, keys in part.tensors.items():
-                for key in keys:
-                    if left.pop(adapter_key(index, file, key), None) is None:
-                        self._refuse("is missing", adapter_key(index, file, key))
+        for key in self._factor_keys():
+            if left.pop(key, None) is None:
+                self._refuse("is missing", key)
         for name in left:
             self._refuse("is not in its manifest", name)
         names = [entry.spec.name for entry in self.manifest.entries]
         listed = [name for shard in self.manifest.shards for name in shard.tensors]
         if len(set(names)) != len(names) or sorted(names) != sorted(listed):
             raise MalformedError("The manifest's files are not made of its tensors.", fix=_FIX, file=self.file.label)
+
+    def _factor_keys(self) -> list[str]:
+        parts = enumerate(self.manifest.adapters)
+        return [adapter_key(index, file, key) for index, part in parts for file in part.tensors
+                for key in part.tensors[file]]  # fmt: skip
 
     def _refuse(self, what: str, name: str) -> None:
         raise MalformedError(f"A part of the receipt {what}.", fix=_FIX, file=self.file.label, part=name)

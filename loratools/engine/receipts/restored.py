@@ -7,7 +7,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from types import MappingProxyType
-from typing import TYPE_CHECKING, final
+from typing import Final, final
 
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint, ShardInfo
@@ -15,21 +15,18 @@ from loratools.engine import merge_units
 from loratools.engine.changes import collect, source_id
 from loratools.engine.context import Context, Settings
 from loratools.engine.operations.change import Change, matrices
-from loratools.engine.operations.predicting import Predictor
-from loratools.engine.operations.sections import chunk_rows, decode_chunk
 from loratools.engine.plan import Input, Unit
-from loratools.engine.receipts.manifest import Entry, Matrix
+from loratools.engine.receipts.manifest import Entry
 from loratools.engine.receipts.opened import Receipt, kept_key, section_key, sha256_of_tensor
+from loratools.engine.receipts.restored_matrix import RestoredMatrix
 from loratools.engine.sinks import NoSink
 from loratools.engine.tensor_change import TensorChange
+from loratools.engine.vocabulary import lengthened
 from loratools.errors import MalformedError, MismatchError
 from loratools.storage.strict_json import decode_json
-from loratools.tensors import AbstractBytes, TensorRef, TensorSpec, bytes_of, torch_dtype
+from loratools.tensors import AbstractBytes, TensorRef, torch_dtype
 
-if TYPE_CHECKING:
-    import torch
-
-_FIX = "Give --base, or get the checkpoint and its receipt again."
+_FIX: Final = "Give --base, or get the checkpoint and its receipt again."
 
 
 @final
@@ -55,7 +52,8 @@ class Restoration:
         refs = {name: TensorRef(each.entry.spec, each, 0) for name, each in self._bytes.items()}
         self.base = _checkpoint(receipt, merged, refs)
         parts = receipt.manifest.adapters
-        self.adapters = list(adapters) if adapters is not None else receipt.adapters(self.base)
+        merged_in = list(adapters) if adapters is not None else receipt.adapters(self.base)
+        self.adapters = [lengthened(adapter, self.base) for adapter in merged_in]
         changes = collect(self.base, self.adapters, [part.weight for part in parts], known=True)
         self._changes = changes.tensors
         sources = {source_id(index): each for index, each in enumerate(self.adapters)}
@@ -71,12 +69,20 @@ class Restoration:
                     file=self.receipt.file.label,
                 )
 
+    def computes(self, name: str) -> bool:
+        """Whether a tensor of the base is computed, rather than copied."""
+        return self._bytes[name].entry.how == "corrected"
+
+    def keeps(self, name: str) -> bool:
+        """Whether the receipt has a tensor of the base itself."""
+        return self._bytes[name].entry.how == "kept"
+
     def peak_bytes(self, name: str) -> int:
         """Working bytes of reading a tensor of the base."""
         entry, change = self._bytes[name].entry, self._changes.get(name)
         if entry.how != "corrected" or change is None:
             return 0
-        return merge_units.peak_bytes(entry.spec, change, tiles=2) + merge_units.receipt_bytes(entry.spec)
+        return merge_units.peak_bytes(entry.spec, change) + merge_units.receipt_bytes(entry.spec, change)
 
     def change_of(self, name: str) -> TensorChange:
         """What the adapters did to a tensor, from headers."""
@@ -114,7 +120,7 @@ class RestoredBytes(AbstractBytes):
         self._merged, self._restoration = merged, restoration
         self._lock = threading.Lock()
         self._digest, self._hashed = hashlib.sha256(), 0
-        self._matrix: _RestoredMatrix | None = None
+        self._matrix: RestoredMatrix | None = None
         self._layout: list[tuple[TensorRef, int | None]] = []
         self._starts: list[int] = []
 
@@ -163,9 +169,13 @@ class RestoredBytes(AbstractBytes):
         name, receipt = self.entry.spec.name, self._restoration.receipt.file.label
         if self.entry.how == "kept":
             return MalformedError("The receipt's copy of this tensor is damaged.", fix=_FIX, file=receipt, tensor=name)
-        what = "was changed after it was merged" if self.entry.how == "same" else (
-            "does not lead back to the base: it was changed after it was merged, or this machine computes the change "
-            "differently, as it may for kinds that need an inverse or an FFT"
+        what = (
+            "was changed after it was merged"
+            if self.entry.how == "same"
+            else (
+                "does not lead back to the base: it was changed after it was merged, or this machine computes its "
+                "change differently, as it may for kinds that need an inverse or an FFT"
+            )
         )
         return MismatchError(f"The merged tensor {what}.", fix=_FIX, tensor=self._merged.name)
 
@@ -189,7 +199,9 @@ class RestoredBytes(AbstractBytes):
         receipt = self._restoration.receipt
         held = receipt.tensors[section_key(spec.name)]
         if sha256_of_tensor(held) != section.sha256:
-            raise MalformedError("A section of the receipt is damaged.", fix=_FIX, file=receipt.file.label, part=held.name)
+            raise MalformedError(
+                "A section of the receipt is damaged.", fix=_FIX, file=receipt.file.label, part=held.name
+            )
         parameters = self._restoration.change_of(spec.name).parameters()
         merged = self._merged.rows(0, spec.shape[0]) if spec.shape else self._merged
         self._layout = list(matrices(merged, Unit("restore", spec.name, parameters=parameters)))
@@ -197,14 +209,14 @@ class RestoredBytes(AbstractBytes):
             raise MalformedError("The receipt's section is of another number of matrices.", tensor=spec.name)
         self._starts = list(accumulate((matrix.nbytes for matrix, _ in self._layout[:-1]), initial=0))
 
-    def _of(self, index: int) -> _RestoredMatrix:
+    def _of(self, index: int) -> RestoredMatrix:
         if self._matrix is None or self._matrix.index != index:
             section = self.entry.section
             assert section is not None
             before = sum(sum(m.chunks) + sum(m.remembered) for m in section.matrices[:index])
             merged, expert = self._layout[index]
             name = self.entry.spec.name
-            self._matrix = _RestoredMatrix(
+            self._matrix = RestoredMatrix(
                 index=index,
                 merged=merged,
                 parts=section.matrices[index],
@@ -213,63 +225,6 @@ class RestoredBytes(AbstractBytes):
                 change=self._restoration.prepared(name, expert),
             )
         return self._matrix
-
-
-@final
-class _RestoredMatrix:
-    """One stored matrix, a chunk at a time."""
-
-    def __init__(  # noqa: PLR0913
-        self, *, index: int, merged: TensorRef, parts: Matrix, section: TensorRef, start: int, change: Change
-    ) -> None:
-        self.index = index
-        self._merged, self._parts, self._section, self._start = merged, parts, section, start
-        self._step = chunk_rows(merged.shape)
-        if len(parts.chunks) != -(-merged.shape[0] // self._step):
-            raise MalformedError("The receipt's section has another number of chunks.", tensor=merged.name)
-        self._change, self._predictor = change, Predictor(change)
-        self._recall()
-        self._whole: dict[int, torch.Tensor] = {}
-        self._last: tuple[int, memoryview] | None = None
-
-    def _recall(self) -> None:
-        import torch
-
-        at = self._start + sum(self._parts.chunks)
-        wanting = [action for *_, action in self._change.actions if action.looks]
-        if len(wanting) != len(self._parts.remembered):
-            raise MalformedError("The receipt remembers another number of actions.", tensor=self._merged.name)
-        for action, length in zip(wanting, self._parts.remembered, strict=True):
-            if length % 8:
-                raise MalformedError("What the receipt remembers is no row of numbers.", tensor=self._merged.name)
-            spec = TensorSpec(self._section.name, "F64", (length // 8,))
-            vector = TensorRef(spec, self._section.source, self._section.offset + at).load()
-            action.recall(vector.to(torch.float64))
-            at += length
-
-    def piece_at(self, offset: int) -> tuple[memoryview, int]:
-        """The bytes of the chunk that holds the matrix's byte `offset`, and where the chunk begins."""
-        row = self._merged.nbytes // self._merged.shape[0]
-        chunk = offset // (row * self._step)
-        if self._last is None or self._last[0] != chunk:
-            self._last = chunk, bytes_of(self._restored(chunk))
-        return self._last[1], chunk * row * self._step
-
-    def _restored(self, chunk: int) -> torch.Tensor:
-        rows = chunk * self._step, min((chunk + 1) * self._step, self._merged.shape[0])
-        begin = self._start + sum(self._parts.chunks[:chunk])
-        data = bytearray(self._parts.chunks[chunk])
-        self._section.read_into(memoryview(data), begin)
-        merged = self._merged.rows(*rows).load()
-
-        def predict(rounds: int) -> torch.Tensor:
-            if not self._change.at_once:
-                return self._predictor.at(merged, rows, rounds)
-            if rounds not in self._whole:
-                self._whole = {rounds: self._predictor.at(self._merged.load(), (0, self._merged.shape[0]), rounds)}
-            return self._whole[rounds][slice(*rows)]
-
-        return decode_chunk(bytes(data), merged, predict, what=self._merged.name).contiguous()
 
 
 def _unseen(nbytes: int, target: str) -> None:
@@ -290,7 +245,9 @@ def _require_header(receipt: Receipt, merged: Checkpoint) -> None:
         )
     for entry in receipt.manifest.entries:
         there = merged[entry.merged]
-        longer = entry.how != "same" and entry.spec.shape[1:] == there.shape[1:] and entry.spec.shape[:1] <= there.shape[:1]  # noqa: E501
+        longer = (
+            entry.how != "same" and entry.spec.shape[1:] == there.shape[1:] and entry.spec.shape[:1] <= there.shape[:1]
+        )
         if there.dtype != entry.spec.dtype or not (there.shape == entry.spec.shape or (longer and there.shape)):
             raise MismatchError(
                 f"The receipt is not this checkpoint's: it speaks of {entry.spec.dtype} {entry.spec.shape}, "
@@ -313,4 +270,3 @@ def _checkpoint(receipt: Receipt, merged: Checkpoint, refs: Mapping[str, TensorR
         companions=merged.companions,
         index_name=manifest.index,
     )
-
