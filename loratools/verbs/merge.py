@@ -38,7 +38,7 @@ class MergeReport(AbstractWrittenReport):
 
     Attributes:
         modules: each changed tensor with the adapters that changed it and how many entries became others.
-        tensors: how many were copied, merged (replacements among them), recast, added; for a receipt alone: recorded, or
+        tensors: how many were copied, merged (replacements among them), recast, added; of a receipt alone recorded,
             unchanged.
         totals: bytes and counts.
     """

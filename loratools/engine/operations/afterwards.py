@@ -24,7 +24,8 @@ def record(unit: Unit, context: Context) -> Outcome:
         MismatchError: merged is not base + adapters.
     """
     merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
-    difference = Difference(foreign=True, acts=bool(unit.parameters.get("acts")))
+    acts = bool(unit.parameters.get("acts"))
+    difference = Difference(foreign=True, acts=acts, added=len(unit.parameters["terms"]))
     if base.dtype not in COMPUTABLE:
         difference.entries = differing_bytes(merged, given_whole(unit, context))
         require_as_merged(unit, base, difference)

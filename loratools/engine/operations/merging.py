@@ -111,7 +111,8 @@ def restore(unit: Unit, context: Context) -> Outcome:
         MismatchError: merged is not base + adapters.
     """
     merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
-    difference = Difference(bool(unit.parameters.get("foreign")), bool(unit.parameters.get("acts")))
+    foreign, acts = bool(unit.parameters.get("foreign")), bool(unit.parameters.get("acts"))
+    difference = Difference(foreign, acts, len(unit.parameters["terms"]))
     if base.dtype not in COMPUTABLE:
         difference.entries = differing_bytes(merged, given_whole(unit, context))
         return _restored(unit, base, difference, context)

@@ -10,7 +10,9 @@ from loratools.engine.operations.differences import differing_entries
 if TYPE_CHECKING:
     import torch
 
-MOST_ROUNDS: Final = 6
+MOST_ROUNDS: Final = 24
+_WORTH_IT: Final = 0.99
+"""A round that leaves more than this share of the differences was the last."""
 
 
 @final
@@ -48,12 +50,19 @@ class Predictor:
         if self._negated is not None:
             return self.at(merged, rows, 1), 1
         wide = merged.double()
-        near, best, fewest, rounds = wide, merged, differing_entries(merged, W), 0
-        while fewest and rounds < MOST_ROUNDS:
-            near = wide - self._change.moves(near, rows)
-            found = round_to(near, merged.dtype)
-            off = differing_entries(found, W)
-            if off >= fewest:
+        near, best, rounds, fewest = wide, merged, 0, differing_entries(merged, W)
+        last, many = float("inf"), W.numel() // 2
+        for tried in range(1, MOST_ROUNDS + 1 if fewest else 1):
+            further = wide - self._change.moves(near, rows)
+            step = float((further - near).abs().mean())
+            if not step < last:  # no contraction, or not any more
                 break
-            best, fewest, rounds = found, off, rounds + 1
+            found = round_to(further, merged.dtype)
+            off = differing_entries(found, W)
+            enough = off > _WORTH_IT * fewest and fewest <= many
+            if off < fewest:
+                best, rounds, fewest = found, tried, off
+            if not off or enough:
+                break
+            near, last = further, step
         return best, rounds

@@ -143,7 +143,11 @@ class RestoredBytes(AbstractBytes):
         """
         with self._lock:
             if self.entry.how == "corrected":
-                self._restore_into(buffer, offset)
+                self._lay_out()
+                try:
+                    self._restore_into(buffer, offset)
+                except MalformedError as error:  # the section is as it was written, so that it fits no longer
+                    raise self._other() from error
             else:
                 self._whole().read_into(buffer, offset)
             self._prove(buffer, offset)
@@ -180,7 +184,6 @@ class RestoredBytes(AbstractBytes):
         return MismatchError(f"The merged tensor {what}.", fix=_FIX, tensor=self._merged.name)
 
     def _restore_into(self, buffer: memoryview, offset: int) -> None:
-        self._lay_out()
         done = 0
         while done < len(buffer):
             at = offset + done
