@@ -187,6 +187,9 @@ dtype = click.option("--dtype", metavar="D", help="bf16, fp16 or fp32 for all we
 max_shard_size = click.option(
     "--max-shard-size", metavar="SIZE", type=size, help="Largest weights file; default the base's own files."
 )
+resume = click.option(
+    "--resume", metavar="WORKDIR", help="Keep what is done there, and go on from what an earlier run did."
+)
 base_model = click.option(
     "--base-model", metavar="OWNER/NAME", help="The base's name on the Hub, for the adapter's configuration and card."
 )
