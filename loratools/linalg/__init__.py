@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratools.linalg._batch import batch_size, truncated_svd_batch
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
+    from loratools.linalg._directions import DirectionProbe
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._rank import (
@@ -38,6 +39,7 @@ __all__ = [
     "WHOLE_SPECTRUM",
     "Allotment",
     "ChunkedRows",
+    "DirectionProbe",
     "LowRankSum",
     "RankRules",
     "RoundingNoise",
@@ -85,6 +87,7 @@ _HOMES: Final = MappingProxyType(
         "noise_margin": "_noise",
         "given_rule": "_rules",
         "ChunkedRows": "_streamed",
+        "DirectionProbe": "_directions",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",
