@@ -42,6 +42,13 @@ def local_output(text: str) -> str:
     return text
 
 
+def work_directory(text: str) -> str:
+    """A directory on this machine, by its name."""
+    if not text or text.startswith("hf://"):
+        raise click.BadParameter("a work directory is one on this machine, beside the output.")
+    return text
+
+
 def rank(text: str) -> int | str:
     """A number, or `auto`."""
     if text == "auto":
@@ -190,7 +197,10 @@ max_shard_size = click.option(
     "--max-shard-size", metavar="SIZE", type=size, help="Largest weights file; default the base's own files."
 )
 resume = click.option(
-    "--resume", metavar="WORKDIR", help="Keep what is done there, and go on from what an earlier run did."
+    "--resume",
+    metavar="WORKDIR",
+    type=work_directory,
+    help="Keep what is done in this directory, and go on from what an earlier run left in it.",
 )
 base_model = click.option(
     "--base-model", metavar="OWNER/NAME", help="The base's name on the Hub, for the adapter's configuration and card."

@@ -83,7 +83,7 @@ class Resumption:
         self._lock, self._flushing = threading.Lock(), threading.Lock()
         self._pending: list[tuple[int, Unit, Outcome]] = []
         self._since = time.monotonic()
-        self._kept = 0
+        self._kept: set[int] = set()
         self._taken = 0
         self._again: list[str] = []
         self._begun = self._published = False
@@ -185,6 +185,7 @@ class Resumption:
                 self._hashes, self._hashed = hashes, True
             elif self._hashed and isinstance(index, int) and 0 <= index < len(self._plan.units):
                 self._found[index] = record
+        self._kept.update(self._found)
 
     def _compare(self, outcome: Outcome) -> None:
         source, name = str(outcome.facts["source"]), outcome.target
@@ -208,12 +209,13 @@ class Resumption:
             return None
         outcome = self._outcome(unit, record)
         if outcome is None or not self._same_bytes(unit, record, context):
-            self._again.append(unit.target)
+            with self._lock:
+                self._again.append(unit.target)
+                self._kept.discard(index)
             return None
         context.advance(unit.read_bytes, unit.target)
         with self._lock:
             self._taken += 1
-            self._kept += 1
         return outcome
 
     def _outcome(self, unit: Unit, record: Record) -> Outcome | None:
@@ -251,7 +253,7 @@ class Resumption:
         self._work.journal.append(records)
         self._hashed = True
         with self._lock:
-            self._kept += len(batch)
+            self._kept.update(index for index, _, _ in batch)
 
     def _recorded(self, index: int, unit: Unit, outcome: Outcome) -> tuple[dict[str, Any], bytes] | None:
         """A unit's record; None where its bytes have no hash, so that it has to be done again."""
@@ -269,7 +271,8 @@ class Resumption:
                 self._flush()
         except StorageError:  # the first error is the one to tell; what is not recorded is done again
             pass
-        told = f"{self._kept} of {self._count()} units are kept in {self._named}; the same command goes on from there."
+        kept = f"{len(self._kept)} of {self._count()} units are kept in {self._named}"
+        told = f"{kept}; the same command goes on from there."
         if isinstance(error, KeyboardInterrupt):
             error.args = (told,)
         elif isinstance(error, StorageError) and isinstance(error, LoratoolsError):

@@ -16,7 +16,7 @@ SURFACE = {
     "inspect": {"--modules", *selecting},
     "graph": {"--as", "--depth", *selecting},
     "diff": {"--spectrum", "--max-rank", "--dry-run", "--max-memory", "--threads", "--device", *selecting},
-    "merge": {"-w", "--dtype", "--max-shard-size", "--device", *writing},
+    "merge": {"-w", "--dtype", "--max-shard-size", "--resume", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
     "extract": {"--rank", "--energy", "--error", "--sv-ratio", "--sv-cumulative", "--sv-fro", "--knee",
                 "--budget", "--uniform-rank", "--rank-pattern", "--max-rank", "--preset", "--activations",

@@ -28,6 +28,8 @@ def test_what_is_no_size(text):
     ["merge", "base", "adapter", "-o", "x", "--threads", "0"],
     ["merge", "base", "adapter", "-o", "hf://me/x"],
     ["merge", "base", "adapter", "-o", ""],
+    ["merge", "base", "adapter", "-o", "x", "--resume", ""],
+    ["merge", "base", "adapter", "-o", "x", "--resume", "hf://me/x"],
     ["merge", "base", "adapter", "-o", "x", "-w", "much"],
     ["merge", "base", "adapter", "-o", "x", "-w", "nan"],
     ["merge", "base", "adapter", "-o", "x", "-w", "1", "-w", "2"],
