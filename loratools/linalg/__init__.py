@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratools.linalg._batch import batch_size, truncated_svd_batch
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
+    from loratools.linalg._grid import grid_step, rounded_from, to_grid
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._rank import (
@@ -48,6 +49,7 @@ __all__ = [
     "balanced_factors",
     "batch_size",
     "given_rule",
+    "grid_step",
     "input_weights",
     "low_rank_delta",
     "noise_bytes",
@@ -63,7 +65,9 @@ __all__ = [
     "rank_for_ratio",
     "require_in_range",
     "round_to",
+    "rounded_from",
     "subtract_low_rank",
+    "to_grid",
     "truncate_low_rank",
     "truncated_svd",
     "truncated_svd_batch",
@@ -84,6 +88,9 @@ _HOMES: Final = MappingProxyType(
         "noise_edge": "_noise",
         "noise_margin": "_noise",
         "given_rule": "_rules",
+        "grid_step": "_grid",
+        "rounded_from": "_grid",
+        "to_grid": "_grid",
         "ChunkedRows": "_streamed",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
