@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loratools.linalg._batch import batch_size, truncated_svd_batch
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
-    from loratools.linalg._grid import grid_step, rounded_from, to_grid
+    from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._rank import (
@@ -66,6 +66,7 @@ __all__ = [
     "require_in_range",
     "round_to",
     "rounded_from",
+    "rounding_edges",
     "subtract_low_rank",
     "to_grid",
     "truncate_low_rank",
@@ -90,6 +91,7 @@ _HOMES: Final = MappingProxyType(
         "given_rule": "_rules",
         "grid_step": "_grid",
         "rounded_from": "_grid",
+        "rounding_edges": "_grid",
         "to_grid": "_grid",
         "ChunkedRows": "_streamed",
         "LowRankSum": "_addition",

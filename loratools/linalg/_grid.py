@@ -65,6 +65,20 @@ def rounded_from(found: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -
     Returns:
         A bool for every entry; False where `found` is not finite.
     """
+    under, over = rounding_edges(found, dtype)
+    return (high >= under).logical_and_(low <= over).logical_and_(torch.isfinite(found))
+
+
+def rounding_edges(found: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The least and the greatest real number that may round to each of `found`: the middles to its neighbours.
+
+    Args:
+        found: finite numbers of `dtype`, in float64.
+        dtype: float64, float32, float16 or bfloat16.
+
+    Returns:
+        Two float64 tensors of the same shape.
+    """
     fraction, least = _grid(dtype)
     bits = found.contiguous().view(torch.int64)
     exponent = (bits >> 52).bitwise_and_(0x7FF)
@@ -73,7 +87,7 @@ def rounded_from(found: Tensor, low: Tensor, high: Tensor, dtype: torch.dtype) -
     inner = torch.where(corner, half * 0.5, half)  # towards zero, a power of two has its neighbour half as far
     under = found - torch.where(found > 0, inner, half)
     over = found + torch.where(found < 0, inner, half)
-    return (high >= under).logical_and_(low <= over).logical_and_(torch.isfinite(found))
+    return under, over
 
 
 def _grid(dtype: torch.dtype) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def test_what_overflows_is_infinite(dtype):
 
 @pytest.mark.parametrize("dtype", NARROW)
 def test_exactly_what_rounds_to_a_number_is_explained(dtype):
-    """Every number with its two neighbours: to the middles and no further, on both sides of zero and of powers of two."""
+    """Every number with its neighbours: to the middles and no further, beside zero and powers of two too."""
     numbers = every_number(dtype).unique()
     middles = (numbers[1:] + numbers[:-1]) / 2
     beside = (numbers[1:] - numbers[:-1]) * 2.0**-20
