@@ -33,11 +33,11 @@ def verify(unit: Unit, context: Context) -> Outcome:
         claim = Claim.of(unit, context, before, after, expert)
         verdicts.append(judge(examined(claim, context)))
         context.advance(before.nbytes + after.nbytes, unit.target)
-    if rows and tail is not None:
-        given = context.update(Input(rows["source"], rows["module"])).added_rows[rows["parameter"]]
-        off = differing(given, tail, context)
-        verdicts += [Verdict("other", None, deviating=off, detail="in the appended rows")] if off else []
     verdict = together(verdicts)
+    if rows and tail is not None and verdict.verdict == GOOD:
+        given = context.update(Input(rows["source"], rows["module"])).added_rows[rows["parameter"]]
+        if off := differing(given, tail, context):
+            verdict = Verdict("other", None, deviating=off, detail="in the appended rows")
     facts: dict[str, Any] = dataclasses.asdict(verdict) | {"entries": base.spec.numel}
     return Outcome(unit.target, "verify", verdict.verdict, facts)
 
