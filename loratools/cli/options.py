@@ -189,6 +189,8 @@ threads = click.option(
 )
 writing = _all(output, overwrite, dry_run, max_memory, threads)
 """What every command takes that writes weights."""
+observing = _all(switch("--dry-run", help="Show the plan; read headers only."), max_memory, threads)
+"""What a command takes that reads weights and writes nothing."""
 dtype = click.option("--dtype", metavar="D", help="bf16, fp16 or fp32 for all weights; default each one's own.")
 max_shard_size = click.option(
     "--max-shard-size", metavar="SIZE", type=size, help="Largest weights file; default the base's own files."

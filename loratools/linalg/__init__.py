@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratools.linalg._batch import batch_size, truncated_svd_batch
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
+    from loratools.linalg._directions import DirectionProbe
     from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
@@ -39,6 +40,7 @@ __all__ = [
     "WHOLE_SPECTRUM",
     "Allotment",
     "ChunkedRows",
+    "DirectionProbe",
     "LowRankSum",
     "RankRules",
     "RoundingNoise",
@@ -94,6 +96,7 @@ _HOMES: Final = MappingProxyType(
         "rounding_edges": "_grid",
         "to_grid": "_grid",
         "ChunkedRows": "_streamed",
+        "DirectionProbe": "_directions",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",

@@ -15,7 +15,7 @@ selecting = {"--include", "--exclude"}
 SURFACE = {
     "inspect": {"--modules", *selecting},
     "graph": {"--as", "--depth", *selecting},
-    "diff": {"--spectrum", "--max-rank", "--device", *selecting},
+    "diff": {"--spectrum", "--max-rank", "--dry-run", "--max-memory", "--threads", "--device", *selecting},
     "verify": {"--base", "--adapter", "-w", "--max-memory", "--threads"},
     "merge": {"-w", "--dtype", "--max-shard-size", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
