@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
     from loratools.linalg._directions import DirectionProbe
+    from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._rank import (
@@ -50,6 +51,7 @@ __all__ = [
     "balanced_factors",
     "batch_size",
     "given_rule",
+    "grid_step",
     "input_weights",
     "low_rank_delta",
     "noise_bytes",
@@ -65,7 +67,10 @@ __all__ = [
     "rank_for_ratio",
     "require_in_range",
     "round_to",
+    "rounded_from",
+    "rounding_edges",
     "subtract_low_rank",
+    "to_grid",
     "truncate_low_rank",
     "truncated_svd",
     "truncated_svd_batch",
@@ -86,6 +91,10 @@ _HOMES: Final = MappingProxyType(
         "noise_edge": "_noise",
         "noise_margin": "_noise",
         "given_rule": "_rules",
+        "grid_step": "_grid",
+        "rounded_from": "_grid",
+        "rounding_edges": "_grid",
+        "to_grid": "_grid",
         "ChunkedRows": "_streamed",
         "DirectionProbe": "_directions",
         "LowRankSum": "_addition",

@@ -14,6 +14,7 @@ from loratools.engine.operations import (
     extracting,
     extracting_experts,
     merging,
+    verifying,
 )
 from loratools.engine.plan import Unit
 
@@ -33,4 +34,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "compare-experts": comparing.compare_experts,
     "derive": deriving.derive,
     "allocate": allocating.allocate,
+    "verify": verifying.verify,
+    "verify-same": verifying.verify_same,
+    "verify-added": verifying.verify_added,
 }
