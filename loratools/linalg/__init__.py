@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from loratools.linalg._batch import batch_size, truncated_svd_batch
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
+    from loratools.linalg._exact_sums import SquareSums, square_sums
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._rank import (
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
     from loratools.linalg._streamed import ChunkedRows
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
+    from loratools.linalg._underflow import flushes, gradual_underflow
     from loratools.linalg._weighted import input_weights, truncated_svd_weighted
     from loratools.linalg._workspace import PRESETS, noise_bytes, workspace_bytes
 
@@ -43,11 +45,14 @@ __all__ = [
     "RoundingNoise",
     "SVDInfo",
     "Spectrum",
+    "SquareSums",
     "add_low_rank",
     "allocate_ranks",
     "balanced_factors",
     "batch_size",
+    "flushes",
     "given_rule",
+    "gradual_underflow",
     "input_weights",
     "low_rank_delta",
     "noise_bytes",
@@ -63,6 +68,7 @@ __all__ = [
     "rank_for_ratio",
     "require_in_range",
     "round_to",
+    "square_sums",
     "subtract_low_rank",
     "truncate_low_rank",
     "truncated_svd",
@@ -88,6 +94,10 @@ _HOMES: Final = MappingProxyType(
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",
+        "SquareSums": "_exact_sums",
+        "square_sums": "_exact_sums",
+        "flushes": "_underflow",
+        "gradual_underflow": "_underflow",
         "add_low_rank": "_addition",
         "allocate_ranks": "_budget",
         "balanced_factors": "_truncated_svd",
