@@ -118,12 +118,12 @@ def test_the_choice_is_proven_and_the_same_in_any_order(factors, scale):
 
 
 def partial_sums_fit(left, right):
-    """Whether Σ |b·a| is at most 2^53 in units of which every product is a multiple, for all entries."""
+    """Whether Σ |b·a| is at most 2^53 in units of which every product is a multiple, and that float64 can hold."""
     for row in left.tolist():
         for column in right.T.tolist():
             pairs = [(b, a) for b, a in zip(row, column, strict=True) if b and a]
             unit = min((lowest(b) + lowest(a) for b, a in pairs), default=0)
-            if sum(abs(Fraction(b) * Fraction(a)) for b, a in pairs) > Fraction(2) ** (53 + unit):
+            if unit < -1074 or sum(abs(Fraction(b) * Fraction(a)) for b, a in pairs) > Fraction(2) ** (53 + unit):
                 return False
     return True
 
@@ -158,6 +158,7 @@ def test_sizes_at_the_ends_of_the_range(power):
 def test_what_is_too_small_for_any_grid_is_left_out(size):
     """Below 2^-481 nothing is kept; what is kept is exact all the same."""
     left, right = ordinary(5, 4, 3)
+    right[:, 0] *= 1e-200
     made = LowRankSum.of([(right, left * size, 1.0)])
     assert partial_sums_fit(made.left, made.right)
     off = np.abs(made.delta(torch.float64).numpy() - exact(left * size, right)).max()
@@ -205,9 +206,10 @@ def test_sums_of_squares(rows, data):
     assert torch.equal(sums.totals(), found)
 
 
-def test_sums_of_squares_of_very_different_pieces():
+@pytest.mark.parametrize("sizes", [(1e-30, 1.0, 1e-9, 0.0, 1e12, 1e-9, 3.0), (1e-9, 0.0, 1e-20, 3e-9, 0.0, 1e-9, 0.0)])
+def test_sums_of_squares_of_very_different_pieces(sizes):
     """Small pieces before large ones and after them: a cut below all that is kept is lost either way."""
-    pieces = [normal(3, 50, seed=seed) * size for seed, size in enumerate((1e-30, 1.0, 1e-9, 0.0, 1e12, 1e-9, 3.0))]
+    pieces = [normal(3, 50, seed=seed) * size for seed, size in enumerate(sizes)]
     totals = []
     for order in (pieces, pieces[::-1], pieces[3:] + pieces[:3], [torch.cat(pieces, 1)]):
         sums = SquareSums(3)
@@ -251,7 +253,7 @@ def test_without_flushing_nothing_is_touched(monkeypatch):
         assert not linalg.flushes()
 
 
-def test_a_processor_that_cannot_stop_is_refused(monkeypatch, flushing):
+def test_a_processor_that_cannot_stop_is_refused(flushing, monkeypatch):
     monkeypatch.setattr(torch, "set_flush_denormal", lambda _: False)
     with pytest.raises(UnsupportedError, match="below the normal range"), linalg.gradual_underflow():
         pytest.fail("computed")
@@ -283,3 +285,29 @@ def test_no_product_in_float32_is_left(monkeypatch):
     W = torch.zeros(40, 30, dtype=torch.bfloat16)
     linalg.add_low_rank(W, [(normal(4, 30).float(), normal(40, 4).bfloat16(), 1.0)])
     assert set(seen) == {torch.float64}
+
+
+@pytest.mark.parametrize("length", [3, 1000, 70_000])
+def test_every_sum_that_decides_is_one_of_integers(monkeypatch, length):
+    """Norms and inner products, by which grids and the number of pieces are chosen: all sums are below 2^53."""
+    sums, plain_sum, plain_mm = [], torch.Tensor.sum, torch.mm
+
+    def summed(tensor, *axes, **how):
+        sums.append((tensor, plain_sum(tensor.abs()).max()))
+        return plain_sum(tensor, *axes, **how)
+
+    def product(one, other, **how):
+        sums.append((one, plain_mm(one.abs(), other.abs()).max()))
+        return plain_mm(one, other, **how)
+
+    left, right = normal(length, 3), normal(3, 40, seed=1)
+    pieces = split(left, 1, 1)[0], split(right, 0, 1)[0]
+    monkeypatch.setattr(torch.Tensor, "sum", summed)
+    monkeypatch.setattr(torch, "mm", product)
+    norm_exponents(left, 0)
+    assert len(sums) == 1
+    assert _one_piece.one_piece_will_do(left, right, pieces)
+    assert len(sums) == 5
+    for operand, largest in sums:
+        assert torch.equal(operand, operand.round())
+        assert float(largest) <= 2**53
