@@ -149,12 +149,18 @@ any_adapters = click.argument("adapters", metavar="[ADAPTER...]", nargs=-1)
 first = click.argument("a")
 second = click.argument("b")
 others = click.argument("others", metavar="...", nargs=-1)
+checked = click.argument("output")
+inputs = click.argument("inputs", metavar="[INPUT...]", nargs=-1)
 repo_id = click.argument("repo_id")
 path = click.argument("path")
 shapes = click.option(
     "--base", metavar="MODEL", help="What the adapters are for, where their tensors do not say how large ΔW is."
 )
 original = click.option("--base", metavar="BASE", help="What was merged into; the result is exact then, bit for bit.")
+merged_into = click.option("--base", metavar="BASE", help="What it should have been merged into.")
+named_adapters = click.option(
+    "--adapter", "adapters", metavar="ADAPTER", multiple=True, help="What should have been merged. Repeatable."
+)
 revision = click.option("--revision", metavar="R", help="A branch, a tag, a commit, or refs/pr/N.")
 
 # Selection.
@@ -183,6 +189,8 @@ threads = click.option(
 )
 writing = _all(output, overwrite, dry_run, max_memory, threads)
 """What every command takes that writes weights."""
+observing = _all(switch("--dry-run", help="Show the plan; read headers only."), max_memory, threads)
+"""What a command takes that reads weights and writes nothing."""
 dtype = click.option("--dtype", metavar="D", help="bf16, fp16 or fp32 for all weights; default each one's own.")
 max_shard_size = click.option(
     "--max-shard-size", metavar="SIZE", type=size, help="Largest weights file; default the base's own files."

@@ -1,4 +1,4 @@
-"""Run a plan: units over threads, results into the sink, then report, card and weights appear together."""
+"""Run a plan: its units go into the sink, then report, card and weights appear together."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import dataclasses
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,12 +14,12 @@ from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import memory
 from loratools.engine.cards import card
-from loratools.engine.context import Context, Outcome, Stopped, stopped_if
-from loratools.engine.events import Advanced, Stage, Started
-from loratools.engine.operations import OPERATIONS
-from loratools.engine.plan import Plan, Unit, canonical
+from loratools.engine.context import Context, Outcome, stopped_if
+from loratools.engine.events import Stage, Started
+from loratools.engine.plan import Plan, canonical
 from loratools.engine.planning import Run
 from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
+from loratools.engine.running import progress, run_closing, run_units
 from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink, NoSink
 from loratools.storage.files import ReadOnlyFile, sha256_of
 from loratools.storage.outputs import OutputDirectory, OutputFiles
@@ -100,9 +98,9 @@ def execute(
         stop = threading.Event()
         sink = _sink(plan, out.path, assembly, stop)
         opened = _opened(sources)
-        early = Context(sources, sink, run.settings(computes=False), stop, _progress(run), opened)
-        outcomes = _run(plan, plan.units, early, run, computes=computes)
-        outcomes = _closed(plan, outcomes, early, run, computes=computes)
+        early = Context(sources, sink, run.settings(computes=False), stop, progress(run), opened)
+        outcomes = run_units(plan, plan.units, early, run, computes=computes)
+        outcomes = run_closing(plan, outcomes, early, run, computes=computes)
         listener(Stage("verifying"))
         written = sink.finish()
         _copy_companions(plan, sources, out.path)
@@ -125,8 +123,8 @@ def observe(plan: Plan, sources: Sources, run: Run) -> list[Outcome]:
     """
     run.listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
     opened = _opened(sources)
-    context = Context(sources, NoSink(), run.settings(computes=False), threading.Event(), _progress(run), opened)
-    outcomes = _run(plan, plan.units, context, run, computes=True)
+    context = Context(sources, NoSink(), run.settings(computes=False), threading.Event(), progress(run), opened)
+    outcomes = run_units(plan, plan.units, context, run, computes=True)
     for file in opened.values():
         file.require_unchanged()
     return outcomes
@@ -156,113 +154,6 @@ def _sink(plan: Plan, directory: Path, assembly: Assembly | None, stop: threadin
         return AdapterSink(directory, assembly, str(plan.options["format"]), order)
     counts = Counter(unit.file for unit in plan.units if unit.file)
     return CheckpointSink(directory, plan.files, counts, lambda: stopped_if(stop))
-
-
-def _progress(run: Run) -> Callable[[int, str], None]:
-    lock = threading.Lock()
-
-    def advance(nbytes: int, target: str) -> None:
-        with lock:
-            run.listener(Advanced(nbytes, target))
-
-    return advance
-
-
-def _run(plan: Plan, units: Sequence[Unit], early: Context, run: Run, *, computes: bool) -> list[Outcome]:
-    """Run units of a plan. Those that hash come first: they start while torch, a second's work, is imported."""
-    tensors = sum(len(source) for source in early.sources.values())
-    gate = memory.Gate(memory.room(plan.units, tensors, run.max_memory))
-    failed: list[int] = []
-    with ThreadPoolExecutor(early.settings.threads, "loratools") as pool:
-        futures: list[Future[Outcome]] = []
-        try:
-            for index, unit in enumerate(units):
-                if unit.operation != "hash":
-                    break
-                futures.append(pool.submit(_Worker(early, gate, failed), index, unit))
-            worker = _Worker(dataclasses.replace(early, settings=run.settings(computes=computes)), gate, failed)
-            with _one_thread_each(plan):
-                start = len(futures)
-                futures += (pool.submit(worker, start + index, unit) for index, unit in enumerate(units[start:]))
-                return _results_of(futures, failed)
-        except BaseException:
-            early.stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
-
-
-def _closed(plan: Plan, found: list[Outcome], early: Context, run: Run, *, computes: bool) -> list[Outcome]:
-    """Run a plan's closing units; what they ask for again is run again, as often as they ask."""
-    done = list(zip(plan.units, found, strict=True))
-    last = []
-    for unit in plan.closing:
-        while (outcome := OPERATIONS[unit.operation](unit, dataclasses.replace(early, done=tuple(done)))).again:
-            run.listener(Stage(f"{outcome.what}: {len(outcome.again)}"))
-            unseen = dataclasses.replace(early, advance=lambda *_: None)
-            results = _run(plan, outcome.again, unseen, run, computes=computes)
-            fresh = {_name(each): (each, result) for each, result in zip(outcome.again, results, strict=True)}
-            done = [fresh.get(_name(each[0]), each) for each in done]
-        last.append(outcome)
-    return [*(outcome for _, outcome in done), *last]
-
-
-def _name(unit: Unit) -> tuple[str, str]:
-    return unit.operation, unit.target
-
-
-def _results_of(futures: Sequence[Future[Outcome]], failed: Sequence[int]) -> list[Outcome]:
-    wait(futures, return_when=FIRST_EXCEPTION)
-    if failed:  # those before it have been started; the first error of all is the one to tell
-        wait(futures[: min(failed)])
-    return _results(futures)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Worker:
-    """Runs units, from several threads; once one has failed, only those that come before it in the plan."""
-
-    context: Context
-    gate: memory.Gate
-    failed: list[int]
-
-    def __call__(self, index: int, unit: Unit) -> Outcome:
-        with self.gate.held(unit.peak_bytes + memory.BUFFERS):
-            self.context.check()
-            if self.failed and index > min(self.failed):
-                raise Stopped
-            try:
-                outcome = OPERATIONS[unit.operation](unit, self.context)
-                self.context.sink.unit_done(unit.file)
-            except Exception:
-                self.failed.append(index)
-                raise
-            return outcome
-
-
-def _results(futures: Sequence[Future[Outcome]]) -> list[Outcome]:
-    """All results, or the first real failure in the plan's order."""
-    for future in futures:
-        if future.done() and not future.cancelled():
-            error = future.exception()
-            if error is not None and not isinstance(error, Stopped):
-                raise error
-    return [future.result() for future in futures]
-
-
-@contextmanager
-def _one_thread_each(plan: Plan) -> Iterator[None]:
-    """One BLAS thread per unit: the parallelism is between units, and results do not depend on it."""
-    if all(unit.operation in {"hash", "copy"} for unit in plan.units):
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _copy_companions(plan: Plan, sources: Sources, directory: Path) -> None:

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from loratools.linalg._batch import batch_size, truncated_svd_batch
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
+    from loratools.linalg._directions import DirectionProbe
     from loratools.linalg._exact_sums import SquareSums, square_sums
+    from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._rank import (
@@ -40,6 +42,7 @@ __all__ = [
     "WHOLE_SPECTRUM",
     "Allotment",
     "ChunkedRows",
+    "DirectionProbe",
     "LowRankSum",
     "RankRules",
     "RoundingNoise",
@@ -53,6 +56,7 @@ __all__ = [
     "flushes",
     "given_rule",
     "gradual_underflow",
+    "grid_step",
     "input_weights",
     "low_rank_delta",
     "noise_bytes",
@@ -68,8 +72,11 @@ __all__ = [
     "rank_for_ratio",
     "require_in_range",
     "round_to",
+    "rounded_from",
+    "rounding_edges",
     "square_sums",
     "subtract_low_rank",
+    "to_grid",
     "truncate_low_rank",
     "truncated_svd",
     "truncated_svd_batch",
@@ -90,7 +97,12 @@ _HOMES: Final = MappingProxyType(
         "noise_edge": "_noise",
         "noise_margin": "_noise",
         "given_rule": "_rules",
+        "grid_step": "_grid",
+        "rounded_from": "_grid",
+        "rounding_edges": "_grid",
+        "to_grid": "_grid",
         "ChunkedRows": "_streamed",
+        "DirectionProbe": "_directions",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",

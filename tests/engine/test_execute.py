@@ -158,7 +158,7 @@ def test_the_first_failure_in_the_plans_order_is_raised(home, monkeypatch):
             ready.set()
         else:
             ready.clear()
-        monkeypatch.setattr("loratools.engine.execute.OPERATIONS", {**OPERATIONS, "merge": failing})
+        monkeypatch.setattr("loratools.engine.running.OPERATIONS", {**OPERATIONS, "merge": failing})
         with pytest.raises(StorageError, match=re.escape(names[0])):
             merge(home / "base", [home / "a"], home / "out", threads=threads)
         assert state(home) == before
@@ -176,7 +176,7 @@ def test_other_units_stop_when_one_fails(home, monkeypatch):
         return OPERATIONS["hash"](unit, context)
 
     monkeypatch.setattr(extracting, "row_ranges", lambda *a: pytest.fail("computed"))
-    monkeypatch.setattr("loratools.engine.execute.OPERATIONS", {"hash": counted, "extract": failing})
+    monkeypatch.setattr("loratools.engine.running.OPERATIONS", {"hash": counted, "extract": failing})
     with pytest.raises(NonFiniteError):
         extract(home / "base", home / "tuned", home / "out", threads=1)
     assert len(done) == 6

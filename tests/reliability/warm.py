@@ -25,7 +25,7 @@ from pathlib import Path
 LIMIT = 60.0
 ROOT = Path(__file__).resolve().parents[2]
 LINES = ("storage/outputs.py", "storage/partials.py", "storage/scratch.py", "storage/writer.py", "storage/syscalls.py",
-         "engine/execute.py", "engine/sinks.py", "cli/main.py")  # fmt: skip
+         "engine/execute.py", "engine/running.py", "engine/sinks.py", "cli/main.py")  # fmt: skip
 """Where an interrupt may be placed: the writing side."""
 _PR_SET_PTRACER, _ANY = 0x59616D61, -1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

@@ -15,10 +15,12 @@ from loratools.engine.operations import (
     extracting,
     extracting_experts,
     merging,
+    verifying,
 )
 from loratools.engine.plan import Unit
 
 Operation = Callable[[Unit, Context], Outcome]
+_BYTES_ONLY: Final = frozenset({"hash", "copy", "same"})  # these run without torch
 
 
 def _computing(operation: Operation) -> Operation:
@@ -34,18 +36,25 @@ def _computing(operation: Operation) -> Operation:
     return run
 
 
-OPERATIONS: Final[Mapping[str, Operation]] = {
+_TABLE: Final[Mapping[str, Operation]] = {
     "hash": copying.hash_file,
     "copy": copying.copy,
     "same": copying.same,
-    "cast": _computing(copying.cast),
-    "add": _computing(merging.add),
-    "merge": _computing(merging.merge),
-    "restore": _computing(merging.restore),
-    "extract": _computing(extracting.extract),
-    "extract-experts": _computing(extracting_experts.extract_experts),
-    "compare": _computing(comparing.compare),
-    "compare-experts": _computing(comparing.compare_experts),
-    "derive": _computing(deriving.derive),
-    "allocate": _computing(allocating.allocate),
+    "cast": copying.cast,
+    "add": merging.add,
+    "merge": merging.merge,
+    "restore": merging.restore,
+    "extract": extracting.extract,
+    "extract-experts": extracting_experts.extract_experts,
+    "compare": comparing.compare,
+    "compare-experts": comparing.compare_experts,
+    "derive": deriving.derive,
+    "allocate": allocating.allocate,
+    "verify": verifying.verify,
+    "verify-same": verifying.verify_same,
+    "verify-added": verifying.verify_added,
+}
+
+OPERATIONS: Final[Mapping[str, Operation]] = {
+    name: operation if name in _BYTES_ONLY else _computing(operation) for name, operation in _TABLE.items()
 }

@@ -62,7 +62,7 @@ class Change:
         for term in unit.parameters.get("terms", ()):
             if term.get("only", expert) != expert:
                 continue
-            update = _update(term, unit, context, expert)
+            update = update_of(term, unit, context, expert)
             if not update.terms:
                 actions.append((float(term["weight"]), str(term["source"]), update.action()))
             for product in update.terms:
@@ -177,7 +177,8 @@ def matrices(ref: TensorRef, unit: Unit) -> Iterator[tuple[TensorRef, int | None
         yield ref.rows(expert, expert + 1).reshaped(ref.shape[1:]), expert
 
 
-def _update(term: Mapping[str, Any], unit: Unit, context: Context, expert: int | None) -> AbstractUpdate:
+def update_of(term: Mapping[str, Any], unit: Unit, context: Context, expert: int | None) -> AbstractUpdate:
+    """What a term of a unit adds to the stored matrix, or to that of one expert."""
     update = context.update(Input(term["source"], term["module"]))
     if "only" in term:
         return _placed(update, *term["at"], rows=context.tensor(unit.inputs[0]).shape[1])
