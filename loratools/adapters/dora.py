@@ -15,7 +15,7 @@ from loratools.tensors import TensorRef
 if TYPE_CHECKING:
     import torch
 
-    from loratools.linalg import LowRankSum
+    from loratools.linalg import LowRankSum, SquareSums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,32 +105,38 @@ class Dora(AbstractUpdate):
 
 
 class _Rescaling(AbstractAction):
-    """Rows of W + ΔW brought to their magnitude. Row norms are taken at once from whole rows, else by looking first."""
+    """Rows of W + ΔW brought to their magnitude. Row norms are taken at once from whole rows, else by looking first.
+
+    Either way the norm of a row is one number, whatever the tiles and the order of the sum.
+    """
 
     looks = True
 
     def __init__(self, product: LowRankSum, magnitude: torch.Tensor, name: str) -> None:
         self._product, self._magnitude, self._name = product, magnitude, name
+        self._seen: SquareSums | None = None
         self._squares: torch.Tensor | None = None
 
     def look(self, base: torch.Tensor, region: Region) -> None:
         """See `AbstractAction.look`."""
-        squares = self._known()
-        squares[region.rows] += self._moved(base, region).square().sum(1).to(squares.device)
+        from loratools.linalg import SquareSums
+
+        if self._seen is None:
+            self._seen = SquareSums(len(self._magnitude), base.device)
+        self._seen.add(self._moved(base, region), region.rows)
 
     def change(self, base: torch.Tensor, region: Region) -> torch.Tensor:
         """See `AbstractAction.change`."""
+        from loratools.linalg import square_sums
+
         moved = self._moved(base, region)
         if region.columns.stop - region.columns.start == self._product.right.shape[1]:
-            squares = self._known()
-            squares[region.rows] = moved.square().sum(1).to(squares.device)
+            if self._squares is None:
+                self._squares = moved.new_zeros(self._magnitude.shape)
+            self._squares[region.rows] = square_sums(moved)
+        elif self._squares is None and self._seen is not None:
+            self._squares = self._seen.totals()
         return self._rescaled(moved, region).sub_(base)
-
-    def _known(self) -> torch.Tensor:
-        """Squared norms of rows, zero where none has been seen."""
-        if self._squares is None:
-            self._squares = self._magnitude.new_zeros(self._magnitude.shape)
-        return self._squares
 
     def _moved(self, base: torch.Tensor, region: Region) -> torch.Tensor:
         return base + self._product.piece(region.rows, region.columns).to(base.device)

@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from loratools.cli import options
+from loratools.cli import options, plans
 from loratools.cli.errors import NO
 from loratools.cli.output import Output
 from loratools.cli.progress import bytes_done
@@ -18,6 +18,7 @@ from loratools.cli.progress import bytes_done
     loratools diff base/ tuned/
     loratools diff base/ tuned/ --spectrum --include '*_proj'
     loratools diff base/ copy/ -q && echo same
+    loratools diff base/ tuned/ --spectrum --dry-run
     """,
 )
 @options.first
@@ -26,15 +27,19 @@ from loratools.cli.progress import bytes_done
 @options.spectrum
 @options.spectrum_rank
 @options.selecting
+@options.observing
 @options.device
-def command(out: Output, a: str, b: str, others: tuple[str, ...], **asked: Any) -> None:
+def command(out: Output, a: str, b: str, others: tuple[str, ...], *, dry_run: bool, **asked: Any) -> None:
     """Say which tensors of two checkpoints differ, and by how much. Exit 0: none, 1: some.
 
     --spectrum decomposes every changed matrix once, and shows what an adapter would weigh and lose at every rank.
     """
     from loratools import rendering
-    from loratools.verbs.diff import diff
+    from loratools.verbs.diff import diff, plan_diff
 
+    if dry_run:
+        out.answer(plan_diff(a, b, *others, **asked), plans.plan)
+        return
     with bytes_done(shown=out.progress) as listener:
         report = diff(a, b, *others, listener=listener, **asked)
     out.report(report, lambda report: rendering.difference(report).splitlines())

@@ -22,6 +22,8 @@ _WORDS: Final = {
     "restore": "tensors checked and restored",
     "derive": "modules rewritten",
     "hash": "input files hashed",
+    "compare": "modules compared",
+    "compare-experts": "stacks of experts compared",
 }
 _DRY: Final = "This is a dry run: nothing is written."
 
@@ -29,14 +31,18 @@ _DRY: Final = "This is a dry run: nothing is written."
 def plan(made: Plan) -> list[str]:
     """A plan on one screen."""
     bounds = made.bounds
+    writes = made.kind != "report"
     files = len(made.files) + len(made.copies) + len(made.texts)
     rows = [
         *((source.role, _source(source)) for source in made.sources),
-        ("output", f"{printable(made.output)}{' (replaced if it is there)' if made.overwrite else ''}"),
+        (
+            "output",
+            f"{printable(made.output)}{' (replaced if it is there)' if made.overwrite else ''}" if writes else "",
+        ),
         ("files", f"{count(files, 'file')} and the report" if made.files else ""),
         ("work", counted(Counter(word for unit in made.units for word in _words(unit)))),
         ("reads", size(bounds.read_bytes)),
-        ("writes", f"at most {size(bounds.write_bytes)}"),
+        ("writes", f"at most {size(bounds.write_bytes)}" if writes else ""),
         ("scratch", f"at most {size(bounds.scratch_bytes)}" if bounds.scratch_bytes else ""),
         ("memory", f"at most {size(bounds.peak_bytes)}"),
         *(("rule", f"{name}: {text}") for name, text in made.rules.items() if _is_used(name, made)),

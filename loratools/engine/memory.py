@@ -36,6 +36,8 @@ RECEIPT_ENTRIES: Final = 2**19
 """Entries whose corrections are worked out at a time."""
 RECEIPT_FACTOR: Final = 80
 """Working bytes of each: masks, places, distances and their folded and encoded forms, if all were at risk."""
+WIDE_ENTRIES: Final = 2**18
+"""Entries of a row tile that is gone through in float64, many passes at a time: 2 MiB, to stay near the cache."""
 BUFFERS: Final = 3 * 4 * MIB
 """Read and hash buffers of one worker."""
 

@@ -19,16 +19,26 @@ class Spectrum:
         values: singular values, descending; all of them above the float32 floor, or the leading ones.
         norm: ‖M‖_F.
         rest: ‖M − Σ σ u vᵀ‖_F over all of `values`.
+        floor: what a singular value exceeds that is none of the rounding noise's; see `linalg.RoundingNoise.floor`.
+        noise: E‖noise‖_F².
     """
 
     values: tuple[float, ...]
     norm: float
     rest: float
+    floor: float = 0.0
+    noise: float = 0.0
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Spectrum:
         """From what a unit found."""
-        return cls(tuple(document["values"]), document["norm"], document["rest"])
+        values, floor, noise = tuple(document["values"]), document.get("floor", 0.0), document.get("noise", 0.0)
+        return cls(values, document["norm"], document["rest"], floor, noise)
+
+    @property
+    def above_noise(self) -> int:
+        """How many of the known values stand out of the rounding noise."""
+        return sum(value > self.floor for value in self.values)
 
     def left(self, rank: int) -> float:
         """‖M − M_r‖_F² at `rank`; at most what is beyond all known values."""
@@ -78,6 +88,17 @@ class ModuleSpectrum:
     def squares(self) -> float:
         """‖ΔW‖_F² of all parts."""
         return math.fsum(part.norm**2 for part in self.parts)
+
+    @property
+    def above_noise(self) -> int:
+        """The most values of one part that stand out of the rounding noise."""
+        return max(part.above_noise for part in self.parts)
+
+    @property
+    def stable_rank(self) -> float:
+        """‖ΔW‖_F²/‖ΔW‖₂² (Rudelson and Vershynin 2007): never more than the participation ratio."""
+        largest = max(part.values[0] if part.values else 0.0 for part in self.parts)
+        return self.squares / largest**2 if largest else 0.0
 
     def left(self, rank: int) -> float:
         """‖ΔW − Δ̂‖_F² of all parts."""

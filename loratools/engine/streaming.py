@@ -36,13 +36,14 @@ def _streamed(unit: Unit, room: int | None) -> Unit:
     fits = room is None or unit.peak_bytes <= room
     if 4 * rows * columns <= HELD and fits:
         return unit
-    peak = _peak(rows, columns, svd)
+    peak = bytes_in_passes(rows, columns, svd)
     if peak >= unit.peak_bytes:
         return unit
     return dataclasses.replace(unit, parameters={**unit.parameters, "streamed": True}, peak_bytes=peak)
 
 
-def _peak(rows: int, columns: int, svd: Mapping[str, Any]) -> int:
+def bytes_in_passes(rows: int, columns: int, svd: Mapping[str, Any]) -> int:
+    """Working bytes of decomposing a matrix that is read anew for every pass."""
     from loratools.linalg import WHOLE_SPECTRUM, workspace_bytes
 
     rank = min(svd.get("rank") or svd["max_rank"], rows, columns)

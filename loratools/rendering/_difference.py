@@ -10,6 +10,9 @@ from loratools.rendering._table import table
 
 _LISTED: Final = 3
 _MODULES: Final = 12
+_WORTH_A_TABLE: Final = 2
+_EXACT: Final = 5e-3
+_MEASURES: Final = ("‖ΔW‖", "of ‖W‖", "moved", "rounding")
 
 
 class Difference(Protocol):
@@ -28,12 +31,14 @@ def difference(report: Difference) -> str:
     rows = [
         ("tensors", ", ".join(f"{number:,} {kind}" for kind, number in totals["tensors"].items() if number) or "none"),
         ("‖ΔW‖", _norm(totals)),
+        ("moved", _moved(totals)),
         *((kind, _names(document["tensors"], kind)) for kind in ("recast", "reshaped", "added", "removed")),
     ]
     lines = [f"{names[0]} and {names[1]} {same}."]
     lines += [f"  {label:8}  {text}" for label, text in rows if text]
     lines += [f"  note: {sentence(note)}" for note in document["notes"]]
-    return "\n".join([*lines, *_changed(document["modules"]), *_choices(document)])
+    groups = [*_groups(document["by_kind"], "kind"), *_groups(document["by_layer"], "layer")]
+    return "\n".join([*lines, *_changed(document), *groups, *_choices(document)])
 
 
 def _norm(found: Mapping[str, Any]) -> str:
@@ -47,15 +52,19 @@ def _names(tensors: Iterable[Mapping[str, Any]], kind: str) -> str:
     return ", ".join(names[:_LISTED]) + (f", and {len(names) - _LISTED} more" if len(names) > _LISTED else "")
 
 
-def _changed(modules: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+def _changed(document: Mapping[str, Any]) -> Iterator[str]:
     """The modules with the largest relative ΔW; all of them are in the JSON document."""
-    measured = [module for module in modules if module["norm"]]
+    measured = [module for module in document["modules"] if module["norm"]]
     most = sorted(measured, key=lambda module: module["relative"] or 0.0, reverse=True)[:_MODULES]
     if not most:
         return
     spectra = any(module["spectrum"] for module in most)
-    head = ("module", "‖ΔW‖", "of ‖W‖", *(("effective rank",) if spectra else ()))
-    rows = [(shown(module["name"]), *_numbers(module, spectra=spectra)) for module in most]
+    head = ("module", *_MEASURES, "effective rank", *(("above noise",) if spectra else ()))
+    cap = document["parameters"]["max_rank"]
+    rows = [
+        (shown(each["name"]), *_measured(each), _effective(each), *((_above(each, cap),) if spectra else ()))
+        for each in most
+    ]
     yield ""
     yield (
         f"The {len(most)} of {len(measured)} changed modules that changed most:"
@@ -65,15 +74,58 @@ def _changed(modules: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield from table([head, *rows], right=len(head) - 1)
 
 
-def _numbers(module: Mapping[str, Any], *, spectra: bool) -> tuple[str, ...]:
-    relative = f"{module['relative']:.3g}" if module["relative"] is not None else ""
+def _measured(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells below `_MEASURES`."""
+    relative = f"{row['relative']:.3g}" if row["relative"] is not None else ""
+    shares = (f"{share:.0%}" if (share := row[name]) is not None else "" for name in ("moved", "rounding"))
+    return f"{row['norm']:.4g}", relative, *shares
+
+
+def _above(module: Mapping[str, Any], cap: int) -> str:
+    """How many singular values stand out of the noise; all that were looked at may not be all."""
     found = module["spectrum"]
-    return f"{module['norm']:.4g}", relative, *((_effective(found) if found else "",) if spectra else ())
+    return f"{found['above_noise']}{'+' if found['above_noise'] == cap else ''}" if found else ""
 
 
-def _effective(spectrum: Mapping[str, Any]) -> str:
-    low, high = (f"{bound:.1f}" for bound in spectrum["effective_rank"])
-    return low if low == high else f"{low} to {high}"
+def _groups(rows: Sequence[Mapping[str, Any]], what: str) -> Iterator[str]:
+    """By kind of module or by layer, in the checkpoint's order: those that changed most, where there are too many."""
+    changed = [row for row in rows if row["different"]]
+    most = sorted(changed, key=lambda row: row["relative"] or 0.0, reverse=True)[:_MODULES]
+    if len(most) < _WORTH_A_TABLE:
+        return
+    kept = [row for row in changed if any(row is each for each in most)]
+    head = (what, "different", *_MEASURES, "effective rank")
+    cells = [
+        (
+            shown(row["name"]) or "(no layer)",
+            f"{row['different']} of {row['tensors']}",
+            *_measured(row),
+            f"{row['effective_rank']:.1f}" if row["effective_rank"] is not None else "",
+        )
+        for row in kept
+    ]
+    yield ""
+    listed = f"The {len(kept)} of {len(changed)} that changed most, by" if len(kept) < len(changed) else "By"
+    yield f"{listed} {what}{', with the median of the effective ranks' if any(row[-1] for row in cells) else ''}:"
+    yield from table([head, *cells], right=len(head) - 1)
+
+
+def _effective(module: Mapping[str, Any]) -> str:
+    """An interval that holds, from a spectrum; else an estimate with two standard errors."""
+    if module["spectrum"]:
+        low, high = (f"{bound:.1f}" for bound in module["spectrum"]["effective_rank"])
+        return low if low == high else f"{low} to {high}"
+    if module["effective_rank"] is None:
+        return ""
+    estimate, error = module["effective_rank"]["estimate"], 2 * module["effective_rank"]["standard_error"]
+    return f"{estimate:.1f}" if error < _EXACT * estimate else f"{estimate:.3g} ± {error:.1g}"
+
+
+def _moved(totals: Mapping[str, Any]) -> str:
+    if not totals["norm"] or totals["moved"] is None:
+        return ""
+    text = f"{totals['moved']:.2%} of the entries, by up to {totals['largest']:.3g}"
+    return text + (f"; rounding explains {totals['rounding']:.1%} of ‖ΔW‖²" if totals["rounding"] is not None else "")
 
 
 def _choices(document: Mapping[str, Any]) -> Iterator[str]:

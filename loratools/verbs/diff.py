@@ -4,38 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters import Adapter, Selection
-from loratools.checkpoints import Checkpoint, owner
-from loratools.engine import planning
+from loratools.checkpoints import Checkpoint
+from loratools.engine import memory, planning
+from loratools.engine.compare_tally import (
+    KINDS,
+    SAME,
+    kind_rows,
+    layer_rows,
+    module_rows,
+    tensor_rows,
+    totals,
+)
 from loratools.engine.compare_units import Comparison, comparison
 from loratools.engine.context import Outcome
-from loratools.engine.events import Listener, ignore
 from loratools.engine.execute import observe
 from loratools.engine.plan import Plan
-from loratools.engine.planning import Run
+from loratools.engine.planning import Run, RunOptions
 from loratools.engine.reports import AbstractReport
-from loratools.engine.spectrum import ModuleSpectrum, Spectrum, ranks, table
+from loratools.engine.spectrum import ModuleSpectrum, Spectrum, table
 from loratools.engine.svd_options import SvdOptions
 from loratools.errors import UnsupportedError, UsageError
 from loratools.files import open_checkpoint
 from loratools.files.locate import Source, kind_of
-from loratools.tensors import TensorRef
 
-KINDS: Final = {
-    "identical": "the same dtype, shape and bytes",
-    "equal": "the same numbers in other bytes: a wider dtype, or zeros of another sign",
-    "recast": "one is the other rounded to its dtype",
-    "changed": "other numbers",
-    "reshaped": "another shape: a head of another size, or rows that the first vocabulary does not have",
-    "added": "only the second checkpoint has it",
-    "removed": "only the first checkpoint has it",
-}
-"""What may have become of a tensor."""
-SAME: Final = frozenset({"identical", "equal"})
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _ROLES: Final = ("a", "b")
 
 
@@ -48,13 +46,16 @@ class DiffReport(AbstractReport):
         inputs: role (`a`, `b`), kind, base name, tensors and bytes of both.
         parameters: the options.
         totals: tensors and bytes per kind of difference, all kinds named; ‖ΔW‖ over all tensors of one shape, and
-            relative to ‖W‖ of those that changed.
+            relative to ‖W‖ of those that changed; the largest |ΔW|, the share of entries that moved, and the share of
+            ‖ΔW‖² that is the noise of rounding.
+        by_kind: the same for all modules of one name (`q_proj`), with the median of their matrices' effective ranks.
+        by_layer: the same for every layer; the name is empty for what stands outside of layers.
         table: with a spectrum, for ranks 1, 2, 4, …: `rank`, `bytes` of an adapter's tensors, `captured` and `residual`
             over all low-rank modules, `worst`, the module with the largest residual, and its `residual`.
         whole: with a spectrum, bytes of what an adapter stores as it is, part of every row; else None.
-        modules: every module with a tensor that is not the same, with `kinds`, `norm` ‖ΔW‖_F and `relative` to
-            ‖W‖_F of its tensors that changed; `spectrum`, or None: see `docs/guide/diff.md`.
-        tensors: every tensor: `name`, `module`, `kind`, `dtype` and `shape` on either side, `norm`, `relative`.
+        modules: every module with a tensor that is not the same, with `kinds`, what is measured of its tensors that
+            changed, and `spectrum`, or None: see `docs/guide/diff.md`.
+        tensors: every tensor: `name`, `module`, `kind`, `dtype` and `shape` on either side, and what was measured.
         notes: what a user should know.
     """
 
@@ -62,6 +63,8 @@ class DiffReport(AbstractReport):
     inputs: tuple[Mapping[str, Any], ...]
     parameters: Mapping[str, Any]
     totals: Mapping[str, Any]
+    by_kind: tuple[Mapping[str, Any], ...]
+    by_layer: tuple[Mapping[str, Any], ...]
     table: tuple[Mapping[str, Any], ...]
     whole: int | None
     notes: tuple[str, ...]
@@ -74,6 +77,32 @@ class DiffReport(AbstractReport):
         return "diff"
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Prepared:
+    plan: Plan
+    sides: Mapping[str, Checkpoint]
+    found: Comparison
+    run: Run
+
+
+def plan_diff(
+    a: Source | Checkpoint,
+    b: Source | Checkpoint,
+    *others: Source | Checkpoint,
+    spectrum: bool = False,
+    max_rank: int = 128,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    **run: Unpack[RunOptions],
+) -> Plan:
+    """What `diff` would read and compute with the same arguments, and the memory that it would take.
+
+    Raises:
+        LoratoolsError: as `diff`, for everything that headers tell.
+    """
+    return _prepare((a, b, *others), spectrum, max_rank, Selection(tuple(include), tuple(exclude)), Run(**run)).plan
+
+
 def diff(
     a: Source | Checkpoint,
     b: Source | Checkpoint,
@@ -82,8 +111,7 @@ def diff(
     max_rank: int = 128,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
-    device: str = "auto",
-    listener: Listener = ignore,
+    **run: Unpack[RunOptions],
 ) -> DiffReport:
     """Compare two checkpoints tensor by tensor; nothing is written.
 
@@ -96,27 +124,34 @@ def diff(
         max_rank: singular values per matrix that the spectrum looks at.
         include: patterns of modules to look at; default all.
         exclude: patterns of modules not to look at.
-        device: where spectra are computed.
-        listener: receives progress.
+        run: `max_memory`, `threads`, `device`, `listener`.
 
     Raises:
         UnsupportedError: an adapter, or more than two inputs.
         MismatchError: the two are not checkpoints of one architecture.
-        NonFiniteError: NaN or infinity in a tensor that differs, with its name and their number.
+        MemoryLimitError: it would take more than `max_memory`.
         UsageError: a pattern matches no module, a rank below 1, a device that is not there.
 
     Law: every tensor of both sides has one kind. A row of the table is what `extract` with that `rank` writes: its
     bytes without the file's header, its residual to within what a certificate promises.
     """
-    _require_two_checkpoints((a, b, *others))
+    selection = Selection(tuple(include), tuple(exclude))
+    prepared = _prepare((a, b, *others), spectrum, max_rank, selection, Run(**run))
+    memory.require(prepared.plan, prepared.run.max_memory)
+    sources: dict[str, Checkpoint | Adapter] = {"base": prepared.sides["a"], "tuned": prepared.sides["b"]}
+    return _report(prepared, observe(prepared.plan, sources, prepared.run))
+
+
+def _prepare(
+    inputs: Sequence[Source | Checkpoint], spectrum: bool, max_rank: int, selection: Selection, run: Run
+) -> _Prepared:
+    _require_two_checkpoints(inputs)
     if max_rank < 1:
         raise UsageError("A rank is at least 1.", max_rank=max_rank)
-    sides = dict(zip(_ROLES, (open_checkpoint(a), open_checkpoint(b)), strict=True))
-    run = Run(device=device, listener=listener)
+    before, after = (open_checkpoint(each) for each in inputs)
     svd = SvdOptions(rank=max_rank, energy=None, error=None, max_rank=max_rank, preset="default", seed=0)
-    found = comparison(sides["a"], sides["b"], Selection(tuple(include), tuple(exclude)), svd if spectrum else None)
-    options = {"spectrum": spectrum, "max_rank": max_rank, "include": list(include), "exclude": list(exclude)}
-    sources: dict[str, Checkpoint | Adapter] = {"base": sides["a"], "tuned": sides["b"]}
+    found = comparison(before, after, selection, svd if spectrum else None, run.max_memory)
+    sources: dict[str, Checkpoint | Adapter] = {"base": before, "tuned": after}
     plan = Plan(
         verb="diff",
         kind="report",
@@ -125,11 +160,16 @@ def diff(
         sources=planning.infos(sources),
         units=found.units,
         bounds=planning.bounds(found.units, sources.values(), run, write=0),
-        options=options,
+        options={
+            "spectrum": spectrum,
+            "max_rank": max_rank,
+            "include": list(selection.include),
+            "exclude": list(selection.exclude),
+        },
         rules=KINDS,
-        notes=(*sides["a"].notes, *sides["b"].notes, *found.pairing.notes),
+        notes=(*before.notes, *after.notes, *found.pairing.notes),
     )
-    return _report(plan, sides, found, observe(plan, sources, run))
+    return _Prepared(plan, dict(zip(_ROLES, (before, after), strict=True)), found, run)
 
 
 def _require_two_checkpoints(sources: Sequence[Source | Checkpoint | Adapter]) -> None:
@@ -146,117 +186,51 @@ def _require_two_checkpoints(sources: Sequence[Source | Checkpoint | Adapter]) -
         )
 
 
-def _report(plan: Plan, sides: Mapping[str, Checkpoint], found: Comparison, outcomes: Sequence[Outcome]) -> DiffReport:
+def _report(prepared: _Prepared, outcomes: Sequence[Outcome]) -> DiffReport:
+    plan, found = prepared.plan, prepared.found
     compared = {
         names: {**facts, "module": outcome.target}
         for outcome in outcomes
         for names, facts in outcome.facts["tensors"].items()
     }
-    tensors = _tensors(found, compared)
+    tensors = tensor_rows(found, compared)
     spectra = [
         ModuleSpectrum(outcome.target, spectrum["sides"], tuple(Spectrum.of(each) for each in spectrum["parts"]))
         for outcome in outcomes
         if (spectrum := outcome.facts["spectrum"]) is not None
     ]
-    asked = plan.options["spectrum"]
+    asked, cap = plan.options["spectrum"], plan.options["max_rank"]
     whole = sum(outcome.facts["whole"] for outcome in outcomes) if asked else None
+    modules = tuple(module_rows(tensors, {each.name: each for each in spectra}, cap))
     return DiffReport(
         same=all(row["kind"] in SAME for row in tensors),
-        inputs=tuple(
-            {
-                "role": role,
-                "kind": "checkpoint",
-                "name": side.name,
-                "tensors": len(side),
-                "bytes": sum(ref.nbytes for ref in side.values()),
-            }
-            for role, side in sides.items()
-        ),
+        inputs=tuple(_input(role, side) for role, side in prepared.sides.items()),
         parameters=plan.options,
-        totals=_totals(tensors),
-        table=tuple(table(spectra, whole or 0, plan.options["max_rank"])),
+        totals=totals(tensors),
+        by_kind=tuple(kind_rows(tensors, modules)),
+        by_layer=tuple(layer_rows(tensors, modules)),
+        table=tuple(table(spectra, whole or 0, cap)),
         whole=whole,
-        notes=(*plan.notes, *(_left_out(found, tensors) if asked else ())),
-        modules=tuple(_modules(tensors, {each.name: each for each in spectra}, plan.options["max_rank"])),
+        notes=(*plan.notes, *_unmeasured(tensors), *(_left_out(found, tensors) if asked else ())),
+        modules=modules,
         tensors=tuple(tensors),
     )
 
 
-def _tensors(found: Comparison, compared: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """A row for every tensor: those of the second checkpoint in its order, then what only the first has."""
-    rows = []
-    for path, pair in found.pairs:
-        facts = compared.get((pair.base.name, pair.tuned.name), {}) if pair.base is not None else {}
-        kind = facts.get("kind", "reshaped" if pair.relation == "reshaped" else "added")
-        row = _row(pair.tuned_name, "reshaped" if pair.relation == "rows" else kind, pair.base, pair.tuned)
-        weight = facts.get("weight_norm")
-        norm = facts.get("norm", 0.0 if facts.get("kind") in SAME else None)
-        relative = norm / weight if norm is not None and weight else norm if norm == 0 else None
-        rows.append({**row, "module": facts.get("module", path), "norm": norm, "relative": relative})
-    for ref in found.removed:
-        row = _row(ref.name, "removed", ref, None)
-        rows.append({**row, "module": owner(ref.name)[0], "norm": None, "relative": None})
-    return rows
+def _input(role: str, side: Checkpoint) -> dict[str, Any]:
+    nbytes = sum(ref.nbytes for ref in side.values())
+    return {"role": role, "kind": "checkpoint", "name": side.name, "tensors": len(side), "bytes": nbytes}
 
 
-def _row(name: str, kind: str, base: TensorRef | None, tuned: TensorRef | None) -> dict[str, Any]:
-    sides = (base, tuned)
-    return {
-        "name": name,
-        "module": "",
-        "kind": kind,
-        "dtype": [ref.dtype if ref is not None else None for ref in sides],
-        "shape": [list(ref.shape) if ref is not None else None for ref in sides],
-        "bytes": [ref.nbytes if ref is not None else 0 for ref in sides],
-    }
-
-
-def _size(rows: Iterable[Mapping[str, Any]]) -> dict[str, float | None]:
-    """‖ΔW‖ over what was measured, and relative to ‖W‖ of what of that differs."""
-    measured = [row for row in rows if row["norm"]]
-    norm = math.hypot(*(row["norm"] for row in measured))
-    weights = [row["norm"] / row["relative"] for row in measured if row["relative"]]
-    return {"norm": norm, "relative": norm / math.hypot(*weights) if weights else None}
-
-
-def _totals(tensors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    numbers = Counter(row["kind"] for row in tensors)
-    nbytes: Counter[str] = Counter()
+def _unmeasured(tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Which tensors are not all numbers."""
     for row in tensors:
-        nbytes[row["kind"]] += max(row["bytes"])
-    return {
-        "tensors": {kind: numbers[kind] for kind in KINDS},
-        "bytes": {kind: nbytes[kind] for kind in KINDS},
-        **_size(tensors),
-    }
-
-
-def _modules(
-    tensors: Sequence[Mapping[str, Any]], spectra: Mapping[str, ModuleSpectrum], cap: int
-) -> Iterator[dict[str, Any]]:
-    """Every module of which something is not the same."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for row in tensors:
-        if row["kind"] not in SAME:
-            groups.setdefault(row["module"], []).append(row)
-    for name, rows in groups.items():
-        found = spectra.get(name)
-        spectrum = _spectrum(found, cap) if found is not None else None
-        yield {"name": name, "kinds": dict(Counter(row["kind"] for row in rows)), **_size(rows), "spectrum": spectrum}
-
-
-def _spectrum(module: ModuleSpectrum, cap: int) -> dict[str, Any]:
-    """A module's own column of the table, its effective rank, and the values; of experts a list of each."""
-    known = list(ranks(module.most, cap))
-    values = [[float(f"{value:.7g}") for value in part.values] for part in module.parts]
-    return {
-        "norm": math.sqrt(module.squares),
-        "matrices": len(module.parts),
-        "known": module.most,
-        "effective_rank": list(module.effective_rank()),
-        "residuals": {str(rank): module.residual(rank) for rank in known},
-        "singular_values": values[0] if len(values) == 1 else values,
-    }
+        if row["non_finite"] is not None:
+            one, two = row["non_finite"]
+            entries = math.prod(row["shape"][0])
+            what = f"{one} of {entries} entries of the first and {two} of the second are NaN or infinite"
+            why = what if one or two else "the squares of its entries overflow"
+            yield f"{row['name']} was compared by its bytes and not measured: {why}."
 
 
 def _left_out(found: Comparison, tensors: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -269,7 +243,8 @@ def _left_out(found: Comparison, tensors: Sequence[Mapping[str, Any]]) -> Iterat
         for address in (unit.inputs[rule["tuned"]],)
     }
     new = [pair.tuned_name for _, pair in found.pairs if pair.relation == "new-parameter"]
-    odd = [*new, *(row["name"] for row in tensors if row["name"] in refused and row["kind"] not in SAME)]
+    damaged = {row["name"] for row in tensors if row["non_finite"] is not None}
+    odd = [*new, *(each["name"] for each in tensors if each["name"] in refused | damaged and each["kind"] not in SAME)]
     if odd:
         yield f"The table leaves out what extract refuses: {_some(odd)}."
     recast = [row["name"] for row in tensors if row["kind"] == "recast"]

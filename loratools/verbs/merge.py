@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint, layout, planning
-from loratools.engine.changes import collect, source_id
+from loratools.engine.changes import Changes, collect, source_id
 from loratools.engine.execute import Execution, execute
+from loratools.engine.identity import identity
+from loratools.engine.merge_plans import plan_of
 from loratools.engine.merge_units import MergePlanner
 from loratools.engine.plan import Plan, Unit
 from loratools.engine.planning import Run, RunOptions
@@ -20,6 +23,7 @@ from loratools.engine.receipts.choice import drafted
 from loratools.engine.receipts.draft import Draft
 from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
+from loratools.engine.resuming import Resumption
 from loratools.engine.vocabulary import lengthened
 from loratools.errors import UsageError
 from loratools.files import load_adapter, open_checkpoint
@@ -28,8 +32,6 @@ from loratools.tensors import COMPUTABLE
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-RULES: Final = {"one-rounding": "W' = round(W + Σ w ΔW), ΔW to 2e-7 of its size, rounded once to the output dtype"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,6 +62,19 @@ class _Prepared:
     base: Checkpoint
     run: Run
     draft: Draft | None
+    resumption: Resumption | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asked:
+    """The request, as it was made."""
+
+    weights: Sequence[float] | float | None
+    dtype: str | None
+    max_shard_size: int | None
+    receipt: str | None
+    receipt_for: Source | Checkpoint | None
+    resume: str | os.PathLike[str] | None
 
 
 def plan_merge(
@@ -72,10 +87,12 @@ def plan_merge(
     max_shard_size: int | None = None,
     receipt: str | None = None,
     receipt_for: Source | Checkpoint | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `merge` with the same arguments; reads headers and configurations only."""
-    return _prepare(base, adapters, output, weights, dtype, max_shard_size, receipt, receipt_for, Run(**run)).plan
+    asked = _Asked(weights, dtype, max_shard_size, receipt, receipt_for, resume)
+    return _prepare(base, adapters, output, asked, Run(**run)).plan
 
 
 def merge(
@@ -88,6 +105,7 @@ def merge(
     max_shard_size: int | None = None,
     receipt: str | None = None,
     receipt_for: Source | Checkpoint | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **run: Unpack[RunOptions],
 ) -> MergeReport:
     """Write `round(W + Σ w_i ΔW_i)` for every weight that the adapters change; copy the rest byte for byte.
@@ -103,16 +121,20 @@ def merge(
             `none`. Default `full` where it can be, which the notes say otherwise.
         receipt_for: a checkpoint that something else merged from these: only a receipt is written, to a file `output`
             whose name ends in `.receipt`.
+        resume: a work directory, made if it does not exist: what is done is kept in it if the run ends early, and a run
+            with the same arguments goes on from there. Its own files are removed once the output is there.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
         MismatchError: an adapter does not belong to this base.
         NonFiniteError: an input holds NaN or infinity, or the result overflows.
-        LoratoolsError: see `loratools.errors`; in every case nothing is left behind.
+        LoratoolsError: see `loratools.errors`; in every case nothing is left behind but the work directory.
 
-    Law: untouched tensors are byte-identical; the result does not depend on threads, tiles or device.
+    Law: untouched tensors are byte-identical; the result does not depend on threads, tiles or device, nor on whether
+    and where earlier runs in the same work directory ended.
     """
-    prepared = _prepare(base, adapters, output, weights, dtype, max_shard_size, receipt, receipt_for, Run(**run))
+    asked = _Asked(weights, dtype, max_shard_size, receipt, receipt_for, resume)
+    prepared = _prepare(base, adapters, output, asked, Run(**run))
     return execute(
         prepared.plan,
         prepared.sources,
@@ -120,6 +142,7 @@ def merge(
         run=prepared.run,
         computes=any(unit.operation in {"merge", "record"} for unit in prepared.plan.units),
         receipt=prepared.draft,
+        resumption=prepared.resumption,
     )
 
 
@@ -148,88 +171,54 @@ def _load(base: Source | Checkpoint, adapters: Sequence[Source | Adapter]) -> tu
     return checkpoint, [lengthened(load_adapter(each, base=checkpoint), checkpoint) for each in adapters]
 
 
-def _prepare(  # noqa: PLR0917
-    base: Source | Checkpoint,
-    adapters: Sequence[Source | Adapter],
-    output: Source,
-    weights: Sequence[float] | float | None,
-    dtype: str | None,
-    max_shard_size: int | None,
-    receipt: str | None,
-    receipt_for: Source | Checkpoint | None,
-    run: Run,
+def _prepare(
+    base: Source | Checkpoint, adapters: Sequence[Source | Adapter], output: Source, asked: _Asked, run: Run
 ) -> _Prepared:
     checkpoint, loaded = _load(base, planning.as_list(adapters))
-    wanted = planning.dtype_named(dtype)
-    factors = planning.weights_for(len(loaded), weights)
-    if receipt_for is not None:
-        return _prepare_receipt(
-            checkpoint, loaded, factors, output, wanted or max_shard_size, receipt, receipt_for, run
-        )
-    if not loaded and wanted is None and max_shard_size is None:
+    wanted = planning.dtype_named(asked.dtype)
+    factors = planning.weights_for(len(loaded), asked.weights)
+    if asked.receipt_for is not None:
+        return _prepare_receipt(checkpoint, loaded, factors, output, asked, run)
+    if not loaded and wanted is None and asked.max_shard_size is None:
         raise UsageError("Without an adapter, merge recasts or reshards.", fix="Give --dtype or --max-shard-size.")
-    draft, notes = drafted(receipt, checkpoint, loaded, factors, wanted)
+    draft, no_receipt = drafted(asked.receipt, checkpoint, loaded, factors, wanted)
     changes = collect(checkpoint, loaded, factors)
     sources: dict[str, Checkpoint | Adapter] = {"base": checkpoint}
     sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
     planner = MergePlanner(checkpoint, changes, sources, wanted, draft is not None)
-    options = {"weights": factors, "dtype": wanted, "max_shard_size": max_shard_size}
+    options = {"weights": factors, "dtype": wanted, "max_shard_size": asked.max_shard_size}
     options["receipt"] = draft.kind if draft is not None else "none"
-    notes = (*checkpoint.notes, *changes.notes, *layout.recast_notes(checkpoint, wanted), *notes)
-    return _Prepared(_plan(planner, Path(output), draft, options, notes, run), sources, checkpoint, run, draft)
+    notes = (*checkpoint.notes, *changes.notes, *layout.recast_notes(checkpoint, wanted), *no_receipt)
+    plan = plan_of(planner, Path(output), draft, options, notes, run, resume=asked.resume)
+    return _Prepared(plan, sources, checkpoint, run, draft, _resumption(plan, changes, asked.resume, run))
 
 
-def _prepare_receipt(  # noqa: PLR0917
-    base: Checkpoint,
-    loaded: Sequence[Adapter],
-    factors: Sequence[float],
-    output: Source,
-    other: object,
-    receipt: str | None,
-    receipt_for: Source | Checkpoint,
-    run: Run,
+def _prepare_receipt(
+    base: Checkpoint, loaded: Sequence[Adapter], factors: Sequence[float], output: Source, asked: _Asked, run: Run
 ) -> _Prepared:
-    merged, options = open_checkpoint(receipt_for), {"weights": list(factors), "receipt": receipt or "full"}
-    if other or receipt == "none":
-        what = "--receipt none" if receipt == "none" else "--dtype and --max-shard-size"
-        raise UsageError(f"--receipt-for writes a receipt alone; {what} say nothing there.", fix="Leave that out.")
-    draft, _ = drafted(receipt or "full", base, loaded, factors, None)
+    assert asked.receipt_for is not None
+    merged = open_checkpoint(asked.receipt_for)
+    idle = {"--dtype": asked.dtype, "--max-shard-size": asked.max_shard_size, "--resume": asked.resume}
+    idle["--receipt none"] = asked.receipt == "none" or None
+    named = [name for name, value in idle.items() if value is not None]
+    if named:
+        raise UsageError(f"--receipt-for writes a receipt alone; {named[0]} says nothing there.", fix="Leave it out.")
+    draft, _ = drafted(asked.receipt or "full", base, loaded, factors, None)
     assert draft is not None
     draft = dataclasses.replace(draft, merged=tuple(merged))
+    options = {"weights": list(factors), "receipt": draft.kind}
     plan, sources = plan_afterwards(merged, draft, Path(output), options, run)
     return _Prepared(plan, sources, base, run, draft)
 
 
-def _plan(
-    planner: MergePlanner, path: Path, draft: Draft | None, options: Mapping[str, Any], notes: tuple[str, ...], run: Run
-) -> Plan:
-    base, sources, single = planner.base, planner.sources, path.suffix == ".safetensors"
-    files = planner.files(options["max_shard_size"], single=single, name=path.name)
-    units = planning.hash_units(sources) + planner.units(files)
-    headers = layout.output_files(files, base)
-    written = sum(spec.nbytes for file in headers for spec in file.tensors)
-    written += 0 if single else sum(map(planning.size_of, base.companions))
-    receipt = draft.estimate(units) if draft is not None else 0
-    planning.check_output(path, run, sources.values(), written + receipt)
-    untied, rows = planner.changes.untied is not None, planner.vocabulary()
-    edits, edit_notes = layout.config_edits(
-        base.config, dtype=planner.dtype, untied=untied, rows=rows, written=not single
-    )
-    return Plan(
-        verb="merge",
-        kind="checkpoint",
-        output=str(path),
-        overwrite=run.overwrite,
-        sources=planning.infos(sources),
-        units=tuple(units),
-        bounds=planning.bounds(units, sources.values(), run, write=written),
-        files=headers,
-        copies=() if single else planner.copies(edited=bool(edits)),
-        texts={} if single else planner.texts(headers, edits),
-        options=options,
-        rules=RULES,
-        notes=(*notes, *edit_notes),
-    )
+def _resumption(plan: Plan, changes: Changes, resume: str | os.PathLike[str] | None, run: Run) -> Resumption | None:
+    """The work directory, where one is named; refused if it holds other work."""
+    if resume is None:
+        return None
+    exact = not any(change.actions for change in changes.tensors.values())
+    resumption = Resumption(plan, identity(plan, run, exact=exact), Path(resume))
+    resumption.require_same()
+    return resumption
 
 
 def _report(prepared: _Prepared, execution: Execution) -> MergeReport:

@@ -334,28 +334,63 @@ def test_what_extract_refuses_is_compared_and_named(tmp_path):
 @pytest.mark.parametrize("side", ["base", "tuned"])
 @pytest.mark.parametrize("spectrum", [False, True])
 @pytest.mark.parametrize("name", [f"{Q}.weight", "model.norm.weight"])
-def test_numbers_that_are_none_name_tensor_count_and_side(tmp_path, value, side, spectrum, name):
-    """Of what differs; damage that is the same on both sides is identical."""
+def test_numbers_that_are_none_are_named_and_counted(tmp_path, value, side, spectrum, name):
+    """Of what differs; all else is measured as ever. Damage that is the same on both sides is identical."""
     tensors = {"base": llama(torch.float32), "tuned": fine_tuned(llama(torch.float32), *WEIGHTS)}
     tensors["tuned"]["model.norm.weight"] = normal(5, 16)
     tensors[side][name] = tensors[side][name].clone()
     tensors[side][name].view(-1)[:3] = value
     sides = pair(tmp_path, tensors["base"], tensors["tuned"])
-    with pytest.raises(NonFiniteError, match="3 of") as caught:
-        diff(*sides, spectrum=spectrum)
-    assert name in str(caught.value)
+    report = diff(*sides, spectrum=spectrum)
+    rows = by_name(report.tensors)
+    bits = [tensors[each][name].contiguous().view(torch.int32) for each in ("base", "tuned")]
+    row = rows[name]
+    assert (row["kind"], row["norm"], row["effective_rank"]) == ("changed", None, None)
+    assert row["non_finite"] == ([3, 0] if side == "base" else [0, 3])
+    assert row["moved"] == float((bits[0] != bits[1]).double().mean())
+    assert rows[f"{K}.weight"]["norm"] == pytest.approx(float(delta(*tensors.values(), f"{K}.weight").norm()), rel=1e-6)
+    assert any(name in note and "3 of" in note and "bytes" in note for note in report.notes)
+    assert any(name in note and "extract refuses" in note for note in report.notes) == spectrum
+    json.dumps(report.to_json(), allow_nan=False)
     assert diff(tmp_path / side, tmp_path / side, spectrum=spectrum).same
 
 
 def test_stacked_experts_with_numbers_that_are_none(tmp_path):
-    """The stack is named."""
+    """The stack is named, and has no spectrum."""
     base, tuned, config = world("experts stacked")
     name = "model.layers.0.mlp.experts.down_proj"
     tuned[name][2, 1, 1] = float("nan")
     for spectrum in (False, True):
-        with pytest.raises(NonFiniteError, match="1 of") as caught:
-            diff(*pair(tmp_path / str(spectrum), base, tuned, config), spectrum=spectrum)
-        assert name in str(caught.value)
+        report = diff(*pair(tmp_path / str(spectrum), base, tuned, config), spectrum=spectrum)
+        assert by_name(report.tensors)[name]["non_finite"] == [0, 1]
+        assert by_name(report.modules)[name]["spectrum"] is None
+        assert any(name in note and "1 of the second" in note for note in report.notes)
+
+
+def test_no_number_is_like_another_in_a_wider_dtype(tmp_path):
+    """NaN widened is the same; NaN of another payload in the same dtype is a change of one entry."""
+    base = llama(torch.bfloat16)
+    base[f"{Q}.weight"][1, 1] = float("nan")
+    wide = {name: tensor.float() for name, tensor in base.items()}
+    first, second = pair(tmp_path, base, wide)
+    assert diff(first, second).same
+    other = base | {f"{Q}.weight": base[f"{Q}.weight"].clone()}
+    other[f"{Q}.weight"].view(torch.int16)[1, 1] ^= 1
+    assert other[f"{Q}.weight"][1, 1].isnan()
+    report = diff(first, write_checkpoint(tmp_path / "payload", other))
+    assert not report.same
+    assert by_name(report.tensors)[f"{Q}.weight"]["moved"] == 1 / 256
+
+
+def test_a_difference_that_float32_does_not_hold(tmp_path):
+    """Of float64: measured in float64, and its spectrum refused by name."""
+    base = llama(torch.float64)
+    tuned = base | {f"{Q}.weight": base[f"{Q}.weight"] + 1e60}
+    sides = pair(tmp_path, base, tuned)
+    assert by_name(diff(*sides).tensors)[f"{Q}.weight"]["norm"] == pytest.approx(16e60)
+    with pytest.raises(NonFiniteError, match="overflows float32") as caught:
+        diff(*sides, spectrum=True)
+    assert f"{Q}.weight" in str(caught.value)
 
 
 def test_two_architectures_are_refused(tmp_path):
@@ -412,8 +447,8 @@ def test_the_document(tmp_path):
     report = diff(*pair(tmp_path, base, tuned, config), spectrum=True)
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert set(document) == {
-        "schema", "loratools", "same", "inputs", "parameters", "totals", "table", "whole", "notes", "modules",
-        "tensors",
+        "schema", "loratools", "same", "inputs", "parameters", "totals", "by_kind", "by_layer", "table", "whole",
+        "notes", "modules", "tensors",
     }  # fmt: skip
     assert document["schema"] == "loratools/diff/1"
     assert str(tmp_path) not in json.dumps(document)
@@ -436,6 +471,17 @@ def test_the_page(tmp_path):
     assert lines[0] == "base and tuned differ."
     assert "14 identical, 3 changed, 1 added" in lines[1]
     assert "\x1b" not in text
+    changed = lines[lines.index("What changed:") + 1 :]
+    assert changed[0].split("  ")[0] == "module"
+    assert changed[0].endswith("moved  rounding  effective rank  above noise")
+    kinds = lines[lines.index("By kind, with the median of the effective ranks:") + 2 :]
+    wanted = [["q_proj", "1", "of", "2"], ["k_proj", "1", "of", "2"], ["down_proj", "1", "of", "2"]]
+    assert all(each in [line.split()[:4] for line in kinds] for each in wanted)
+    layers = lines[lines.index("By layer, with the median of the effective ranks:") + 2 :]
+    assert layers[0].split()[:5] == ["(no", "layer)", "1", "of", "4"]
+    assert [line.split()[:4] for line in layers[1:3]] == [
+        ["model.layers.0", "1", "of", "7"], ["model.layers.1", "2", "of", "7"],
+    ]  # fmt: skip
     table = lines[next(at for at, line in enumerate(lines) if line.startswith("rank ")) + 1 :]
     assert [line.split()[0] for line in table] == ["1", "2", "4", "8", "16"]
     assert all(line.endswith(tuple(WEIGHTS[at].removesuffix(".weight") for at in range(3))) for line in table)

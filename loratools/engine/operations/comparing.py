@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from loratools.engine.binding import matrix_shape
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations import extracting, extracting_experts
-from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes, same_values
+from loratools.engine.operations.difference_rows import DifferenceRows
+from loratools.engine.operations.measuring import measured, moved_entries
+from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes
 from loratools.engine.plan import Unit
 from loratools.errors import NonFiniteError
 from loratools.tensors import COMPUTABLE, TensorRef, torch_dtype
@@ -16,20 +19,22 @@ from loratools.tensors import COMPUTABLE, TensorRef, torch_dtype
 if TYPE_CHECKING:
     import torch
 
+    from loratools.linalg import ChunkedRows, RoundingNoise
+
 _INTEGERS: Final = frozenset({"BOOL", "U8", "I8", "I16", "I32", "I64"})
-_WIDENED: Final = 8
-"""A tile and its forms in wider dtypes, over its stored bytes: what is only measured should stay in the cache."""
+_BITS: Final = {2: "I16", 4: "I32", 8: "I64"}
+_MATRIX: Final = 2
 
 
 def compare(unit: Unit, context: Context) -> Outcome:
     """Compare the parameters of one module; with `svd`, say what an extraction would store of it.
 
     The outcome's facts: `tensors`, by the names on both sides, since one of them may stand for two (`kind`, and where
-    numbers are compared `norm` and `weight_norm`); `whole`, bytes of what an adapter stores as it is; `spectrum`, of
-    what it makes low-rank, or None.
+    numbers are compared what `measured` says); `whole`, bytes of what an adapter stores as it is; `spectrum`, of what
+    it makes low-rank, or None.
 
     Raises:
-        NonFiniteError: NaN or infinity in a tensor that differs.
+        NonFiniteError: a difference that float32 cannot hold is to be decomposed.
     """
     facts: dict[str, Any] = {"tensors": {}, "whole": 0, "spectrum": None}
     replaced: set[str] = set()
@@ -62,7 +67,8 @@ def compare_experts(unit: Unit, context: Context) -> Outcome:
     tuned, base = ([context.tensor(each) for each in side] for side in (unit.inputs[:half], unit.inputs[half:]))
     tensors = {(old.name, new.name): _compared(old, new, context) for old, new in zip(base, tuned, strict=True)}
     facts: dict[str, Any] = {"tensors": tensors, "whole": 0, "spectrum": None}
-    if unit.parameters["svd"] is not None and any(each["kind"] != "identical" for each in tensors.values()):
+    differs = any(each["kind"] != "identical" for each in tensors.values())
+    if unit.parameters["svd"] is not None and differs and not any("non_finite" in each for each in tensors.values()):
         experts = int(unit.parameters["experts"])
         parts = [_expert(tuned, base, at, unit, context) for at in range(experts)]
         if any(part["values"] for _, part in parts):
@@ -75,39 +81,79 @@ def _expert(
     tuned: Sequence[TensorRef], base: Sequence[TensorRef], at: int, unit: Unit, context: Context
 ) -> tuple[int, dict[str, Any]]:
     """Rows plus columns of one expert's matrix, and its spectrum."""
+    from loratools.linalg import RoundingNoise
+
     experts = int(unit.parameters["experts"])
     mine, theirs = (extracting_experts.parts_of(side, experts, at) for side in (tuned, base))
-    difference, _ = extracting_experts.difference_of(mine, theirs, unit, context)
-    return sum(difference.shape), _spectrum(difference, unit, (*theirs, *mine), context)
+    noise = RoundingNoise.of_shape(sum(ref.shape[0] for ref in mine), mine[0].shape[1])
+    difference, _ = extracting_experts.difference_of(mine, theirs, unit, context, noise)
+    return sum(difference.shape), _spectrum(difference, noise, unit, (*theirs, *mine), context)
 
 
 def _compared(base: TensorRef, tuned: TensorRef, context: Context, low_rank: Unit | None = None) -> dict[str, Any]:
     """What became of one tensor, and how large it is; with the spectrum, where a unit says how to look at it."""
     if same_bytes(base, tuned, context.settings.tile_bytes, context.check):
         return {"kind": "identical"}
-    kind = _kind(base, tuned, context.settings.tile_bytes)
-    if kind == "equal" or not {base.dtype, tuned.dtype} <= COMPUTABLE:
-        return {"kind": kind}
-    if low_rank is None or low_rank.parameters["svd"] is None:
-        norm, weight = _norms(base, tuned, context)
-        return {"kind": kind, "norm": norm, "weight_norm": weight}
-    shape = matrix_shape(base.shape)  # (out, in, k, …) is the matrix (out, in·k·…)
+    shape = matrix_shape(base.shape) if low_rank is not None else _lined(base.shape)  # a kernel: (out, in·k·…)
     before, after = base.reshaped(shape), tuned.reshaped(shape)
-    difference, weight = extracting.difference_of(before, after, context)
-    sides = sum(difference.shape)
-    part = _spectrum(difference, low_rank, (base, tuned), context)
-    spectrum = {"sides": sides, "parts": [part]} if part["values"] else None
-    return {"kind": kind, "norm": part["norm"], "weight_norm": weight, "spectrum": spectrum}
+    kind = _kind(before, after, context.settings.tile_bytes)
+    if kind == "equal":
+        return {"kind": kind}
+    if not {base.dtype, tuned.dtype} <= COMPUTABLE:
+        return {"kind": kind, "moved": moved_entries(base, tuned, context)}
+    if low_rank is None or low_rank.parameters["svd"] is None:
+        matrix = low_rank is not None or len(base.shape) == _MATRIX
+        return {"kind": kind, **measured(before, after, context, directions=matrix)}
+    return {"kind": kind, **_with_spectrum(before, after, low_rank, context)}
+
+
+def _lined(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The same entries along one axis or two, so that rows are short."""
+    return (1,) if not shape else shape if len(shape) <= _MATRIX else (math.prod(shape[:-1]), shape[-1])
+
+
+def _with_spectrum(base: TensorRef, tuned: TensorRef, unit: Unit, context: Context) -> dict[str, Any]:
+    """A matrix, measured and decomposed: held once, or read anew in passes, as the plan says."""
+    from loratools.linalg import RoundingNoise
+
+    noise = RoundingNoise.of_shape(*base.shape)
+    if unit.parameters["streamed"]:
+        found = measured(base, tuned, context, noise=noise)
+        rows: torch.Tensor | ChunkedRows = DifferenceRows(base, tuned, context).chunked()
+    else:
+        rows = held_rows(base.shape, context)
+        found = measured(base, tuned, context, rows, noise)
+    if "non_finite" in found:
+        return {**found, "spectrum": None}
+    part = _spectrum(rows, noise, unit, (base, tuned), context)
+    spectrum = {"sides": sum(base.shape), "parts": [part]} if part["values"] else None
+    return {**found, "norm": part["norm"], "spectrum": spectrum}
 
 
 def _kind(base: TensorRef, tuned: TensorRef, tile_bytes: int) -> str:
     """`equal` in every number; `recast`, where one is the other rounded to its dtype; else `changed`."""
     dtypes = {base.dtype, tuned.dtype}
-    if (dtypes <= COMPUTABLE or dtypes <= _INTEGERS) and same_values(base, tuned, tile_bytes):
+    comparable = dtypes <= COMPUTABLE or (dtypes <= _INTEGERS and len(dtypes) > 1)
+    if comparable and all(_same_numbers(*tile) for tile in _tiles(base, tuned, tile_bytes)):
         return "equal"
     if len(dtypes) > 1 and dtypes <= COMPUTABLE:
         return "recast" if _is_rounded(base, tuned, tile_bytes) or _is_rounded(tuned, base, tile_bytes) else "changed"
     return "changed"
+
+
+def _same_numbers(one: TensorRef, other: TensorRef) -> bool:
+    """In every entry; no number is another no number's equal where the dtypes differ, or their bits agree."""
+    mine, theirs = one.load(), other.load()
+    wide, others = mine.double(), theirs.double()
+    same = wide == others
+    if bool(same.all()):
+        return True
+    if mine.dtype == theirs.dtype:
+        bits = torch_dtype(_BITS[mine.element_size()])
+        same |= mine.view(bits) == theirs.view(bits)
+    else:
+        same |= wide.isnan() & others.isnan()
+    return bool(same.all())
 
 
 def _is_rounded(fine: TensorRef, coarse: TensorRef, tile_bytes: int) -> bool:
@@ -121,40 +167,28 @@ def _is_rounded(fine: TensorRef, coarse: TensorRef, tile_bytes: int) -> bool:
     )
 
 
-def _tiles(one: TensorRef, other: TensorRef, tile_bytes: int) -> list[tuple[TensorRef, TensorRef]]:
-    if not one.shape:
-        return [(one, other)]
-    ranges = row_ranges(one.shape, max(row_bytes(one), row_bytes(other)), tile_bytes)
-    return [(one.rows(*rows), other.rows(*rows)) for rows in ranges]
+def _tiles(one: TensorRef, other: TensorRef, tile_bytes: int) -> Iterator[tuple[TensorRef, TensorRef]]:
+    for rows in row_ranges(one.shape, max(row_bytes(one), row_bytes(other)), tile_bytes):
+        yield one.rows(*rows), other.rows(*rows)
 
 
-def _norms(base: TensorRef, tuned: TensorRef, context: Context) -> tuple[float, float]:
-    """‖tuned − base‖_F and ‖base‖_F, a tile at a time, with sums in float64.
-
-    Raises:
-        NonFiniteError: NaN or infinity in either of them.
-    """
+def held_rows(shape: tuple[int, ...], context: Context) -> torch.Tensor:
+    """Room for a difference, float32, where the run computes; kept from one matrix to the next."""
     import torch
 
-    wide = torch.float64 if "F64" in {base.dtype, tuned.dtype} else torch.float32
-    squares = [0.0, 0.0]
-    for before, after in _tiles(base, tuned, context.settings.tile_bytes // _WIDENED):
-        context.check()
-        old, new = (
-            context.buffer(f"wide {name}", wide.itemsize * ref.spec.numel)[: wide.itemsize * ref.spec.numel]
-            .view(wide)
-            .view(ref.shape)
-            .copy_(ref.load(context.buffer(name, ref.nbytes)))
-            for name, ref in (("tile", before), ("tuned", after))
-        )
-        for at, numbers in enumerate((new.sub_(old), old)):
-            squares[at] += float(torch.linalg.vector_norm(numbers, dtype=torch.float64)) ** 2
-    if not all(square < float("inf") for square in squares):
-        raise _non_finite((base, tuned), context)
-    return squares[0] ** 0.5, squares[1] ** 0.5
+    if context.settings.device != "cpu":
+        return torch.empty(shape, dtype=torch.float32, device=context.settings.device)
+    nbytes = 4 * math.prod(shape)
+    return context.buffer("difference", nbytes)[:nbytes].view(torch.float32).view(shape)
 
 
-def _spectrum(difference: torch.Tensor, unit: Unit, refs: Sequence[TensorRef], context: Context) -> dict[str, Any]:
+def _spectrum(
+    difference: torch.Tensor | ChunkedRows,
+    noise: RoundingNoise,
+    unit: Unit,
+    refs: Sequence[TensorRef],
+    context: Context,
+) -> dict[str, Any]:
     """The leading singular values, ‖ΔW‖ and what is left beyond them; all smaller ranks are read off these."""
     from loratools.linalg import truncated_svd
 
@@ -163,7 +197,8 @@ def _spectrum(difference: torch.Tensor, unit: Unit, refs: Sequence[TensorRef], c
         _, S, _, info = truncated_svd(difference, **options, overwrite=True)
     except NonFiniteError as error:
         raise _non_finite(refs, context) from error
-    return {"values": S.tolist(), "norm": info.norm, "rest": info.residual}
+    floor = noise.floor(info.norm)
+    return {"values": S.tolist(), "norm": info.norm, "rest": info.residual, "floor": floor, "noise": noise.energy}
 
 
 def _non_finite(refs: Sequence[TensorRef], context: Context) -> NonFiniteError:
