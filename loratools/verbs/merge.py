@@ -223,7 +223,8 @@ def _resumption(plan: Plan, changes: Changes, resume: str | os.PathLike[str] | N
 
 def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
     plan = prepared.plan
-    counts: dict[str, int] = {"copied": 0, "merged": 0, "recast": 0, "added": 0, "recorded": 0, "unchanged": 0}
+    alone = plan.kind == "receipt"
+    counts = dict.fromkeys(("recorded", "unchanged") if alone else ("copied", "merged", "recast", "added"), 0)
     modules = []
     for unit, outcome in zip(plan.units, execution.outcomes, strict=True):
         if unit.operation == "copy":

@@ -142,7 +142,7 @@ def test_a_single_file_has_its_report_beside_it(tmp_path):
     ]  # fmt: skip
     assert sha256(tmp_path / "out" / "x.safetensors") == sha256(tmp_path / "out" / "y.safetensors")
     assert json.loads((tmp_path / "out" / "x.loratools.json").read_text()) == report.to_json()
-    assert report.files[0]["sha256"] == sha256(tmp_path / "out" / "x.safetensors")
+    assert report.files[1]["sha256"] == sha256(tmp_path / "out" / "x.safetensors")
     before = state(tmp_path)
     with pytest.raises(UsageError):
         merge(base, [a], tmp_path / "out" / "z.safetensors", max_shard_size=1000)
