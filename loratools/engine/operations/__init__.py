@@ -14,6 +14,7 @@ from loratools.engine.operations import (
     extracting,
     extracting_experts,
     merging,
+    recognising,
 )
 from loratools.engine.plan import Unit
 
@@ -33,4 +34,5 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "compare-experts": comparing.compare_experts,
     "derive": deriving.derive,
     "allocate": allocating.allocate,
+    "recognise": recognising.recognise,
 }
