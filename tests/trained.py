@@ -31,14 +31,34 @@ def train(model, directory, *, steps, rate, optimizer="AdamW", seed=0, sentences
     return model.eval()
 
 
-def adapt(base, *, steps=40, rate=2e-3, optimizer="AdamW", seed=0, **config):
-    """A PEFT model with an adapter of this configuration, trained in float32."""
+def _begun(base, seed, config):
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     with models.quiet():
-        model = get_peft_model(models.load(base).float(), LoraConfig(**config))
-    return train(model, base, steps=steps, rate=rate, optimizer=optimizer, seed=seed)
+        return get_peft_model(models.load(base).float(), LoraConfig(**config))
+
+
+def adapt(base, *, steps=40, rate=2e-3, optimizer="AdamW", seed=0, sentences=activations.SEEN, **config):
+    """A PEFT model with an adapter of this configuration, trained in float32."""
+    model = _begun(base, seed, config)
+    return train(model, base, steps=steps, rate=rate, optimizer=optimizer, seed=seed, sentences=sentences)
+
+
+def drawn(base, decay, *, seed=0, **config):
+    """A PEFT model whose ΔW has random directions and the singular values 1, decay, decay², …"""
+    model = _begun(base, seed, config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for each in layers_of(model).values():
+            up, down = each.lora_B["default"].weight, each.lora_A["default"].weight
+            left, right = (
+                torch.linalg.qr(torch.randn(side, len(down), generator=generator))[0]
+                for side in (len(up), down.shape[1])
+            )
+            up.copy_(left * decay ** torch.arange(len(down)))
+            down.copy_(right.T)
+    return model
 
 
 def layers_of(model):
@@ -77,10 +97,10 @@ def merge(base, model, target):
     return models.save(merged, target)
 
 
-def tune_fully(base, target, *, steps=20, rate=5e-5, optimizer="AdamW", seed=0):
-    """Every parameter trained in float32 from `base`, saved in the dtype of `base`."""
+def tune_fully(base, target, *, only_matrices=False, **how):
+    """Every parameter, or every matrix of the layers, trained in float32 from `base`; saved in the dtype of `base`."""
     model = models.load(base)
     dtype = next(model.parameters()).dtype
-    return models.save(
-        train(model.float(), base, steps=steps, rate=rate, optimizer=optimizer, seed=seed).to(dtype), target
-    )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not only_matrices or (parameter.dim() == 2 and "embeddings" not in name))
+    return models.save(train(model.float(), base, **{"steps": 20, "rate": 5e-5, **how}).to(dtype), target)

@@ -110,7 +110,7 @@ def _by_auto(modules: Sequence[Mapping[str, Any]], recognised: Mapping[str, Any]
     notes = []
     if recognised.get("what") == "unknown" and recognised["of"] > 1:
         notes.append(
-            f"Rank auto found {recognised['said']}: the others keep what stands out of the rounding noise. Of a merged "
+            f"Rank auto found {recognised['said']}: each keeps what stands out of the rounding noise. Of a merged "
             "adapter that may be less than its rank, as what is weaker than the noise is lost."
         )
     dense = [module for module in modules if module.get("rank_rule", "").startswith("energy")]

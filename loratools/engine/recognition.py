@@ -93,8 +93,9 @@ class Recognition:
 
     Attributes:
         what: see the module's text.
-        ranks: target → its rank where that is shared, or sure of itself; the others are left to their own edge.
-        shared: target → the rank that its kind shares.
+        ranks: of a merge: target → the rank that is shared, or its own where it is sure of that; modules that are not
+            here are left to their own edge, as all are where nothing is recognised.
+        shared: target → the rank that its kind, or all, share.
         of: how many modules there are.
     """
 
@@ -108,22 +109,18 @@ class Recognition:
         """In words."""
         if self.what == "full fine-tune":
             return "a full fine-tune"
-        if not self.of:
-            return "no changed matrix"
-        if not self.shared:
-            return (
-                f"no rank that the {self.of} modules share" if self.of > 1 else "one module: nothing to compare it with"
-            )
+        if self.what == "unknown":
+            few = ("no changed matrix", "one module: nothing to compare it with")
+            return few[self.of] if self.of < len(few) else f"no rank that the {self.of} modules share"
         counts = sorted(Counter(self.ranks.values()).items(), key=lambda each: (-each[1], each[0]))
         ranks = ", ".join(f"{rank} in {count}" for rank, count in counts)
-        what = "a merge of rank" if self.what == "merge" else "no rank that most modules share; rank"
-        return f"{what} {ranks} of {self.of} modules"
+        return f"a merge of rank {ranks} of {self.of} modules"
 
 
 def recognise(evidence: Sequence[Evidence], beside: tuple[int, int] = (0, 0)) -> Recognition:
     """Decide from all modules.
 
-    Law: the order of `evidence` does not matter, nor a factor that all σ of a module have beyond the trace.
+    Law: the order of `evidence` does not matter, and no module's rank comes from fewer than two modules.
 
     Args:
         evidence: one per matrix; several of one module share its rank.
@@ -137,16 +134,16 @@ def recognise(evidence: Sequence[Evidence], beside: tuple[int, int] = (0, 0)) ->
     shared: dict[str, int] = {}
     for members in kinds.values():
         rank = _shared(members, _IN_KIND)
-        if rank is None and everywhere is not None and not any(each.exceeds(everywhere) for each in members):
-            rank = everywhere
+        if rank is None and everywhere is not None:
+            beyond = sum(each.exceeds(everywhere) for each in members)
+            rank = everywhere if 2 * beyond < len(members) else None
         if rank is not None:
             shared |= {each.target: rank for each in members}
-    targets = {each.target for each in evidence}
-    if 2 * len(shared) >= len(targets) > 1:
-        return Recognition("merge", _ranks(evidence, shared), MappingProxyType(shared), len(targets))
-    if targets and _is_full(evidence, beside):
-        return Recognition("full fine-tune", MappingProxyType({}), MappingProxyType({}), len(targets))
-    return Recognition("unknown", _ranks(evidence, shared), MappingProxyType(shared), len(targets))
+    modules = len({each.target for each in evidence})
+    if 2 * len(shared) >= modules > 1:
+        return Recognition("merge", _ranks(evidence, shared), MappingProxyType(shared), modules)
+    full = modules > 0 and _is_full(evidence, beside)
+    return Recognition("full fine-tune" if full else "unknown", MappingProxyType({}), MappingProxyType({}), modules)
 
 
 def _shared(members: Sequence[Evidence], needed: tuple[int, float, float]) -> int | None:
