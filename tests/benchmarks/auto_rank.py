@@ -140,34 +140,28 @@ def fine_tunes(bases: dict[str, Path], name: str, folder: Path) -> list[Record]:
     return rows
 
 
-def measured(names: list[str], folder: Path) -> Record:
-    """What is named, beside what is kept of the others."""
-    from tests import minilm, trained
-
-    source = minilm.unpack(folder / "float32")
-    bases = {dtype: trained.stored(source, folder / dtype, trained.DTYPES[dtype]) for dtype in DTYPES}
-    kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {"merges": [], "tunes": []}
-    rows = [row for row in kept["merges"] if row["adapter"] not in names]
-    tunes = [row for row in kept["tunes"] if row["tune"] not in names]
-    for name in names:
-        if name in FULL:
-            tunes += fine_tunes(bases, name, folder)
-        else:
-            rows += merges(bases, name, folder)
-    order, wanted = list({**ADAPTERS, **SYNTHETIC}), list(FULL)
-    return {
+def keep(name: str, rows: list[Record]) -> None:
+    """Put the rows of one adapter or fine-tune in the place of those that are kept."""
+    kept = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
+    kind, field, order = ("tunes", "tune", FULL) if name in FULL else ("merges", "adapter", {**ADAPTERS, **SYNTHETIC})
+    fresh = [row for row in kept.get(kind, []) if row[field] != name] + rows
+    fresh.sort(key=lambda row: (list(order).index(row[field]), row["dtype"], row.get("size", 0)))
+    result = {
+        "merges": kept.get("merges", []),
+        "tunes": kept.get("tunes", []),
         "schema": "loratools/benchmark-auto-rank/1",
         "machine": measure.machine(),
         "commit": measure.commit(REPOSITORY),
         "date": measure.now(),
         "versions": measure.versions(sys.executable),
-        "merges": sorted(rows, key=lambda row: (order.index(row["adapter"]), row["dtype"], row["size"])),
-        "tunes": sorted(tunes, key=lambda row: (wanted.index(row["tune"]), row["dtype"])),
+        kind: fresh,
     }
+    RESULT.write_text(json.dumps(result, sort_keys=True).replace('}, {"', '},\n {"') + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str]) -> None:
     """Measure, or render what was measured."""
+    from tests import minilm, trained
     from tests.benchmarks import auto_rank_page
 
     every = [*ADAPTERS, *SYNTHETIC, *FULL]
@@ -176,9 +170,12 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--render", action="store_true", help="only write the page")
     options = parser.parse_args(arguments)
     if not options.render:
-        with tempfile.TemporaryDirectory() as folder:
-            result = measured(options.only, Path(folder))
-        RESULT.write_text(json.dumps(result, sort_keys=True).replace('}, {"', '},\n {"') + "\n", encoding="utf-8")
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            source = minilm.unpack(folder / "float32")
+            bases = {dtype: trained.stored(source, folder / dtype, trained.DTYPES[dtype]) for dtype in DTYPES}
+            for name in options.only:
+                keep(name, (fine_tunes if name in FULL else merges)(bases, name, folder))
     auto_rank_page.write(json.loads(RESULT.read_text(encoding="utf-8")))
 
 

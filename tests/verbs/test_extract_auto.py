@@ -139,8 +139,9 @@ def changed(tmp_path, change, dtype=torch.bfloat16, paths=MATRICES, layers=1):
     return write_checkpoint(tmp_path / "base", before), write_checkpoint(tmp_path / "tuned", after)
 
 
-def low_rank(at, m, n, rank=4, size=0.5):
-    change = normal(70 + at, m, rank, dtype=torch.float64) @ normal(90 + at, rank, n, dtype=torch.float64)
+def low_rank(at, m, n, rank=4, size=0.5, decay=1.0):
+    scales = decay ** torch.arange(rank)
+    change = (normal(70 + at, m, rank, dtype=torch.float64) * scales) @ normal(90 + at, rank, n, dtype=torch.float64)
     return size * change / change.norm() * (m * n) ** 0.5 * 0.05
 
 
@@ -187,3 +188,26 @@ def test_the_plan_names_the_decision_and_what_a_second_round_takes(tmp_path):
     assert plan.bounds.scratch_bytes == 2 * plan.bounds.write_bytes
     assert type(plan).from_json(json.loads(json.dumps(plan.to_json()))) == plan
     assert plan_extract(*pair, tmp_path / "out", rank=8).closing == ()
+
+
+def test_experts_share_the_rank_of_their_stack(tmp_path):
+    """Two layers of eight stacked experts: ΔW of rank 4 in each, in one of them as weak as the noise."""
+    base, tuned, true, weak = {}, {}, {}, {"size": 0.01, "decay": 0.3}
+    for layer in range(3):
+        name = f"model.layers.{layer}.mlp.experts.down_proj"
+        base[name] = normal(layer, 8, 96, 64, dtype=torch.bfloat16, scale=0.05)
+        true[name] = torch.stack(
+            [low_rank(20 * layer + expert, 96, 64, **weak if layer == 2 else {}) for expert in range(8)]
+        )
+        tuned[name] = (base[name].double() + true[name]).bfloat16()
+    config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
+    pair = (write_checkpoint(tmp_path / side, data, config) for side, data in (("base", base), ("tuned", tuned)))
+    report = extract(*pair, tmp_path / "out", rank="auto")
+    assert {module["rank"] for module in report.modules} == {4}
+    assert {module["rank_rule"] for module in report.modules} == {"common rank 4"}
+    assert min(module["above_noise"] for module in report.modules) < 4
+    adapter = lt.load_adapter(tmp_path / "out")
+    for module in report.modules:
+        raw = tuned[module["name"]].double() - base[module["name"]].double()
+        left = raw - adapter[module["name"]].delta_weight().double().reshape(raw.shape)
+        assert module["residual"] == pytest.approx(float(left.norm() / raw.norm()), rel=1e-4)
