@@ -37,7 +37,8 @@ NAMES = {
 }
 
 CHOICE = """
-*One piece* is what 16-bit results get, *two pieces* the others and whatever one is not proven to do for. Integers below the largest entry of
+*One piece* is what 16-bit results get. *Two pieces* are for whatever one is not proven to do for, and for float32: there single entries are
+held to units in the last place, which a norm says nothing of. Integers below the largest entry of
 each line, rather than below its norm, would be a little cheaper, but have to leave room for the worst sum of r products: their error
 grows like the rank, {below}, and nothing is known of it beforehand. Slices of float32 or int8 pay off where such products are
 far faster than those of float64, as on some GPUs; on this processor they are not. Component by component is exact enough by itself, and
