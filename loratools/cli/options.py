@@ -149,12 +149,18 @@ any_adapters = click.argument("adapters", metavar="[ADAPTER...]", nargs=-1)
 first = click.argument("a")
 second = click.argument("b")
 others = click.argument("others", metavar="...", nargs=-1)
+checked = click.argument("output")
+inputs = click.argument("inputs", metavar="[INPUT...]", nargs=-1)
 repo_id = click.argument("repo_id")
 path = click.argument("path")
 shapes = click.option(
     "--base", metavar="MODEL", help="What the adapters are for, where their tensors do not say how large ΔW is."
 )
 original = click.option("--base", metavar="BASE", help="What was merged into; the result is exact then, bit for bit.")
+merged_into = click.option("--base", metavar="BASE", help="What it should have been merged into.")
+named_adapters = click.option(
+    "--adapter", "adapters", metavar="ADAPTER", multiple=True, help="What should have been merged. Repeatable."
+)
 revision = click.option("--revision", metavar="R", help="A branch, a tag, a commit, or refs/pr/N.")
 
 # Selection.
