@@ -10,6 +10,7 @@ from loratools.engine.context import Context, Outcome
 from loratools.engine.operations import (
     allocating,
     comparing,
+    comparing_updates,
     copying,
     deriving,
     extracting,
@@ -48,6 +49,7 @@ _TABLE: Final[Mapping[str, Operation]] = {
     "extract-experts": extracting_experts.extract_experts,
     "compare": comparing.compare,
     "compare-experts": comparing.compare_experts,
+    "compare-updates": comparing_updates.compare_updates,
     "derive": deriving.derive,
     "allocate": allocating.allocate,
     "verify": verifying.verify,
