@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from loratools.verbs.rescale import plan_rescale, rescale
     from loratools.verbs.stack import plan_stack, stack
     from loratools.verbs.unmerge import plan_unmerge, unmerge
+    from loratools.verbs.verify import verify
 
     __version__: str
 
@@ -55,6 +56,7 @@ __all__ = [
     "save",
     "stack",
     "unmerge",
+    "verify",
 ]
 
 _MODULES: Final = frozenset({"errors", "linalg"})

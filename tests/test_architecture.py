@@ -18,7 +18,20 @@ LONG_FILES: dict[str, str] = {}
 """Path in the package → why it may be longer."""
 LONG_FUNCTIONS: dict[str, str] = {}
 """`path::function` → why it may be longer."""
-COMMANDS = ("demo", "diff", "extract", "graph", "inspect", "merge", "pull", "push", "rescale", "stack", "unmerge")
+COMMANDS = (
+    "demo",
+    "diff",
+    "extract",
+    "graph",
+    "inspect",
+    "merge",
+    "pull",
+    "push",
+    "rescale",
+    "stack",
+    "unmerge",
+    "verify",
+)
 
 
 def relative(path):

@@ -14,11 +14,13 @@ OK: Final = 0
 NO: Final = 1
 """The question was answered, and the answer is no."""
 USAGE: Final = 2
+OPEN: Final = 3
+"""The question has no answer from these inputs."""
 BUG: Final = 70
 
 EXIT_CODES: Final[Mapping[type[errors.LoratoolsError], int]] = {
     errors.UsageError: USAGE,
-    errors.UndecidedError: 3,
+    errors.UndecidedError: OPEN,
     errors.InputDataError: 65,
     errors.InputMissingError: 66,
     errors.HubError: 69,

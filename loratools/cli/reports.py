@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from loratools.verbs.pull import PullReport
     from loratools.verbs.push import PushReport
     from loratools.verbs.unmerge import UnmergeReport
+    from loratools.verbs.verify import VerifyReport
 
 _WORST: Final = 3
+_DEVIATING: Final = 20
 
 
 def extract(report: ExtractReport) -> list[str]:
@@ -81,6 +83,41 @@ def unmerge(report: UnmergeReport) -> list[str]:
         _files(report.files),
     ]
     return page("Unmerged.", rows, report.notes)
+
+
+def verify(report: VerifyReport) -> list[str]:
+    """The answer, then what deviates, worst first by kind, tensor by tensor."""
+    names = {entry["role"]: entry["name"] for entry in report.inputs}
+    adapters = [entry["name"] for entry in report.inputs if entry["role"] == "adapter"]
+    weighted = zip(adapters, report.parameters["weights"], strict=True)
+    totals = report.totals
+    rows = [
+        ("base", printable(names["base"])),
+        *(("adapter", f"{printable(name)}, weight {weight:g}") for name, weight in weighted),
+        ("changed", counted(totals["verdicts"]) if report.modules else ""),
+        ("rounding", counted({f"by {name}": number for name, number in report.policies.items()})),
+        ("others", f"{totals['same']:,} the same" + (f", {totals['changed']:,} not" if totals["changed"] else "")),
+    ]
+    answers = {"holds": "is", "does not hold": "is not", "cannot tell": "may be"}
+    what = "base plus adapters" if adapters else "base"
+    lines = page(f"{printable(names['merged'])} {answers[report.answer]} the {what}.", rows, report.notes)
+    deviating = [row for row in (*report.modules, *report.tensors) if row["verdict"] != "holds"]
+    return [*lines, *(["", *_deviations(deviating)] if deviating else [])]
+
+
+def _deviations(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    shown = rows[:_DEVIATING]
+    cells = table([("tensor", "verdict", "scale", "entries off", "by ulp"), *map(_deviation, shown)])
+    lines = [f"{line}  {row['detail']}".rstrip() for line, row in zip(cells[1:], shown, strict=True)]
+    more = [f"… {len(rows) - len(shown)} more; --json lists all."] if len(rows) > len(shown) else []
+    return [cells[0], *lines, *more]
+
+
+def _deviation(row: Mapping[str, Any]) -> tuple[str, ...]:
+    scale = " ".join(f"{value:.4g}" for value in row["scale"])
+    off = f"{row['deviating']:,} of {row['entries']:,}" if row["deviating"] and row["entries"] else ""
+    worst = f"{row['worst']:.3g}" if row["worst"] else ""
+    return printable(row["name"]), row["verdict"], scale, off, worst
 
 
 def derived(report: DerivedReport) -> list[str]:

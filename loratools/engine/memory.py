@@ -32,6 +32,8 @@ TILE_FACTOR: Final = 12
 """Working bytes per stored byte of a tile in a merge: the tile, a float64 sum, its rounding, and the result."""
 FACTOR_BYTES: Final = 48
 """Working bytes per element of a factor: as read (4), scaled in float64 (8), pieces and their sums (36)."""
+WIDE_ENTRIES: Final = 2**18
+"""Entries of a row tile that is gone through in float64, many passes at a time: 2 MiB, to stay near the cache."""
 BUFFERS: Final = 3 * 4 * MIB
 """Read and hash buffers of one worker."""
 

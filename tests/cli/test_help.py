@@ -16,7 +16,8 @@ SURFACE = {
     "inspect": {"--modules", *selecting},
     "graph": {"--as", "--depth", *selecting},
     "diff": {"--spectrum", "--max-rank", "--dry-run", "--max-memory", "--threads", "--device", *selecting},
-    "merge": {"-w", "--dtype", "--max-shard-size", "--device", *writing},
+    "verify": {"--base", "--adapter", "-w", "--max-memory", "--threads"},
+    "merge": {"-w", "--dtype", "--max-shard-size", "--resume", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
     "extract": {"--rank", "--energy", "--error", "--sv-ratio", "--sv-cumulative", "--sv-fro", "--knee",
                 "--budget", "--uniform-rank", "--rank-pattern", "--max-rank", "--preset", "--activations",
@@ -30,7 +31,7 @@ SURFACE = {
 }  # fmt: skip
 ARGUMENTS = {
     "inspect": ["source"], "graph": ["model"], "diff": ["a", "b", "others"],
-    "merge": ["base", "adapters"], "unmerge": ["merged", "adapters"],
+    "verify": ["output", "inputs"], "merge": ["base", "adapters"], "unmerge": ["merged", "adapters"],
     "extract": ["base", "tuned"], "stack": ["adapters"], "rescale": ["adapter"], "push": ["path", "repo_id"],
     "pull": ["repo_id"], "demo": ["story"],
 }  # fmt: skip

@@ -1,0 +1,264 @@
+"""What one merged matrix can be explained by: counted over its tiles, for `engine.verdicts` to judge.
+
+A matrix is gone through once where our own policy explains every entry. Otherwise all policies and faults are counted
+in a second pass, and where none of them explains it, a multiple of ΔW in a third.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from loratools.engine.context import Context
+from loratools.engine.operations.claims import Claim, Tile
+from loratools.engine.operations.policies import Policy, interval, policies, unmoved
+from loratools.engine.verdicts import HOLDS, MISSING, Findings, Hypothesis
+from loratools.errors import NonFiniteError
+from loratools.tensors import torch_dtype
+
+if TYPE_CHECKING:
+    import torch
+
+_SCALED_STEPS: Final = 1.5
+"""How many steps an entry may be off a multiple of ΔW: two roundings, and the multiple itself."""
+_APART: Final = 6
+"""Up to so many adapters, it is tried which one of them is missing."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Counts:
+    """Sums over the tiles of a matrix; see `Findings`."""
+
+    off: dict[Hypothesis, int]
+    worst: dict[Hypothesis, float]
+    moved: int = 0
+    concerned: int = 0
+    not_finite: int = 0
+    rows: dict[Hypothesis, tuple[int, int]] = dataclasses.field(default_factory=dict)
+    scales: tuple[float, float] = (-math.inf, math.inf)
+    gram: Any = 0.0
+    with_found: Any = 0.0
+    with_expected: Any = 0.0
+    found_squares: float = 0.0
+    expected_squares: float = 0.0
+
+
+def examined(claim: Claim, context: Context) -> Findings:
+    """Look at a matrix as closely as it takes to judge it.
+
+    Raises:
+        NonFiniteError: the base holds NaN or infinity.
+    """
+    counts, whole = _first_pass(claim, context)
+    if whole:
+        return _findings(claim, counts)
+    counts = _second_pass(claim, context)
+    found = _findings(claim, counts)
+    if found.settled or not counts.found_squares:
+        return found
+    _third_pass(claim, context, counts, found.along)
+    return _findings(claim, counts)
+
+
+def _tiles(claim: Claim, context: Context) -> Iterator[Tile]:
+    import torch
+
+    for rows in claim.ranges():
+        context.check()
+        tile = claim.tile(rows)
+        if not bool(torch.isfinite(tile.weight).all()):
+            raise NonFiniteError(
+                "The base holds NaN or infinity here.",
+                fix="The file is damaged.",
+                tensor=claim.base.name,
+                file=claim.base.source.label,
+            )
+        yield tile
+
+
+def _first_pass(claim: Claim, context: Context) -> tuple[_Counts, bool]:
+    """Our own policy alone, and whether it explains every entry; stops where it does not."""
+    from loratools.linalg import rounded_from
+
+    policy = Policy(ours=True)
+    key, dtype = Hypothesis(HOLDS, policy.name), torch_dtype(claim.merged.dtype)
+    counts = _Counts({key: 0}, {})
+    for tile in _tiles(claim, context):
+        low, high = interval(policy, claim, tile)
+        if not bool(rounded_from(tile.found, low, high, dtype).all()):
+            return counts, False
+        counts.moved += int((tile.found != unmoved(claim, tile)).sum())
+        _correlate(counts, tile, None)
+    return counts, True
+
+
+def _second_pass(claim: Claim, context: Context) -> _Counts:
+    """Every policy, every fault, and which multiples of ΔW explain all entries."""
+    import torch
+
+    from loratools.linalg import to_grid
+
+    asked = list(_hypotheses(claim))
+    counts = _Counts({key: 0 for key, *_ in asked}, {})
+    dtype = torch_dtype(claim.merged.dtype)
+    for tile in _tiles(claim, context):
+        before = unmoved(claim, tile)
+        total = tile.weight
+        for part in tile.parts:
+            total = total + part
+        expected = to_grid(total, dtype)
+        moved = tile.found != before
+        counts.moved += int(moved.sum())
+        counts.concerned += int((moved | (expected != before)).sum())
+        counts.not_finite += int((~torch.isfinite(tile.found)).sum())
+        _correlate(counts, tile, expected)
+        _narrow_scales(counts, tile, total - tile.weight, dtype)
+        for key, policy, factors in asked:
+            changed = tile.times(factors) if factors else tile
+            if factors and not changed.parts:
+                _count(counts, key, tile, (before, before), dtype)
+            else:
+                _count(counts, key, tile, interval(policy, claim, changed), dtype)
+    return counts
+
+
+def _third_pass(claim: Claim, context: Context, counts: _Counts, along: Sequence[float]) -> None:
+    """The multiples of ΔW that were measured, to within what two roundings leave."""
+    from loratools.linalg import grid_step
+
+    key, dtype = Hypothesis("scale", "any"), torch_dtype(claim.merged.dtype)
+    counts.off[key] = 0
+    for tile in _tiles(claim, context):
+        total = tile.weight
+        for factor, part in zip(along, tile.parts, strict=True):
+            total = total + factor * part
+        slack = _SCALED_STEPS * grid_step(tile.found.abs().maximum(tile.weight.abs()), dtype)
+        for factor, far in zip(along, tile.far, strict=True):
+            slack = slack + abs(factor) * far
+        _count(counts, key, tile, (total - slack, total + slack), dtype)
+
+
+def _hypotheses(claim: Claim) -> Iterator[tuple[Hypothesis, Policy, tuple[float, ...]]]:
+    """What is held against a matrix, with what the parts are multiplied by: nothing, where they are as they are."""
+    parts = len(claim.sources)
+    for policy in policies(claim):
+        yield Hypothesis(HOLDS, policy.name), policy, ()
+    yield Hypothesis(MISSING, "none"), Policy(), (0.0,) * parts
+    after = torch_dtype(claim.merged.dtype)
+    for policy in (Policy(), Policy(delta=(after,))):
+        for repeated in (False, True):
+            how = dataclasses.replace(policy, one_by_one=repeated)
+            yield Hypothesis("twice", how.name), how, (1.0,) * 2 * parts if repeated else (2.0,) * parts
+        yield Hypothesis("subtracted", policy.name), policy, (-1.0,) * parts
+        if 1 < parts <= _APART:
+            for index, source in enumerate(claim.sources):
+                factors = tuple(float(other != index) for other in range(parts))
+                for how in (policy, dataclasses.replace(policy, one_by_one=True)):
+                    yield Hypothesis("partly", how.name, (source,)), how, factors
+
+
+def _count(
+    counts: _Counts, key: Hypothesis, tile: Tile, reals: tuple[torch.Tensor, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Count what an interval of reals does not explain."""
+    from loratools.linalg import grid_step, rounded_from
+
+    off = ~rounded_from(tile.found, *reals, dtype)
+    number = int(off.sum())
+    counts.off[key] += number
+    if not number or key.what not in {HOLDS, "scale"}:
+        return
+    found, low, high = tile.found[off], reals[0][off], reals[1][off]
+    apart = (low - found).maximum(found - high).nan_to_num(math.inf, math.inf)
+    largest = found.nan_to_num(0.0, 0.0, 0.0).abs().maximum(tile.weight[off].abs())
+    counts.worst[key] = max(counts.worst.get(key, 0.0), float((apart / grid_step(largest, dtype)).max()))
+    rows = off.any(1).nonzero()
+    first, last = counts.rows.get(key, (tile.first + int(rows[0]), 0))
+    counts.rows[key] = (first, max(last, tile.first + int(rows[-1])))
+
+
+def _correlate(counts: _Counts, tile: Tile, expected: torch.Tensor | None) -> None:
+    """Inner products of what was added, and of what would have been, with every part."""
+    import torch
+
+    if not tile.parts:
+        return
+    parts = torch.stack([part.reshape(-1) for part in tile.parts])
+    counts.gram = counts.gram + parts @ parts.T
+    if expected is None:
+        return
+    found = (tile.found - tile.weight).nan_to_num(0.0, 0.0, 0.0).reshape(-1)
+    wanted = (expected - tile.weight).nan_to_num(0.0, 0.0, 0.0).reshape(-1)
+    counts.with_found = counts.with_found + parts @ found
+    counts.with_expected = counts.with_expected + parts @ wanted
+    counts.found_squares += float(found @ found)
+    counts.expected_squares += float(wanted @ wanted)
+
+
+def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torch.dtype) -> None:
+    """Keep the multiples of ΔW that one rounding takes to every entry seen so far."""
+    import torch
+
+    from loratools.linalg import rounding_edges
+
+    least, most = counts.scales
+    if not least <= most:
+        return
+    under, over = rounding_edges(tile.found.nan_to_num(0.0), dtype)
+    slack = tile.weight.abs() * 2.0**-24
+    for far in tile.far:
+        slack = slack + far
+    low, high = under - slack - tile.weight, over + slack - tile.weight
+    backwards = delta < 0
+    low, high = torch.where(backwards, -high, low), torch.where(backwards, -low, high)
+    still = delta == 0
+    if bool((still & ((low > 0) | (high < 0))).any()):
+        counts.scales = (math.inf, -math.inf)
+        return
+    size = torch.where(still, 1.0, delta.abs())
+    low, high = torch.where(still, -math.inf, low / size), torch.where(still, math.inf, high / size)
+    counts.scales = (max(least, float(low.max())), min(most, float(high.min())))
+
+
+def _findings(claim: Claim, counts: _Counts) -> Findings:
+    import torch
+
+    along: tuple[float, ...] = ()
+    alike, size = math.nan, 0.0
+    if claim.sources and isinstance(counts.gram, torch.Tensor):
+        size = float(counts.gram.sum())
+        if isinstance(counts.with_found, torch.Tensor):
+            along = _along(counts)
+            cosine = _cosine(counts.with_found.sum(), counts.found_squares)
+            expected = _cosine(counts.with_expected.sum(), counts.expected_squares)
+            alike = cosine / expected if expected else math.nan
+    low, high = counts.scales
+    known = low <= high and math.isfinite(low) and math.isfinite(high)
+    return Findings(
+        entries=claim.base.spec.numel,
+        moved=counts.moved,
+        concerned=counts.concerned,
+        not_finite=counts.not_finite,
+        size=max(size, 0.0),
+        off=counts.off,
+        worst=counts.worst,
+        rows=counts.rows,
+        along=along,
+        alike=alike,
+        scales=(low, high) if known else None,
+    )
+
+
+def _cosine(inner: torch.Tensor, squares: float) -> float:
+    return float(inner) / math.sqrt(squares) if squares > 0 else 0.0
+
+
+def _along(counts: _Counts) -> tuple[float, ...]:
+    """The multiple of every part that is nearest to what was added, over that of a merge without fault."""
+    import torch
+
+    inverse = torch.linalg.pinv(counts.gram, hermitian=True)
+    found, expected = inverse @ counts.with_found, inverse @ counts.with_expected
+    return tuple(float(one / other) if other else math.nan for one, other in zip(found, expected, strict=True))
