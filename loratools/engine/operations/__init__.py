@@ -15,6 +15,7 @@ from loratools.engine.operations import (
     extracting_experts,
     merging,
     verifying,
+    verifying_adapters,
 )
 from loratools.engine.plan import Unit
 
@@ -37,4 +38,6 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "verify": verifying.verify,
     "verify-same": verifying.verify_same,
     "verify-added": verifying.verify_added,
+    "verify-extracted": verifying_adapters.verify_extracted,
+    "verify-derived": verifying_adapters.verify_derived,
 }

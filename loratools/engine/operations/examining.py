@@ -45,8 +45,8 @@ class _Counts:
     expected_squares: float = 0.0
 
 
-def examined(claim: Claim, context: Context) -> Findings:
-    """Look at a matrix as closely as it takes to judge it.
+def examined(claim: Claim, context: Context, *, ours: bool = False) -> Findings:
+    """Look at a matrix as closely as it takes to judge it; a merge of `ours` can only have our policy.
 
     Raises:
         NonFiniteError: the base holds NaN or infinity.
@@ -54,7 +54,7 @@ def examined(claim: Claim, context: Context) -> Findings:
     counts, whole = _first_pass(claim, context)
     if whole:
         return _findings(claim, counts)
-    counts = _second_pass(claim, context)
+    counts = _second_pass(claim, context, ours=ours)
     found = _findings(claim, counts)
     if found.settled or not counts.found_squares:
         return found
@@ -94,13 +94,13 @@ def _first_pass(claim: Claim, context: Context) -> tuple[_Counts, bool]:
     return counts, True
 
 
-def _second_pass(claim: Claim, context: Context) -> _Counts:
+def _second_pass(claim: Claim, context: Context, *, ours: bool) -> _Counts:
     """Every policy, every fault, and which multiples of ΔW explain all entries."""
     import torch
 
     from loratools.linalg import to_grid
 
-    asked = list(_hypotheses(claim))
+    asked = list(_hypotheses(claim, ours=ours))
     counts = _Counts({key: 0 for key, *_ in asked}, {})
     dtype = torch_dtype(claim.merged.dtype)
     for tile in _tiles(claim, context):
@@ -140,10 +140,10 @@ def _third_pass(claim: Claim, context: Context, counts: _Counts, along: Sequence
         _count(counts, key, tile, (total - slack, total + slack), dtype)
 
 
-def _hypotheses(claim: Claim) -> Iterator[tuple[Hypothesis, Policy, tuple[float, ...]]]:
+def _hypotheses(claim: Claim, *, ours: bool) -> Iterator[tuple[Hypothesis, Policy, tuple[float, ...]]]:
     """What is held against a matrix, with what the parts are multiplied by: nothing, where they are as they are."""
     parts = len(claim.sources)
-    for policy in policies(claim):
+    for policy in [Policy(ours=True)] if ours else policies(claim):
         yield Hypothesis(HOLDS, policy.name), policy, ()
     yield Hypothesis(MISSING, "none"), Policy(), (0.0,) * parts
     after = torch_dtype(claim.merged.dtype)
