@@ -114,7 +114,7 @@ def _second_pass(claim: Claim, context: Context, *, ours: bool) -> _Counts:
         counts.concerned += int((moved | (expected != before)).sum())
         counts.not_finite += int((~torch.isfinite(tile.found)).sum())
         _correlate(counts, tile, expected)
-        _narrow_scales(counts, tile, total - tile.weight, dtype)
+        _narrow_scales(counts, tile, total - tile.weight, dtype, ours=ours)
         for key, policy, factors in asked:
             changed = tile.times(factors) if factors else tile
             if factors and not changed.parts:
@@ -197,7 +197,7 @@ def _correlate(counts: _Counts, tile: Tile, expected: torch.Tensor | None) -> No
     counts.expected_squares += float(wanted @ wanted)
 
 
-def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torch.dtype) -> None:
+def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torch.dtype, *, ours: bool) -> None:
     """Keep the multiples of ΔW that one rounding takes to every entry seen so far."""
     import torch
 
@@ -207,8 +207,8 @@ def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torc
     if not least <= most:
         return
     under, over = rounding_edges(tile.found.nan_to_num(0.0), dtype)
-    slack = tile.weight.abs() * 2.0**-24
-    for far in tile.far:
+    slack = tile.weight.abs() * (2.0**-51 if ours else 2.0**-24)
+    for far in [tile.near] if ours else tile.far:
         slack = slack + far
     low, high = under - slack - tile.weight, over + slack - tile.weight
     backwards = delta < 0
