@@ -15,7 +15,7 @@ from loratools.tensors import TensorRef
 if TYPE_CHECKING:
     import torch
 
-    from loratools.linalg import LowRankSum
+    from loratools.linalg import LowRankSum, SquareSums
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,32 +105,37 @@ class Dora(AbstractUpdate):
 
 
 class _Rescaling(AbstractAction):
-    """Rows of W + ΔW brought to their magnitude. Row norms are taken at once from whole rows, else by looking first."""
+    """Rows of W + ΔW brought to their magnitude. Row norms are taken at once from whole rows, else by looking first.
+
+    Either way the norm of a row is one number, whatever the tiles and the order of the sum.
+    """
 
     looks = True
 
     def __init__(self, product: LowRankSum, magnitude: torch.Tensor, name: str) -> None:
         self._product, self._magnitude, self._name = product, magnitude, name
-        self._squares: torch.Tensor | None = None
+        self._squares: SquareSums | None = None
 
     def look(self, base: torch.Tensor, region: Region) -> None:
         """See `AbstractAction.look`."""
-        import torch
+        from loratools.linalg import SquareSums
 
         moved = base + self._product.piece(region.rows, region.columns).to(base.device)
         if self._squares is None:
-            self._squares = torch.zeros_like(self._magnitude)
-        self._squares[region.rows] += moved.square().sum(1).to(self._squares.device)
+            self._squares = SquareSums(len(self._magnitude), base.device)
+        self._squares.add(moved, region.rows)
 
     def change(self, base: torch.Tensor, region: Region) -> torch.Tensor:
         """See `AbstractAction.change`."""
+        from loratools.linalg import square_sums
+
         moved = base + self._product.piece(region.rows, region.columns).to(base.device)
         if region.columns.stop - region.columns.start == self._product.right.shape[1]:
-            squares = moved.square().sum(1)
+            squares = square_sums(moved)
         elif self._squares is None:
             raise InternalError("Norms of rows were asked for before all of them had been seen.")
         else:
-            squares = self._squares[region.rows].to(base.device)
+            squares = self._squares.totals()[region.rows]
         self._require_directions(squares, region)
         factor = self._magnitude[region.rows].to(base.device) / squares.sqrt()
         return moved.mul_(factor[:, None]).sub_(base)

@@ -5,51 +5,16 @@ A parameter is named as the verb's own, so that a command hands on what it was g
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
-from decimal import Decimal
 from typing import Any, Final, TypeVar
 
 import click
 
 from loratools.cli.output import Output
+from loratools.cli.values import listed, local_output, rank, ranks, size, work_directory
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
-
-_UNITS: Final = {"": 1, "B": 1} | {
-    f"{prefix}{suffix}": base**power
-    for suffix, base in (("B", 1000), ("IB", 1024))
-    for power, prefix in enumerate("KMGT", start=1)
-}
-
-
-def size(text: str) -> int:
-    """Bytes: `4GB` is 4·10⁹, `512MiB` is 512·2²⁰, a bare number counts bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip(), re.ASCII)
-    unit = _UNITS.get(found[2].upper()) if found else None
-    if found is None or unit is None or not (nbytes := int(Decimal(found[1]) * unit)):
-        raise click.BadParameter(f"{text!r} is not a size; write 4GB, 512MiB, or a number of bytes.")
-    return nbytes
-
-
-def local_output(text: str) -> str:
-    """An output on this machine."""
-    if not text:
-        raise click.BadParameter("an output needs a name.")
-    if text.startswith("hf://"):
-        raise click.BadParameter("an output is written to this machine; `loratools push` publishes it.")
-    return text
-
-
-def rank(text: str) -> int | str:
-    """A number, or `auto`."""
-    if text == "auto":
-        return text
-    try:
-        return int(text)
-    except ValueError:
-        raise click.BadParameter(f"{text!r} is neither a number nor the word auto.") from None
 
 
 def _all(*decorators: Callable[[Any], Any]) -> Decorator[Function]:
@@ -68,25 +33,6 @@ def _flag(name: str) -> Callable[[click.Context, click.Parameter, bool], None]:
             setattr(context.ensure_object(Output), name, True)
 
     return note
-
-
-def _listed(context: click.Context, parameter: click.Parameter, value: tuple[float, ...]) -> list[float] | None:
-    """No weight at all leaves the choice to the verb."""
-    del context, parameter
-    return list(value) or None
-
-
-def _ranks(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
-    """`PATTERN=N`, in order."""
-    del context, parameter
-    ranks: dict[str, int] = {}
-    for text in value:
-        pattern, _, number = text.rpartition("=")
-        if not pattern or not re.fullmatch(r"[+-]?\d+", number, re.ASCII):
-            raise click.BadParameter(f"{text!r} is not PATTERN=N, such as 'q_proj=8'.")
-        if ranks.setdefault(pattern, int(number)) != int(number):
-            raise click.BadParameter(f"{pattern!r} is given two ranks.")
-    return ranks
 
 
 def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
@@ -195,6 +141,12 @@ dtype = click.option("--dtype", metavar="D", help="bf16, fp16 or fp32 for all we
 max_shard_size = click.option(
     "--max-shard-size", metavar="SIZE", type=size, help="Largest weights file; default the base's own files."
 )
+resume = click.option(
+    "--resume",
+    metavar="WORKDIR",
+    type=work_directory,
+    help="Keep what is done in this directory, and go on from what an earlier run left in it.",
+)
 base_model = click.option(
     "--base-model", metavar="OWNER/NAME", help="The base's name on the Hub, for the adapter's configuration and card."
 )
@@ -208,7 +160,7 @@ weights = click.option(
     metavar="W",
     type=float,
     multiple=True,
-    callback=_listed,
+    callback=listed,
     help="Multiplies ΔW: none, one for all, or one per adapter. Repeatable.",
 )
 method = click.option("--method", metavar="NAME", default="sum", show_default=True, help="sum: Σ w ΔW, exact.")
@@ -257,7 +209,7 @@ extraction_rank = _all(
         "--rank-pattern",
         metavar="PATTERN=N",
         multiple=True,
-        callback=_ranks,
+        callback=ranks,
         help="This rank for these modules, whatever the rule. Repeatable; the first that matches decides.",
     ),
 )

@@ -71,7 +71,8 @@ class Output:
 
             _complain("".join(traceback.format_exception(error)).rstrip())
         if isinstance(error, KeyboardInterrupt):
-            self._failure({"code": "interrupted", "message": "Interrupted."}, "Interrupted.")
+            told = " ".join(("Interrupted.", *map(str, error.args)))
+            self._failure({"code": "interrupted", "message": told}, told)
             return signals.exit_code(error)
         found = errors.understood(error)
         self._failure(found.to_json(), str(found))

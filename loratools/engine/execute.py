@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +18,9 @@ from loratools.engine.events import Stage, Started
 from loratools.engine.plan import Plan, canonical
 from loratools.engine.planning import Run
 from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
+from loratools.engine.resuming import Resumption
 from loratools.engine.running import progress, run_closing, run_units
-from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink, NoSink
+from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink, NoSink, writers_in
 from loratools.storage.files import ReadOnlyFile, sha256_of
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 from loratools.storage.partials import stale_partials
@@ -61,7 +61,7 @@ class Execution:
         return [outcome for outcome in self.outcomes if outcome.operation == operation]
 
 
-def execute(
+def execute(  # noqa: PLR0913  (what differs between verbs)
     plan: Plan,
     sources: Sources,
     *,
@@ -69,8 +69,9 @@ def execute(
     run: Run,
     computes: bool = True,
     assembly: Assembly | None = None,
+    resumption: Resumption | None = None,
 ) -> Report:
-    """Run `plan` and publish its output; on any failure nothing is left.
+    """Run `plan` and publish its output; on any failure nothing is left, but what `resumption` keeps.
 
     Args:
         plan: what to do.
@@ -79,9 +80,10 @@ def execute(
         run: threads, device, limits, listener.
         computes: whether there are numbers to compute, which is what a device is for.
         assembly: for adapters, what they are put together with.
+        resumption: for checkpoints, the work directory to go on in.
 
-    The report that is returned also names what killed runs left beside the output; the one that is written does
-    not, so that the same inputs give the same bytes.
+    The report that is returned also names what killed runs left beside the output, and what was taken over from them;
+    the one that is written does not, so that the same inputs give the same bytes.
 
     Raises:
         MemoryLimitError: the plan exceeds the limit; nothing was written.
@@ -89,29 +91,66 @@ def execute(
         LoratoolsError: whatever a unit raised; nothing is left.
     """
     memory.require(plan, run.max_memory)
-    listener = run.listener
     left = tuple(
         f"A run that was killed left {path.name} beside the output." for path in stale_partials(Path(plan.output))
     )
-    listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
+    run.listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
+    if resumption is not None:
+        report = _resumed(plan, sources, describe, run, resumption, computes=computes)
+        return dataclasses.replace(report, notes=(*report.notes, *left, *resumption.notes))
+    stop = threading.Event()
     with _output(plan) as out:
-        stop = threading.Event()
         sink = _sink(plan, out.path, assembly, stop)
-        opened = _opened(sources)
-        early = Context(sources, sink, run.settings(computes=False), stop, progress(run), opened)
-        outcomes = run_units(plan, plan.units, early, run, computes=computes)
-        outcomes = run_closing(plan, outcomes, early, run, computes=computes)
-        listener(Stage("verifying"))
-        written = sink.finish()
-        _copy_companions(plan, sources, out.path)
-        adapter = sink.adapter if isinstance(sink, AdapterSink) else None
-        files = _files(out.path, written)
-        report = describe(Execution(tuple(outcomes), files, adapter))
-        report = _describe(report, out)
-        for file in opened.values():
-            file.require_unchanged()
-        out.publish()
+        context = Context(sources, sink, run.settings(computes=False), stop, progress(run), _opened(sources))
+        outcomes = run_units(plan, plan.units, context, run, computes=computes)
+        outcomes = run_closing(plan, outcomes, context, run, computes=computes)
+        run.listener(Stage("verifying"))
+        report = _published(plan, context, outcomes, sink.finish(), out, describe)
     return dataclasses.replace(report, notes=(*report.notes, *left))
+
+
+def _resumed(
+    plan: Plan,
+    sources: Sources,
+    describe: Callable[[Execution], Report],
+    run: Run,
+    resumption: Resumption,
+    *,
+    computes: bool,
+) -> Report:
+    """`execute` in a work directory: only when all is done does anything appear beside the output."""
+    with resumption:
+        with _output(plan) as out:
+            resumption.probe(out.path)
+        settings, opened = run.settings(computes=False), _opened(sources)
+        context = Context(sources, resumption.sink, settings, resumption.stopped, progress(run), opened)
+        outcomes = run_units(plan, plan.units, context, run, computes=computes, perform=resumption.perform)
+        run.listener(Stage("verifying"))
+        written = resumption.sink.finish()
+        with _output(plan) as out:
+            resumption.place(out.path)
+            report = _published(plan, context, outcomes, written, out, describe)
+            resumption.published()
+    return report
+
+
+def _published(
+    plan: Plan,
+    context: Context,
+    outcomes: Sequence[Outcome],
+    written: Sequence[WrittenFile],
+    out: OutputDirectory | OutputFiles,
+    describe: Callable[[Execution], Report],
+) -> Report:
+    """Everything else beside the weights, and then their names."""
+    _copy_companions(plan, context.sources, out.path)
+    adapter = context.sink.adapter if isinstance(context.sink, AdapterSink) else None
+    files = _files(out.path, written)
+    report = _describe(describe(Execution(tuple(outcomes), files, adapter)), out)
+    for file in context.opened.values():
+        file.require_unchanged()
+    out.publish()
+    return report
 
 
 def observe(plan: Plan, sources: Sources, run: Run) -> list[Outcome]:
@@ -152,8 +191,7 @@ def _sink(plan: Plan, directory: Path, assembly: Assembly | None, stop: threadin
         assert assembly is not None
         order = [unit.target for unit in plan.units if unit.operation in {"extract", "extract-experts", "derive"}]
         return AdapterSink(directory, assembly, str(plan.options["format"]), order)
-    counts = Counter(unit.file for unit in plan.units if unit.file)
-    return CheckpointSink(directory, plan.files, counts, lambda: stopped_if(stop))
+    return CheckpointSink(writers_in(directory, lambda: stopped_if(stop)), plan.files, plan.units)
 
 
 def _copy_companions(plan: Plan, sources: Sources, directory: Path) -> None:

@@ -152,13 +152,18 @@ def check_output(output: Path, run: Run, sources: Iterable[Checkpoint | Adapter]
     """
     if output.suffix == ".gguf":
         raise UsageError("GGUF files are not written yet.", fix="Give -o a directory.", output=output.name)
+    single = output.suffix == ".safetensors"
+    (OutputFiles if single else OutputDirectory).check(output, run.overwrite, input_paths(sources), needed)
+
+
+def input_paths(sources: Iterable[Checkpoint | Adapter]) -> list[Path]:
+    """Every file that is read, and the directories that were named."""
     inputs: list[Path] = []
     for source in sources:
         inputs += source.files if isinstance(source, Checkpoint) else files_behind(source)
         if source.location is not None:
             inputs.append(Path(source.location))
-    single = output.suffix == ".safetensors"
-    (OutputFiles if single else OutputDirectory).check(output, run.overwrite, inputs, needed)
+    return inputs
 
 
 def weights_for(count: int, weights: Sequence[float] | float | None) -> list[float]:

@@ -15,6 +15,8 @@ from loratools.engine.operations import OPERATIONS
 from loratools.engine.plan import Plan, Unit
 from loratools.engine.planning import Run
 
+Perform = Callable[[int, Unit, Context], Outcome]
+
 
 def progress(run: Run) -> Callable[[int, str], None]:
     """What tells the listener how far the units are; from any thread."""
@@ -27,7 +29,23 @@ def progress(run: Run) -> Callable[[int, str], None]:
     return advance
 
 
-def run_units(plan: Plan, units: Sequence[Unit], early: Context, run: Run, *, computes: bool) -> list[Outcome]:
+def perform(index: int, unit: Unit, context: Context) -> Outcome:
+    """Run one unit, whose number in the plan is `index`."""
+    del index
+    outcome = OPERATIONS[unit.operation](unit, context)
+    context.sink.unit_done(unit.file)
+    return outcome
+
+
+def run_units(
+    plan: Plan,
+    units: Sequence[Unit],
+    early: Context,
+    run: Run,
+    *,
+    computes: bool,
+    perform: Perform = perform,
+) -> list[Outcome]:
     """Run units of a plan. Those that hash come first: they start while torch, a second's work, is imported."""
     tensors = sum(len(source) for source in early.sources.values())
     gate = memory.Gate(memory.room(plan.units, tensors, run.max_memory))
@@ -38,8 +56,9 @@ def run_units(plan: Plan, units: Sequence[Unit], early: Context, run: Run, *, co
             for index, unit in enumerate(units):
                 if unit.operation != "hash":
                     break
-                futures.append(pool.submit(_Worker(early, gate, failed), index, unit))
-            worker = _Worker(dataclasses.replace(early, settings=run.settings(computes=computes)), gate, failed)
+                futures.append(pool.submit(_Worker(early, gate, failed, perform), index, unit))
+            late = dataclasses.replace(early, settings=run.settings(computes=computes))
+            worker = _Worker(late, gate, failed, perform)
             with _one_thread_each(plan):
                 start = len(futures)
                 futures += (pool.submit(worker, start + index, unit) for index, unit in enumerate(units[start:]))
@@ -83,6 +102,7 @@ class _Worker:
     context: Context
     gate: memory.Gate
     failed: list[int]
+    perform: Perform
 
     def __call__(self, index: int, unit: Unit) -> Outcome:
         with self.gate.held(unit.peak_bytes + memory.BUFFERS):
@@ -90,12 +110,10 @@ class _Worker:
             if self.failed and index > min(self.failed):
                 raise Stopped
             try:
-                outcome = OPERATIONS[unit.operation](unit, self.context)
-                self.context.sink.unit_done(unit.file)
+                return self.perform(index, unit, self.context)
             except Exception:
                 self.failed.append(index)
                 raise
-            return outcome
 
 
 def _results(futures: Sequence[Future[Outcome]]) -> list[Outcome]:

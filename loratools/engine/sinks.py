@@ -5,13 +5,14 @@ from __future__ import annotations
 import abc
 import dataclasses
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from loratools.adapters import AbstractUpdate, Adapter
-from loratools.engine.plan import OutputFile
+from loratools.engine.plan import OutputFile, Unit
 from loratools.errors import InternalError
 from loratools.files import encode_adapter, write_weights
 from loratools.formats import Encoded
@@ -67,39 +68,43 @@ class NoSink(AbstractSink):
         return []
 
 
-class CheckpointSink(AbstractSink):
-    """Weights files with known headers; each is finished as soon as its last unit is done."""
+Opens = Callable[[OutputFile], SafetensorsWriter]
 
-    def __init__(
-        self,
-        directory: Path,
-        files: Sequence[OutputFile],
-        counts: Mapping[str, int],
-        check: Check = None,
-    ) -> None:
-        self._directory = directory
-        self._check = check
+
+def writers_in(directory: Path, check: Check = None) -> Opens:
+    """Writers of new files in `directory`."""
+
+    def opened(file: OutputFile) -> SafetensorsWriter:
+        return SafetensorsWriter(directory / file.name, file.tensors, file.metadata, check=check)
+
+    return opened
+
+
+class CheckpointSink(AbstractSink):
+    """Weights files with known headers; each is finished as soon as the last unit that writes into it is done."""
+
+    def __init__(self, opens: Opens, files: Sequence[OutputFile], units: Sequence[Unit]) -> None:
+        self._opens = opens
         self._files = {file.name: file for file in files}
-        self._left = {file.name: counts.get(file.name, 0) for file in files}
+        self._left = Counter(unit.file for unit in units if unit.file)
         self._writers: dict[str, SafetensorsWriter] = {}
         self._written: dict[str, WrittenFile] = {}
         self._lock = threading.Lock()
 
-    def _writer(self, file: str) -> SafetensorsWriter:
+    def writer(self, file: str) -> SafetensorsWriter:
+        """The writer of a file, opened when it is first asked for."""
         with self._lock:
             if file not in self._writers:
-                planned = self._files[file]
-                path = self._directory / file
-                self._writers[file] = SafetensorsWriter(path, planned.tensors, planned.metadata, check=self._check)
+                self._writers[file] = self._opens(self._files[file])
             return self._writers[file]
 
     def write(self, file: str, name: str, data: torch.Tensor, start: int) -> None:
         """See `AbstractSink.write`."""
-        self._writer(file).write(name, bytes_of(data), start)
+        self.writer(file).write(name, bytes_of(data), start)
 
     def copy(self, file: str, names: Sequence[str], refs: Sequence[TensorRef]) -> None:
         """See `AbstractSink.copy`."""
-        self._writer(file).copy_run(names, refs)
+        self.writer(file).copy_run(names, refs)
 
     def unit_done(self, file: str) -> None:
         """See `AbstractSink.unit_done`."""
@@ -112,7 +117,7 @@ class CheckpointSink(AbstractSink):
             self._finish(file)
 
     def _finish(self, file: str) -> None:
-        written = self._writer(file).finish()
+        written = dataclasses.replace(self.writer(file).finish(), name=file)
         with self._lock:
             self._written[file] = written
 

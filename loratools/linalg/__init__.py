@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
     from loratools.linalg._directions import DirectionProbe
+    from loratools.linalg._exact_sums import SquareSums, square_sums
     from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
+    from loratools.linalg._joint import core_bases, joint_cores, principal_angles
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._rank import (
         rank_above,
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
     from loratools.linalg._streamed import ChunkedRows
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
+    from loratools.linalg._underflow import flushes, gradual_underflow
     from loratools.linalg._weighted import input_weights, truncated_svd_weighted
     from loratools.linalg._workspace import PRESETS, noise_bytes, workspace_bytes
 
@@ -46,18 +49,24 @@ __all__ = [
     "RoundingNoise",
     "SVDInfo",
     "Spectrum",
+    "SquareSums",
     "add_low_rank",
     "allocate_ranks",
     "balanced_factors",
     "batch_size",
+    "core_bases",
+    "flushes",
     "given_rule",
+    "gradual_underflow",
     "grid_step",
     "input_weights",
+    "joint_cores",
     "low_rank_delta",
     "noise_bytes",
     "noise_edge",
     "noise_margin",
     "non_finite_count",
+    "principal_angles",
     "rank_above",
     "rank_at_knee",
     "rank_for_cumulative",
@@ -69,6 +78,7 @@ __all__ = [
     "round_to",
     "rounded_from",
     "rounding_edges",
+    "square_sums",
     "subtract_low_rank",
     "to_grid",
     "truncate_low_rank",
@@ -100,9 +110,16 @@ _HOMES: Final = MappingProxyType(
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",
+        "SquareSums": "_exact_sums",
+        "square_sums": "_exact_sums",
+        "flushes": "_underflow",
+        "gradual_underflow": "_underflow",
         "add_low_rank": "_addition",
         "allocate_ranks": "_budget",
         "balanced_factors": "_truncated_svd",
+        "core_bases": "_joint",
+        "joint_cores": "_joint",
+        "principal_angles": "_joint",
         "input_weights": "_weighted",
         "low_rank_delta": "_addition",
         "non_finite_count": "_rounding",

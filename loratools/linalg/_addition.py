@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from loratools.errors import MismatchError, UsageError
-from loratools.linalg._fixed_point import split
+from loratools.linalg._fixed_point import norm_exponents, split
+from loratools.linalg._one_piece import one_piece_will_do
 from loratools.linalg._rounding import power_of_two, round_into
 
 Term = tuple[Tensor, Tensor, float]
@@ -19,7 +20,6 @@ _TILE = 2**18  # entries of a row tile: 2 MiB of float64, so that the passes ove
 _TILE_ON_DEVICE = 2**24
 _KEPT = threading.local()
 _KEPT_ENTRIES = 5 * 2**17  # 5 MiB of float64, the three buffers of a tile: what a thread keeps of them
-_ONE_PIECE_RANK = 256  # up to here one 26-bit piece keeps ΔW within 2e-7 of its norm
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -27,8 +27,8 @@ class LowRankSum:
     """Σ s·B·A in the orientation of the stored weight, ready to be added to any of its rows.
 
     The factors sit on power-of-two grids (`_fixed_point`), so the product is exact and therefore independent of
-    tiling, threads, BLAS and device. The right factor is balanced per rank component by its own largest
-    entry, so it must be whole; the left one may be a slice of rows.
+    tiling, threads, BLAS and device. Powers of two bring the components of the right factor to norms between 1/4 and 1,
+    so it must be whole; the left one, which takes their inverses, may be a slice of rows.
 
     Attributes:
         left: (rows, R) float64.
@@ -43,25 +43,31 @@ class LowRankSum:
     right_rest: Tensor | None = None
 
     @classmethod
-    def of(cls, terms: Sequence[Term], *, transposed: bool = False, pieces: int = 2) -> LowRankSum:
+    def of(cls, terms: Sequence[Term], *, transposed: bool = False, pieces: int | None = 2) -> LowRankSum:
         """Prepare Σ scale·B·A.
+
+        Law: the result's bits depend on the terms alone. With one piece, where None chose it, ‖error‖ ≤ 2e-7·‖Σ s·B·A‖
+        (Frobenius); with two, an entry is off by at most (2^-43.4·√R + 2^-52.8·R)·‖left row‖·‖right column‖.
 
         Args:
             terms: (lora_A (r, n), lora_B (m, r), scale) each; one m and n for all, any ranks and float dtypes.
             transposed: the stored weight is (n, m), and (BA)ᵀ is added.
-            pieces: 2, or 1 where the result is rounded to 16 bits (a third of the time).
+            pieces: 2; 1, a third of the time; None: 1 where that is proven to reach 2e-7, for results of 16 bits.
 
         Raises:
             UsageError: no terms.
             MismatchError: shapes that do not fit.
+            UnsupportedError: a total rank above 2^17.
         """
         left, right = _stacked(terms, transposed=transposed)
-        _, exponent = torch.frexp(right.abs().amax(1)) if right.numel() else (None, right.new_zeros(right.shape[0]))
-        left, right = left * power_of_two(exponent), right * power_of_two(-exponent)[:, None]
         if not left.numel() or not right.numel():
             return cls(left, right)
-        lefts, rights = split(left, 1, pieces), split(right, 0, pieces)
-        if pieces == 1:
+        exponents = norm_exponents(right, 1)
+        left, right = left * power_of_two(exponents.T), right * power_of_two(-exponents)
+        lefts, rights = split(left, 1, pieces or 1), split(right, 0, pieces or 1)
+        if pieces is None and not one_piece_will_do(left, right, (lefts[0], rights[0])):
+            lefts, rights = split(left, 1, 2), split(right, 0, 2)
+        if len(lefts) == 1:
             return cls(lefts[0], rights[0])
         return cls(lefts[0], rights[0], torch.cat(lefts, 1), torch.cat(rights[::-1], 0))
 
@@ -120,19 +126,24 @@ class LowRankSum:
 
 
 def add_low_rank(
-    W: Tensor, terms: Sequence[Term], *, transposed: bool = False, out_dtype: torch.dtype | None = None
+    W: Tensor,
+    terms: Sequence[Term],
+    *,
+    transposed: bool = False,
+    out_dtype: torch.dtype | None = None,
+    pieces: int | None = None,
 ) -> Tensor:
     """round(W + Σ scale·B·A), one rounding, ties to even.
 
-    Law: bit-identical for any tiling of W's rows (A whole and B's rows; `transposed`: B whole and A's
-    columns), any thread count and any device. ΔW is within 2e-7 of its Frobenius norm with one piece
-    (16-bit results, total rank ≤ 256), within 2^-40 of |s|·‖B row‖·‖A column‖ per entry otherwise.
+    Law: bit-identical for any thread count, BLAS and device; with `pieces` given also for any tiling of W's rows (A
+    whole and B's rows; `transposed`: B whole and A's columns). ΔW is as near as `LowRankSum.of` says.
 
     Args:
         W: (m, n), or (n, m) with `transposed`; not changed.
         terms: (lora_A (r, n), lora_B (m, r), scale) each.
         transposed: W is stored (in, out), and (BA)ᵀ is added; nothing is copied for it.
         out_dtype: default W's own.
+        pieces: 1 or 2, see `LowRankSum.of`; default 2, and for 16-bit results 1 where the factors show that it will do.
 
     Returns:
         A new tensor of W's shape. Peak memory beyond W and the result: 5 MiB of tiles and
@@ -143,9 +154,8 @@ def add_low_rank(
         UsageError: no terms.
     """
     dtype = out_dtype or W.dtype
-    narrow = dtype in (torch.bfloat16, torch.float16)
-    one = narrow and sum(lora_A.shape[0] for lora_A, _, _ in terms) <= _ONE_PIECE_RANK
-    prepared = LowRankSum.of(terms, transposed=transposed, pieces=1 if one else 2)
+    wanted = pieces or (None if dtype in (torch.bfloat16, torch.float16) else 2)
+    prepared = LowRankSum.of(terms, transposed=transposed, pieces=wanted)
     if prepared.left.shape[0] != W.shape[0]:
         update = (prepared.left.shape[0], prepared.right.shape[1])
         raise MismatchError("The update does not fit the weight.", weight=tuple(W.shape), update=update)

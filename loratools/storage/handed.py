@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import threading
 import zlib
 from collections.abc import Iterator
@@ -19,13 +20,14 @@ class Handed:
 
     Bytes that come in order go into one running CRC-32, others are summed piece by piece. The SHA-256 of the
     file is taken from what the disk gives back; here it is enough to notice that this differs from what was
-    handed in, and a CRC costs a third.
+    handed in, and a CRC costs a third; with `hashing` a SHA-256 is kept beside it, for another process to compare.
     """
 
-    __slots__ = ("_claims", "_lock", "_pieces", "_running", "_until", "copied_from")
+    __slots__ = ("_claims", "_hash", "_lock", "_pieces", "_running", "_until", "copied_from")
 
-    def __init__(self) -> None:
+    def __init__(self, *, hashing: bool = False) -> None:
         self.copied_from: TensorRef | None = None
+        self._hash = hashlib.sha256() if hashing else None
         self._lock = threading.Lock()
         self._claims: list[tuple[int, int]] = []
         self._running = 0
@@ -53,11 +55,22 @@ class Handed:
         with self._lock:
             if start == self._until:
                 self._running = zlib.crc32(data, self._running)
+                if self._hash is not None:
+                    self._hash.update(data)
                 self._until += len(data)
                 return
         piece = (start, start + len(data), zlib.crc32(data))
         with self._lock:
             self._pieces.append(piece)
+
+    def digest(self) -> str | None:
+        """The SHA-256 of all that was handed in, or of what it was copied from; None where it did not come in order."""
+        if self.copied_from is None:
+            return None if self._hash is None or self._pieces else self._hash.hexdigest()
+        digest, ref = hashlib.sha256(), self.copied_from
+        for view in blocks(ref.source, ref.offset, ref.offset + ref.nbytes):
+            digest.update(view)
+        return digest.hexdigest()
 
     def require_complete(self, spec: TensorSpec) -> None:
         """Refuse to go on unless every byte of the tensor was handed in.

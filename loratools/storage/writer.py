@@ -56,6 +56,9 @@ class SafetensorsWriter:
         metadata: the `__metadata__` strings.
         threads: how many threads `finish` hashes with.
         check: called between two blocks of whatever takes long; raises to end it.
+        left: a descriptor of the file as an earlier run left it, with this header and this size; taken over, and the
+            file stays whatever happens.
+        hashing: whether `digest` will be asked for.
 
     Raises:
         StorageError: the disk cannot hold the file, which is known before a tensor is computed.
@@ -63,7 +66,7 @@ class SafetensorsWriter:
         AccessError: writing here is not permitted.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  (what all files have, and what only files that are gone on with have)
         self,
         path: Path,
         specs: Sequence[TensorSpec],
@@ -71,6 +74,8 @@ class SafetensorsWriter:
         *,
         threads: int = 2,
         check: Check = None,
+        left: int | None = None,
+        hashing: bool = False,
     ) -> None:
         header, self._offsets = header_bytes(specs, metadata)
         self.path = Path(path)
@@ -84,6 +89,11 @@ class SafetensorsWriter:
         self._check = check
         self._threads = max(threads, 1)
         self.size = len(header) + sum(spec.nbytes for spec in specs)
+        self._hashing = hashing
+        self._flushing = threading.Lock()
+        if left is not None:
+            self._descriptor = left
+            return
         self._descriptor = syscalls.create(self.path)
         try:
             syscalls.allocate(self._descriptor, self.size, self.path)
@@ -130,6 +140,29 @@ class SafetensorsWriter:
                 last += 1
             self._copy_adjoining(pairs[first:last])
             first = last
+
+    def digest(self, name: str) -> str | None:
+        """The SHA-256 of a tensor's bytes as they were handed in; None where they did not come in order."""
+        return self._handed[name].digest()
+
+    def place_of(self, name: str) -> tuple[TensorSpec, int]:
+        """A tensor's dtype and shape, and the byte of the file where it begins."""
+        return self._specs[name], self._offsets[name]
+
+    def accept(self, handed: Mapping[str, Handed]) -> None:
+        """Take tensors for written: whoever calls has compared the bytes in the file with what is said of them."""
+        with self._lock:
+            self._handed.update(handed)
+
+    def flush(self) -> None:
+        """Wait until what was written so far is on the disk.
+
+        Raises:
+            StorageError: flushing failed.
+        """
+        with self._flushing:
+            if self._descriptor >= 0:
+                syscalls.sync_data(self._descriptor, self.path)
 
     def finish(self) -> WrittenFile:
         """Flush the file, read it back, compare it with what was handed in, and close it.
@@ -178,8 +211,9 @@ class SafetensorsWriter:
             self._close()
 
     def _close(self) -> None:
-        descriptor, self._descriptor = self._descriptor, -1
-        os.close(descriptor)
+        with self._flushing:
+            descriptor, self._descriptor = self._descriptor, -1
+            os.close(descriptor)
 
     def _open_descriptor(self) -> int:
         if self._descriptor < 0:
@@ -191,7 +225,7 @@ class SafetensorsWriter:
         if spec is None or not 0 <= start <= stop <= spec.nbytes:
             raise InternalError(f"Bytes {start}:{stop} are no part of this file's tensors.", tensor=name)
         with self._lock:
-            handed = self._handed.setdefault(name, Handed())
+            handed = self._handed.setdefault(name, Handed(hashing=self._hashing))
         handed.claim(name, start, stop)
         return handed
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
-from loratools.engine import fingerprint, layout, planning
-from loratools.engine.changes import collect, source_id
+from loratools.engine import fingerprint, layout, planning, resuming
+from loratools.engine.changes import Changes, collect, source_id
 from loratools.engine.execute import Execution, execute
+from loratools.engine.identity import identity
 from loratools.engine.merge_units import MergePlanner
 from loratools.engine.plan import Plan, Unit
 from loratools.engine.planning import Run, RunOptions
 from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
+from loratools.engine.resuming import Resumption
 from loratools.engine.vocabulary import lengthened
 from loratools.errors import UsageError
 from loratools.files import load_adapter, open_checkpoint
@@ -55,6 +58,7 @@ class _Prepared:
     sources: dict[str, Checkpoint | Adapter]
     base: Checkpoint
     run: Run
+    resumption: Resumption | None
 
 
 def plan_merge(
@@ -65,10 +69,11 @@ def plan_merge(
     weights: Sequence[float] | float | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `merge` with the same arguments; reads headers and configurations only."""
-    return _prepare(base, adapters, output, weights, dtype, max_shard_size, Run(**run)).plan
+    return _prepare(base, adapters, output, weights, dtype, max_shard_size, resume, Run(**run)).plan
 
 
 def merge(
@@ -79,6 +84,7 @@ def merge(
     weights: Sequence[float] | float | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    resume: str | os.PathLike[str] | None = None,
     **run: Unpack[RunOptions],
 ) -> MergeReport:
     """Write `round(W + Σ w_i ΔW_i)` for every weight that the adapters change; copy the rest byte for byte.
@@ -90,22 +96,26 @@ def merge(
         weights: none is 1 each, one is for all, or one each; they multiply ΔW and may be negative.
         dtype: `bf16`, `fp16`, `fp32` for all floating-point tensors; default each tensor's own.
         max_shard_size: bytes per file; default the base's own files.
+        resume: a work directory, made if it does not exist: what is done is kept in it if the run ends early, and a run
+            with the same arguments goes on from there. Its own files are removed once the output is there.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
         MismatchError: an adapter does not belong to this base.
         NonFiniteError: an input holds NaN or infinity, or the result overflows.
-        LoratoolsError: see `loratools.errors`; in every case nothing is left behind.
+        LoratoolsError: see `loratools.errors`; in every case nothing is left behind but the work directory.
 
-    Law: untouched tensors are byte-identical; the result does not depend on threads, tiles or device.
+    Law: untouched tensors are byte-identical; the result does not depend on threads, tiles or device, nor on whether
+    and where earlier runs in the same work directory ended.
     """
-    prepared = _prepare(base, adapters, output, weights, dtype, max_shard_size, Run(**run))
+    prepared = _prepare(base, adapters, output, weights, dtype, max_shard_size, resume, Run(**run))
     return execute(
         prepared.plan,
         prepared.sources,
         describe=lambda execution: _report(prepared, execution),
         run=prepared.run,
         computes=any(unit.operation == "merge" for unit in prepared.plan.units),
+        resumption=prepared.resumption,
     )
 
 
@@ -141,6 +151,7 @@ def _prepare(  # noqa: PLR0917
     weights: Sequence[float] | float | None,
     dtype: str | None,
     max_shard_size: int | None,
+    resume: str | os.PathLike[str] | None,
     run: Run,
 ) -> _Prepared:
     checkpoint, loaded = _load(base, planning.as_list(adapters))
@@ -153,13 +164,14 @@ def _prepare(  # noqa: PLR0917
     sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
     planner = MergePlanner(checkpoint, changes, sources, wanted)
     path = Path(output)
-    files = planner.files(max_shard_size, single=path.suffix == ".safetensors", name=path.name)
+    single = path.suffix == ".safetensors"
+    files = planner.files(max_shard_size, single=single, name=path.name)
     units = planning.hash_units(sources) + planner.units(files)
     headers = layout.output_files(files, checkpoint)
     written = sum(spec.nbytes for file in headers for spec in file.tensors)
-    beside = 0 if path.suffix == ".safetensors" else sum(map(planning.size_of, checkpoint.companions))
-    planning.check_output(path, run, sources.values(), written + beside)
-    single = path.suffix == ".safetensors"
+    beside = 0 if single else sum(map(planning.size_of, checkpoint.companions))
+    there = 0 if resume is None else resuming.check(resume, path, sources, headers)
+    planning.check_output(path, run, sources.values(), max(written - there, 0) + beside)
     untied, rows = changes.untied is not None, planner.vocabulary()
     edits, edit_notes = layout.config_edits(
         checkpoint.config, dtype=wanted, untied=untied, rows=rows, written=not single
@@ -181,7 +193,17 @@ def _prepare(  # noqa: PLR0917
         rules=RULES,
         notes=(*checkpoint.notes, *changes.notes, *edit_notes, *layout.recast_notes(checkpoint, wanted)),
     )
-    return _Prepared(plan, sources, checkpoint, run)
+    return _Prepared(plan, sources, checkpoint, run, _resumption(plan, changes, resume, run))
+
+
+def _resumption(plan: Plan, changes: Changes, resume: str | os.PathLike[str] | None, run: Run) -> Resumption | None:
+    """The work directory, where one is named; refused if it holds other work."""
+    if resume is None:
+        return None
+    exact = not any(change.actions for change in changes.tensors.values())
+    resumption = Resumption(plan, identity(plan, run, exact=exact), Path(resume))
+    resumption.require_same()
+    return resumption
 
 
 def _report(prepared: _Prepared, execution: Execution) -> MergeReport:

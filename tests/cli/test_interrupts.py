@@ -1,11 +1,15 @@
 """Ctrl-C and SIGTERM in the middle of a merge: the exit code, and nothing left behind."""
 
+import contextlib
 import json
+import re
+import shutil
 import signal
 import struct
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -43,7 +47,20 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def merging(folder, *more):
+def has_bytes(folder, process):
+    """Whether there is something in the partial output."""
+    return any(path.stat().st_blocks for path in folder.glob(".out.*.partial/model.safetensors"))
+
+
+def is_open(folder, process):
+    """Whether the process has the file in the work directory open."""
+    part = str(folder / "work" / "model.safetensors.part")
+    with contextlib.suppress(OSError):
+        return any(str(path.readlink()) == part for path in Path(f"/proc/{process.pid}/fd").iterdir())
+    return False
+
+
+def merging(folder, *more, at_work=has_bytes):
     """A merge, caught when its first bytes are in the partial output."""
     process = subprocess.Popen(
         [sys.executable, "-m", "loratools", "merge", "base", "adapter", "-o", "out", "--threads", "1", *more],
@@ -51,7 +68,7 @@ def merging(folder, *more):
     )  # fmt: skip
     deadline = time.monotonic() + 50
     while time.monotonic() < deadline and process.poll() is None:
-        if any(path.stat().st_blocks for path in folder.glob(".out.*.partial/model.safetensors")):
+        if at_work(folder, process):
             return process
         time.sleep(0.002)
     raise AssertionError(f"the merge was never seen at work: {process.communicate()}")
@@ -124,3 +141,33 @@ def test_while_modules_are_imported(moment, name, code, tmp_path):
         done = subprocess.run([sys.executable, "-c", text], cwd=tmp_path, capture_output=True, text=True, check=False)
         assert (done.returncode, done.stdout, done.stderr) == (code, *streams)
     assert time.monotonic() - begun < 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="this system does not tell which files are open")
+def test_a_work_directory_is_kept_and_gone_on_with(large):
+    """SIGTERM, then Ctrl-C: nothing beside it, the way to go on; the end is that of a run that nobody stopped."""
+    before = names(large)
+    merge = [sys.executable, "-m", "loratools", "merge", "base", "adapter", "--threads", "1"]
+    subprocess.run([*merge, "-o", "plain", "-q"], cwd=large, check=True)
+    try:
+        for number, code, flags in ((signal.SIGTERM, 143, []), (signal.SIGINT, 130, ["--json"])):
+            process = merging(large, "--resume", "work", *flags, at_work=is_open)
+            time.sleep(0.3)
+            process.send_signal(number)
+            printed, said = process.communicate(timeout=30)
+            assert process.returncode == code, said
+            message = json.loads(printed)["error"]["message"] if flags else said.strip().removeprefix("error: ")
+            told = re.fullmatch(
+                r"Interrupted\. (\d+) of 12 units are kept in work; the same command goes on.*", message
+            )
+            assert told, (printed, said)
+            assert names(large) == sorted([*before, "plain", "work"])
+        done = subprocess.run(
+            [*merge, "-o", "out", "--resume", "work"], cwd=large, capture_output=True, text=True, check=True
+        )
+        assert f"{told[1]} of 12 units were taken over from work." in done.stdout
+        assert names(large) == sorted([*before, "out", "plain"])
+        assert subprocess.run(["diff", "-r", "plain", "out"], cwd=large, check=False).returncode == 0
+    finally:
+        for name in ("plain", "out", "work"):
+            shutil.rmtree(large / name, ignore_errors=True)

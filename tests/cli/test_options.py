@@ -3,7 +3,7 @@
 import click
 import pytest
 
-from loratools.cli import options
+from loratools.cli import values
 
 
 @pytest.mark.parametrize(
@@ -13,14 +13,14 @@ from loratools.cli import options
 )  # fmt: skip
 def test_sizes(text, nbytes):
     """Decimal and binary units, exactly; no unit is bytes."""
-    assert options.size(text) == nbytes
+    assert values.size(text) == nbytes
 
 
 @pytest.mark.parametrize("text", ["", "0", "-1", "4Q", "GB", "1e9", "4G", "1,5GB", "٤GB", "0.1", "inf"])
 def test_what_is_no_size(text):
     """What could mean two things, or nothing, is refused."""
     with pytest.raises(click.BadParameter, match="512MiB"):
-        options.size(text)
+        values.size(text)
 
 
 @pytest.mark.parametrize("arguments", [
@@ -28,6 +28,8 @@ def test_what_is_no_size(text):
     ["merge", "base", "adapter", "-o", "x", "--threads", "0"],
     ["merge", "base", "adapter", "-o", "hf://me/x"],
     ["merge", "base", "adapter", "-o", ""],
+    ["merge", "base", "adapter", "-o", "x", "--resume", ""],
+    ["merge", "base", "adapter", "-o", "x", "--resume", "hf://me/x"],
     ["merge", "base", "adapter", "-o", "x", "-w", "much"],
     ["merge", "base", "adapter", "-o", "x", "-w", "nan"],
     ["merge", "base", "adapter", "-o", "x", "-w", "1", "-w", "2"],

@@ -81,7 +81,8 @@ PROMISES = (
     ),
     Promise(
         "P6",
-        "Ctrl-C and SIGTERM end a run with 130 and 143 within a second, and leave nothing.",
+        "Ctrl-C and SIGTERM end a run with 130 and 143 within a second, and leave nothing but the work directory that "
+        "`--resume` names.",
         "Signals at random moments, before every line of the writing side, twice, and in the middle of large files.",
         (
             "tests/cli/test_interrupts.py::test_nothing_is_left",
@@ -91,6 +92,22 @@ PROMISES = (
             f"{LIMITS}::test_a_signal_in_the_middle_of_a_large_file",
         ),
         ("signals", "interrupted_lines"),
+    ),
+    Promise(
+        "P7",
+        "`merge --resume` goes on after an interruption at any moment, and its output is that of an uninterrupted run, "
+        "byte for byte; other inputs or options are refused, and what a work directory holds is compared before it is "
+        "used.",
+        "Runs end after every unit, by every signal and at system calls of every kind, and are gone on with; inputs, "
+        "options, bytes, journals and directories are changed in between.",
+        (
+            "tests/engine/test_resuming.py::test_going_on_after_any_unit_gives_the_bytes_of_an_uninterrupted_run",
+            "tests/engine/test_resuming.py::test_an_input_that_changed_is_refused_by_name",
+            "tests/engine/test_resuming.py::test_other_options_are_refused_by_name",
+            "tests/engine/test_resuming.py::test_bytes_that_are_not_as_recorded_are_done_again_and_it_is_said",
+            "tests/storage/test_journal.py::test_any_changed_byte_ends_the_reading",
+            "tests/storage/test_work.py::test_what_is_no_regular_file_is_refused_and_stays",
+        ),
     ),
     Promise(
         "P8",
@@ -168,7 +185,7 @@ PROMISES = (
 )
 
 NOT_YET = (
-    "A run that was interrupted cannot be resumed: it starts again.",
+    "Only `merge` can be gone on with after an interruption; the other commands start again.",
     (
         "The same bits on another machine follow from how numbers are added ([why](maths.md)); no test has crossed to "
         "another machine, and nothing written at a merge lets another machine check them."

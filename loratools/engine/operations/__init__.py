@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Final
 
@@ -9,6 +10,7 @@ from loratools.engine.context import Context, Outcome
 from loratools.engine.operations import (
     allocating,
     comparing,
+    comparing_updates,
     copying,
     deriving,
     extracting,
@@ -20,8 +22,23 @@ from loratools.engine.operations import (
 from loratools.engine.plan import Unit
 
 Operation = Callable[[Unit, Context], Outcome]
+_BYTES_ONLY: Final = frozenset({"hash", "copy", "same"})  # these run without torch
 
-OPERATIONS: Final[Mapping[str, Operation]] = {
+
+def _computing(operation: Operation) -> Operation:
+    """The operation, in a thread that takes no small number for zero: what it computes is the same on every machine."""
+
+    @functools.wraps(operation)
+    def run(unit: Unit, context: Context) -> Outcome:
+        from loratools.linalg import gradual_underflow
+
+        with gradual_underflow():
+            return operation(unit, context)
+
+    return run
+
+
+_TABLE: Final[Mapping[str, Operation]] = {
     "hash": copying.hash_file,
     "copy": copying.copy,
     "same": copying.same,
@@ -33,6 +50,7 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "extract-experts": extracting_experts.extract_experts,
     "compare": comparing.compare,
     "compare-experts": comparing.compare_experts,
+    "compare-updates": comparing_updates.compare_updates,
     "derive": deriving.derive,
     "allocate": allocating.allocate,
     "verify": verifying.verify,
@@ -40,4 +58,8 @@ OPERATIONS: Final[Mapping[str, Operation]] = {
     "verify-added": verifying.verify_added,
     "verify-extracted": verifying_adapters.verify_extracted,
     "verify-derived": verifying_adapters.verify_derived,
+}
+
+OPERATIONS: Final[Mapping[str, Operation]] = {
+    name: operation if name in _BYTES_ONLY else _computing(operation) for name, operation in _TABLE.items()
 }

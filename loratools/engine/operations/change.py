@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import AbstractUpdate, Sum
 from loratools.adapters.actions import AbstractAction, Region
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     import torch
 
     from loratools.linalg import LowRankSum
-
-_ONE_PIECE_RANK: Final = 256
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Change:
                 lora_A, lora_B = (context.on_device(finite(ref)) for ref in (product.lora_A, product.lora_B))
                 products.append((lora_A, lora_B, float(term["weight"]) * product.scale))
         transposed = bool(unit.parameters.get("transposed"))
-        pieces = _pieces(dtype, sum(lora_A.shape[0] for lora_A, _, _ in products))
+        pieces = None if dtype.itemsize == 2 else 2  # noqa: PLR2004  (16 bits)
         return cls(
             wholes=tuple(_wholes(unit, context, expert)),
             patches=tuple(_patches(unit, context)),
@@ -233,8 +231,3 @@ def _offsets(unit: Unit, context: Context) -> Iterator[tuple[float, str, torch.T
         offset = context.update(Input(each["source"], each["module"])).offsets[each["parameter"]]
         vector = context.on_device(finite(offset.vector).double())
         yield float(each["weight"]) * offset.scale, str(each["source"]), vector, offset.multiplies
-
-
-def _pieces(dtype: torch.dtype, rank: int) -> int:
-    """One exact piece per factor is enough for 16 bits up to this rank (see `linalg.LowRankSum`)."""
-    return 1 if dtype.itemsize == 2 and rank <= _ONE_PIECE_RANK else 2  # noqa: PLR2004

@@ -1,0 +1,96 @@
+"""Law 2 across processes: other threads, tiles, instruction sets and BLAS, small numbers flushed: one hash."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import loratools as lt
+from loratools.adapters import Adapter
+from loratools.tensors import in_memory
+from tests import models
+from tests.laws.kinds import EVERY_KIND, Factors, dora, low_rank
+from tests.laws.worlds import DTYPES, write_base
+
+EXEMPT = {"oft", "oft-exact", "oft-shared", "oft-constrained", "boft", "hra", "hra-orthogonal", "fourierft"}
+"""Kinds that need an inverse, an FFT, or powers of a matrix."""
+SMALL = sorted(name for name, kind in EVERY_KIND.items() if name not in EXEMPT and kind.written)
+
+LARGE = {f"wide-{dtype}": (dtype, low_rank) for dtype in (*DTYPES, "fp64")} | {"wide-dora": ("fp64", dora)}
+WIDE = {"a.lin.weight": (330, 520), "b.proj.weight": (520, 330)}
+
+SETTINGS = {
+    "one thread": ({"OMP_NUM_THREADS": "1"}, ["threads=1"]),
+    "three threads, small tiles": ({"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "3"}, ["threads=3", "tile=5000"]),
+    "MKL compatible, plain kernels": ({"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default"}, []),
+    "MKL and torch for AVX2": ({"MKL_CBWR": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}, ["threads=1", "tile=70000"]),
+    "OpenBLAS": ({"PYTHONHASHSEED": "7"}, ["products=openblas"]),
+    "another order": ({}, ["products=shuffled", "tile=3001"]),
+    "small numbers flushed": ({}, ["flush=yes", "tf32=yes"]),
+}
+FEW = ("one thread", "MKL compatible, plain kernels", "another order", "small numbers flushed")
+
+
+def elsewhere(root, out, environment, settings):
+    """The hashes that a process with this environment prints."""
+    out.mkdir()
+    answer = subprocess.run(
+        [sys.executable, "-m", "tests.laws.elsewhere", root, out, *settings],
+        env={**os.environ, **environment}, cwd=Path(__file__).parents[2], check=True, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    return json.loads(answer.stdout)
+
+
+def with_empty_rows(make):
+    """Factors that leave every third row of the weight alone, so that its small numbers are seen in the result."""
+
+    def draw(*shape, **how):
+        tensor = make(*shape, **how).load().clone()
+        if len(shape) == 2 and shape[0] > shape[1]:
+            tensor[::3] = 0
+        return in_memory(f"drawn{shape}", tensor)
+
+    return draw
+
+
+def write_wide(directory, dtype, maker):
+    """Matrices that a BLAS cuts into blocks, two adapters, and weights below the normal range."""
+    directory.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: 0.05 * torch.randn(shape, generator=generator) for name, shape in WIDE.items()}
+    tensors = {name: tensor.to(models.DTYPES[dtype]) for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor[::3, ::7] = torch.finfo(tensor.dtype).smallest_normal * 0.375
+    write_base(directory / "base", tensors, {"dtype": str(models.DTYPES[dtype]).removeprefix("torch.")})
+    for index in range(2):
+        make = with_empty_rows(Factors(index, "bf16" if index else "fp32"))
+        updates = {"a.lin": maker(make, 330, 520, rank=24), "b.proj": maker(make, 520, 330, rank=17)}
+        lt.save(Adapter(updates, name=f"wide{index}"), directory / f"adapter{index}")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A directory per kind and dtype. Kinds are merged into float64, where no rounding hides another order of a sum."""
+    root = tmp_path_factory.mktemp("inputs")
+    for name, (dtype, maker) in LARGE.items():
+        write_wide(root / name, dtype, maker)
+    for name in SMALL:
+        kind = EVERY_KIND[name]
+        kind.write_base(root / name / "base", "fp64")
+        for seed in range(1, 3 if kind.twice else 2):
+            kind.write(root / name / f"adapter{seed}", seed)
+    return root
+
+
+@pytest.mark.parametrize("names", [FEW, pytest.param(tuple(SETTINGS), marks=pytest.mark.slow)], ids=["few", "all"])
+def test_one_hash_everywhere(tmp_path, inputs, names):
+    """Merged, restored, subtracted and stacked, reports and all: the same bytes in every process."""
+    found = {name: elsewhere(inputs, tmp_path / name, *SETTINGS[name]) for name in names}
+    wanted = found[names[0]]
+    assert set(wanted) == {*SMALL, *LARGE}
+    differing = {(name, kind) for name in names for kind in wanted if found[name][kind] != wanted[kind]}
+    assert not differing
