@@ -17,6 +17,7 @@ from loratools.engine.operations import (
     extracting_experts,
     merging,
     verifying,
+    verifying_adapters,
 )
 from loratools.engine.plan import Unit
 
@@ -55,6 +56,8 @@ _TABLE: Final[Mapping[str, Operation]] = {
     "verify": verifying.verify,
     "verify-same": verifying.verify_same,
     "verify-added": verifying.verify_added,
+    "verify-extracted": verifying_adapters.verify_extracted,
+    "verify-derived": verifying_adapters.verify_derived,
 }
 
 OPERATIONS: Final[Mapping[str, Operation]] = {
