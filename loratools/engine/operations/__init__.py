@@ -18,6 +18,7 @@ from loratools.engine.operations import (
     merging,
     recognising,
     verifying,
+    verifying_adapters,
 )
 from loratools.engine.plan import Unit
 
@@ -57,6 +58,8 @@ _TABLE: Final[Mapping[str, Operation]] = {
     "verify": verifying.verify,
     "verify-same": verifying.verify_same,
     "verify-added": verifying.verify_added,
+    "verify-extracted": verifying_adapters.verify_extracted,
+    "verify-derived": verifying_adapters.verify_derived,
 }
 
 OPERATIONS: Final[Mapping[str, Operation]] = {
