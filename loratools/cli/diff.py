@@ -18,7 +18,7 @@ from loratools.cli.progress import bytes_done
     loratools diff base/ tuned/
     loratools diff base/ tuned/ --spectrum --include '*_proj'
     loratools diff base/ copy/ -q && echo same
-    loratools diff base/ tuned/ --spectrum --dry-run
+    loratools diff one-adapter/ another/ third/
     """,
 )
 @options.first
@@ -30,9 +30,10 @@ from loratools.cli.progress import bytes_done
 @options.observing
 @options.device
 def command(out: Output, a: str, b: str, others: tuple[str, ...], *, dry_run: bool, **asked: Any) -> None:
-    """Say which tensors of two checkpoints differ, and by how much. Exit 0: none, 1: some.
+    """Say what two checkpoints or two adapters differ in, and by how much. Exit 0: nothing, 1: something.
 
-    --spectrum decomposes every changed matrix once, and shows what an adapter would weigh and lose at every rank.
+    --spectrum decomposes every changed matrix once, and shows what an adapter would weigh and lose at every rank. More
+    than two adapters: a matrix of their cosines, exit 0.
     """
     from loratools import rendering
     from loratools.verbs.diff import diff, plan_diff

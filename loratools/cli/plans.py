@@ -23,6 +23,7 @@ _WORDS: Final = {
     "derive": "modules rewritten",
     "hash": "input files hashed",
     "compare": "modules compared",
+    "compare-updates": "modules compared",
     "compare-experts": "stacks of experts compared",
 }
 _DRY: Final = "This is a dry run: nothing is written."

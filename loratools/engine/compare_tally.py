@@ -162,15 +162,16 @@ def _group_rows(
 
 def kind_rows(tensors: Sequence[Mapping[str, Any]], modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tensors by what their modules are called in every layer, in the file's order."""
-    return list(_group_rows(tensors, modules, _kind_of_module))
+    return list(_group_rows(tensors, modules, kind_of_module))
 
 
 def layer_rows(tensors: Sequence[Mapping[str, Any]], modules: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tensors by layer, 2 before 10; first what stands outside of layers."""
-    return sorted(_group_rows(tensors, modules, _layer_of_module), key=lambda row: _natural(row["name"]))
+    return sorted(_group_rows(tensors, modules, layer_of_module), key=lambda row: natural(row["name"]))
 
 
-def _natural(name: str) -> list[Any]:
+def natural(name: str) -> list[Any]:
+    """A key that sorts numbers in names as numbers."""
     return [int(piece) if at % 2 else piece for at, piece in enumerate(re.split(r"([0-9]+)", name))]
 
 
@@ -183,7 +184,7 @@ def _grouped(
     return groups
 
 
-def _kind_of_module(path: str) -> str:
+def kind_of_module(path: str) -> str:
     """What a module is called in every layer: its last name, and `*` for the numbers after it."""
     pieces = [piece for piece in path.split(".") if piece]
     named = [at for at, piece in enumerate(pieces) if not piece.isdigit()]
@@ -192,7 +193,7 @@ def _kind_of_module(path: str) -> str:
     return ".".join(["*" if piece.isdigit() else piece for piece in pieces[named[-1] :]])
 
 
-def _layer_of_module(path: str) -> str:
+def layer_of_module(path: str) -> str:
     """The path up to the first number, which is the layer; empty for what stands outside of layers."""
     found = _LAYER.match(path)
     return found[0] if found else ""

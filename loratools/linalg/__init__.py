@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loratools.linalg._exact_sums import SquareSums, square_sums
     from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
+    from loratools.linalg._joint import core_bases, joint_cores, principal_angles
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._rank import (
         rank_above,
@@ -55,6 +56,7 @@ __all__ = [
     "allocate_ranks",
     "balanced_factors",
     "batch_size",
+    "core_bases",
     "corrected",
     "corrections",
     "flushes",
@@ -62,11 +64,13 @@ __all__ = [
     "gradual_underflow",
     "grid_step",
     "input_weights",
+    "joint_cores",
     "low_rank_delta",
     "noise_bytes",
     "noise_edge",
     "noise_margin",
     "non_finite_count",
+    "principal_angles",
     "rank_above",
     "rank_at_knee",
     "rank_for_cumulative",
@@ -122,6 +126,9 @@ _HOMES: Final = MappingProxyType(
         "add_low_rank": "_addition",
         "allocate_ranks": "_budget",
         "balanced_factors": "_truncated_svd",
+        "core_bases": "_joint",
+        "joint_cores": "_joint",
+        "principal_angles": "_joint",
         "input_weights": "_weighted",
         "low_rank_delta": "_addition",
         "non_finite_count": "_rounding",

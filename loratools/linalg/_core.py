@@ -58,7 +58,8 @@ def truncate_low_rank(
     """
     goal = make_goal(rank, energy, error, max_rank, **others)
     _check(A, B)
-    left, core, right = _core(A, B)
+    left, up, down, right = qr_core(A, B)
+    core = up @ down.T
     P, S, Wt = torch.linalg.svd(core, full_matrices=False)
     sigma2 = S.square()
     total = float(sigma2.sum())
@@ -91,14 +92,14 @@ def _check(A: Tensor, B: Tensor) -> None:
         raise NonFiniteError("The factors hold NaN or infinity.", entries=bad)
 
 
-def _core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Orthonormal left (m, p) and right (q, n), and the core (p, q) between them."""
+def qr_core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Orthonormal left (m, p) and right (q, n), up (p, R) and down (q, R): B·A = left·up·downᵀ·right."""
     A, B = A.to(torch.float64), B.to(torch.float64)
     if A.shape[0]:
         _, below = torch.frexp(A.abs().amax(1))
         _, above = torch.frexp(B.abs().amax(0))
         shift = (above - below).div(2, rounding_mode="floor")
         A, B = A * power_of_two(shift)[:, None], B * power_of_two(-shift)
-    left, Rb = torch.linalg.qr(B)
-    right, Ra = torch.linalg.qr(A.T)
-    return left, Rb @ Ra.T, right.T
+    left, up = torch.linalg.qr(B)
+    right, down = torch.linalg.qr(A.T)
+    return left, up, down, right.T

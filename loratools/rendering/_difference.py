@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, Protocol
 
-from loratools.rendering._names import sentence, shown, size
+from loratools.rendering._adapter_difference import adapters_page
+from loratools.rendering._names import sentence, shown
+from loratools.rendering._rank_table import choices
 from loratools.rendering._table import table
 
 _LISTED: Final = 3
@@ -23,8 +25,10 @@ class Difference(Protocol):
 
 
 def difference(report: Difference) -> str:
-    """Counts per kind, the modules that changed most, and the table to choose a rank from."""
+    """Counts per kind, the modules that changed most, and the table to choose a rank from; adapters have their own."""
     document = report.to_json()
+    if document["compared"] != "checkpoints":
+        return adapters_page(document)
     totals = document["totals"]
     names = [shown(each["name"]) for each in document["inputs"]]
     same = "hold the same numbers" if document["same"] else "differ"
@@ -38,7 +42,7 @@ def difference(report: Difference) -> str:
     lines += [f"  {label:8}  {text}" for label, text in rows if text]
     lines += [f"  note: {sentence(note)}" for note in document["notes"]]
     groups = [*_groups(document["by_kind"], "kind"), *_groups(document["by_layer"], "layer")]
-    return "\n".join([*lines, *_changed(document), *groups, *_choices(document)])
+    return "\n".join([*lines, *_changed(document), *groups, *choices(document)])
 
 
 def _norm(found: Mapping[str, Any]) -> str:
@@ -126,25 +130,3 @@ def _moved(totals: Mapping[str, Any]) -> str:
         return ""
     text = f"{totals['moved']:.2%} of the entries, by up to {totals['largest']:.3g}"
     return text + (f"; rounding explains {totals['rounding']:.1%} of ‖ΔW‖²" if totals["rounding"] is not None else "")
-
-
-def _choices(document: Mapping[str, Any]) -> Iterator[str]:
-    """Rank, size and error of an adapter."""
-    if not document["table"]:
-        return
-    whole = f", {size(document['whole'])} of it stored whole" if document["whole"] else ""
-    yield ""
-    yield f"An adapter of the difference{whole}:"
-    head = ("rank", "size", "captured", "residual", "worst", "of module")
-    rows = [
-        (
-            str(row["rank"]),
-            size(row["bytes"]),
-            f"{row['captured']:.4%}",
-            f"{row['residual']:.3g}",
-            f"{row['worst']['residual']:.3g}",
-            shown(row["worst"]["name"]),
-        )
-        for row in document["table"]
-    ]
-    yield from table([head, *rows], right=len(head) - 1)

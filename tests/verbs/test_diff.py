@@ -13,10 +13,11 @@ import torch
 
 from loratools import rendering
 from loratools.checkpoints import Checkpoint
+from loratools.engine.compare_tally import KINDS
 from loratools.engine.events import Advanced
-from loratools.errors import MismatchError, NonFiniteError, StorageError, UnsupportedError, UsageError
-from loratools.files import load_adapter, open_checkpoint
-from loratools.verbs.diff import KINDS, diff
+from loratools.errors import MismatchError, NonFiniteError, StorageError, UsageError
+from loratools.files import open_checkpoint
+from loratools.verbs.diff import diff
 from loratools.verbs.extract import extract
 from tests.tiny import (
     CONFIG,
@@ -29,7 +30,6 @@ from tests.tiny import (
     llama,
     normal,
     state,
-    write_adapter,
     write_checkpoint,
 )
 
@@ -405,16 +405,6 @@ def test_two_architectures_are_refused(tmp_path):
         diff(base, other)
 
 
-def test_adapters_and_more_than_two_are_refused_by_name(tmp_path):
-    """An adapter on either side, as a path or an object; a third input."""
-    base, adapter = write_checkpoint(tmp_path / "base"), write_adapter(tmp_path / "adapter")
-    for given in ((base, adapter), (adapter, base), (base, load_adapter(adapter)), (base, base, adapter)):
-        with pytest.raises(UnsupportedError, match="adapter"):
-            diff(*given)
-    with pytest.raises(UnsupportedError, match="two checkpoints at a time"):
-        diff(base, base, base)
-
-
 def test_inputs_stay_and_objects_are_taken(tmp_path):
     """Nothing appears beside the inputs; opened checkpoints give the same report."""
     base = llama(torch.float32)
@@ -447,8 +437,8 @@ def test_the_document(tmp_path):
     report = diff(*pair(tmp_path, base, tuned, config), spectrum=True)
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert set(document) == {
-        "schema", "loratools", "same", "inputs", "parameters", "totals", "by_kind", "by_layer", "table", "whole",
-        "notes", "modules", "tensors",
+        "schema", "loratools", "compared", "same", "inputs", "parameters", "totals", "by_kind", "by_layer", "table",
+        "whole", "notes", "modules", "tensors",
     }  # fmt: skip
     assert document["schema"] == "loratools/diff/1"
     assert str(tmp_path) not in json.dumps(document)

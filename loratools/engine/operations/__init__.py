@@ -11,12 +11,15 @@ from loratools.engine.operations import (
     afterwards,
     allocating,
     comparing,
+    comparing_updates,
     copying,
     deriving,
     extracting,
     extracting_experts,
     merging,
+    recognising,
     verifying,
+    verifying_adapters,
 )
 from loratools.engine.plan import Unit
 
@@ -52,11 +55,15 @@ _TABLE: Final[Mapping[str, Operation]] = {
     "extract-experts": extracting_experts.extract_experts,
     "compare": comparing.compare,
     "compare-experts": comparing.compare_experts,
+    "compare-updates": comparing_updates.compare_updates,
     "derive": deriving.derive,
     "allocate": allocating.allocate,
+    "recognise": recognising.recognise,
     "verify": verifying.verify,
     "verify-same": verifying.verify_same,
     "verify-added": verifying.verify_added,
+    "verify-extracted": verifying_adapters.verify_extracted,
+    "verify-derived": verifying_adapters.verify_derived,
 }
 
 OPERATIONS: Final[Mapping[str, Operation]] = {
