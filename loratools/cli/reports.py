@@ -37,6 +37,7 @@ def extract(report: ExtractReport) -> list[str]:
         *_left_out(report.left_out),
         ("size", size(totals["bytes"])),
         ("budget", _budget(totals.get("budget"))),
+        ("recognised", totals.get("recognised", {}).get("said", "")),
     ]
     return page(f"Extracted an adapter of {count(len(modules), 'low-rank module')}.", rows, report.notes)
 

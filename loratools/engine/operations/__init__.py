@@ -16,6 +16,7 @@ from loratools.engine.operations import (
     extracting,
     extracting_experts,
     merging,
+    recognising,
     verifying,
     verifying_adapters,
 )
@@ -53,6 +54,7 @@ _TABLE: Final[Mapping[str, Operation]] = {
     "compare-updates": comparing_updates.compare_updates,
     "derive": deriving.derive,
     "allocate": allocating.allocate,
+    "recognise": recognising.recognise,
     "verify": verifying.verify,
     "verify-same": verifying.verify_same,
     "verify-added": verifying.verify_added,
