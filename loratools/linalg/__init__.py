@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
     from loratools.linalg._directions import DirectionProbe
+    from loratools.linalg._exact_product import ExactFactor, exact_product, inverse_of_positive
     from loratools.linalg._exact_sums import SquareSums, square_sums
     from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
@@ -46,6 +47,7 @@ __all__ = [
     "ChunkedRows",
     "Corrections",
     "DirectionProbe",
+    "ExactFactor",
     "LowRankSum",
     "RankRules",
     "RoundingNoise",
@@ -59,11 +61,13 @@ __all__ = [
     "core_bases",
     "corrected",
     "corrections",
+    "exact_product",
     "flushes",
     "given_rule",
     "gradual_underflow",
     "grid_step",
     "input_weights",
+    "inverse_of_positive",
     "joint_cores",
     "low_rank_delta",
     "noise_bytes",
@@ -119,6 +123,9 @@ _HOMES: Final = MappingProxyType(
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",
+        "ExactFactor": "_exact_product",
+        "exact_product": "_exact_product",
+        "inverse_of_positive": "_exact_product",
         "SquareSums": "_exact_sums",
         "square_sums": "_exact_sums",
         "flushes": "_underflow",
