@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         rank_for_fro,
         rank_for_ratio,
     )
+    from loratools.linalg._reversal import Corrections, corrected, corrections, risky_count
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
     from loratools.linalg._streamed import ChunkedRows
@@ -44,6 +45,7 @@ __all__ = [
     "WHOLE_SPECTRUM",
     "Allotment",
     "ChunkedRows",
+    "Corrections",
     "DirectionProbe",
     "ExactFactor",
     "LowRankSum",
@@ -57,6 +59,8 @@ __all__ = [
     "balanced_factors",
     "batch_size",
     "core_bases",
+    "corrected",
+    "corrections",
     "exact_product",
     "flushes",
     "given_rule",
@@ -79,6 +83,7 @@ __all__ = [
     "rank_for_fro",
     "rank_for_ratio",
     "require_in_range",
+    "risky_count",
     "round_to",
     "rounded_from",
     "rounding_edges",
@@ -110,6 +115,10 @@ _HOMES: Final = MappingProxyType(
         "rounding_edges": "_grid",
         "to_grid": "_grid",
         "ChunkedRows": "_streamed",
+        "Corrections": "_reversal",
+        "corrected": "_reversal",
+        "corrections": "_reversal",
+        "risky_count": "_reversal",
         "DirectionProbe": "_directions",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
