@@ -84,9 +84,7 @@ def merge(setting: Setting, size: str) -> list[Case]:
             "adapter",
             [
                 setting.loratools("merge", *inputs, "-o", ours, output=ours),
-                setting.loratools(
-                    "merge", *inputs, "-o", bare, "--receipt", "none", output=bare, name="--receipt none"
-                ),
+                setting.loratools("merge", *inputs, "-o", bare, *none, output=bare, name=" ".join(none)),
                 Contender("plain merge", [*script, str(plain)], plain),
                 Contender("plain merge, same bits", [*script, str(same), "--same-bits"], same),
                 Contender("peft", [setting.peers, str(HERE / "peft_merge.py"), *inputs, str(peft)], peft, OFFLINE),
