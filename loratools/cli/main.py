@@ -22,7 +22,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "inspect": ("Look", "What is in a checkpoint or an adapter, from its headers."),
     "graph": ("Look", "The module tree of a model."),
     "diff": ("Look", "What two checkpoints differ in, and rank → size → error."),
-    "verify": ("Look", "Is a checkpoint its base plus these adapters?"),
+    "verify": ("Look", "Is this what it is said to be, to the last entry?"),
     "merge": ("Checkpoints", "Put adapters into a base; or recast or reshard it."),
     "unmerge": ("Checkpoints", "Take adapters out of a merged checkpoint."),
     "extract": ("Adapters", "Fine-tuned minus base, as an adapter."),

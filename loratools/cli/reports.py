@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -36,6 +37,7 @@ def extract(report: ExtractReport) -> list[str]:
         *_left_out(report.left_out),
         ("size", size(totals["bytes"])),
         ("budget", _budget(totals.get("budget"))),
+        ("recognised", totals.get("recognised", {}).get("said", "")),
     ]
     return page(f"Extracted an adapter of {count(len(modules), 'low-rank module')}.", rows, report.notes)
 
@@ -67,6 +69,8 @@ def merge(report: MergeReport) -> list[str]:
         ("changed", share),
         _files(report.files),
     ]
+    if "recorded" in report.tensors:
+        return page(f"Wrote a receipt of {count(len(adapters), 'adapter')}.", rows[:3], report.notes)
     headline = f"Merged {count(len(adapters), 'adapter')} into the base." if adapters else "Wrote the checkpoint anew."
     return page(headline, rows, report.notes)
 
@@ -85,23 +89,39 @@ def unmerge(report: UnmergeReport) -> list[str]:
 
 
 def verify(report: VerifyReport) -> list[str]:
-    """The answer, then what deviates, worst first by kind, tensor by tensor."""
-    names = {entry["role"]: entry["name"] for entry in report.inputs}
-    adapters = [entry["name"] for entry in report.inputs if entry["role"] == "adapter"]
-    weighted = zip(adapters, report.parameters["weights"], strict=True)
+    """The answer, then what deviates, tensor by tensor."""
     totals = report.totals
     rows = [
-        ("base", printable(names["base"])),
-        *(("adapter", f"{printable(name)}, weight {weight:g}") for name, weight in weighted),
-        ("changed", counted(totals["verdicts"]) if report.modules else ""),
-        ("rounding", counted({f"by {name}": number for name, number in report.policies.items()})),
-        ("others", f"{totals['same']:,} the same" + (f", {totals['changed']:,} not" if totals["changed"] else "")),
+        *_claimed(report),
+        ("files", counted(Counter(file["verdict"] for file in report.files)) if report.files else ""),
+        ("changed", counted(Counter(row["verdict"] for row in report.modules)) if report.modules else ""),
+        ("rounding", ", ".join(f"{number:,} by {name}" for name, number in report.policies.items() if name)),
+        ("others", f"{totals['same']:,} the same" if totals["same"] else ""),
+        ("others", f"{totals['changed']:,} not" if totals["changed"] else ""),
     ]
-    answers = {"holds": "is", "does not hold": "is not", "cannot tell": "may be"}
-    what = "base plus adapters" if adapters else "base"
-    lines = page(f"{printable(names['merged'])} {answers[report.answer]} the {what}.", rows, report.notes)
     deviating = [row for row in (*report.modules, *report.tensors) if row["verdict"] != "holds"]
+    lines = page(_answer(report), rows, report.notes)
     return [*lines, *(["", *_deviations(deviating)] if deviating else [])]
+
+
+def _answer(report: VerifyReport) -> str:
+    said = {"holds": "is", "does not hold": "is not", "cannot tell": "may be"}[report.answer]
+    name = printable(report.inputs[0]["name"])
+    if report.claim == "report":
+        return f"{name} {said} what its report says."
+    adapters = any(entry["role"] == "adapter" for entry in report.inputs)
+    return f"{name} {said} the base{' plus adapters' if adapters else ''}."
+
+
+def _claimed(report: VerifyReport) -> list[tuple[str, str]]:
+    """What it is held against; files that are not as they were, by name."""
+    weights = iter(report.parameters.get("weights", ()))
+    rows = []
+    for entry in report.inputs[1:]:
+        weight = next(weights, None) if entry["role"] == "adapter" else None
+        rows.append((entry["role"], printable(entry["name"]) + (f", weight {weight:g}" if weight is not None else "")))
+    spoilt = [file for file in report.files if file["verdict"] != "holds"]
+    return [*rows, *(("file", f"{printable(file['name'])}: {file['verdict']}") for file in spoilt)]
 
 
 def _deviations(rows: Sequence[Mapping[str, Any]]) -> list[str]:

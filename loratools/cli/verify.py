@@ -17,6 +17,8 @@ _CODES: Final = {"holds": OK, "does not hold": NO, "cannot tell": OPEN}
 @options.command(
     "verify",
     examples="""
+    loratools verify output/
+    loratools verify output/ base/ adapter/
     loratools verify merged/ --base base/ --adapter adapter/
     loratools verify merged/ --base base/ --adapter style/ --adapter character/ -w 0.7 -w 0.5
     """,
@@ -29,9 +31,11 @@ _CODES: Final = {"holds": OK, "does not hold": NO, "cannot tell": OPEN}
 @options.max_memory
 @options.threads
 def command(out: Output, output: str, inputs: tuple[str, ...], **asked: Any) -> None:
-    """Answer whether a checkpoint is BASE + Σ w ΔW, and how it was rounded. Exit 0: it is, 1: not, 3: cannot tell.
+    """Answer whether OUTPUT is what its report says. Exit 0: it is, 1: it is not, 3: cannot tell.
 
-    Every tensor gets a verdict: adapters that are missing, added twice, at another scale, or other ones.
+    Without an INPUT, its files are hashed; with all INPUTs of the report, it is derived from them anew.
+    With --base, the question is whether a checkpoint, whoever made it, is BASE + Σ w ΔW, and how it was
+    rounded: every tensor gets a verdict.
     """
     from loratools.verbs.verify import verify
 

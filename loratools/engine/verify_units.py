@@ -10,6 +10,7 @@ from loratools.checkpoints import Checkpoint
 from loratools.engine import memory
 from loratools.engine.binding import Renaming, reconcile
 from loratools.engine.changes import Changes
+from loratools.engine.layout import recast
 from loratools.engine.plan import Input, Unit
 from loratools.engine.tensor_change import TensorChange
 from loratools.engine.verdicts import Verdict
@@ -32,17 +33,21 @@ class VerifyPlanner:
         base: what adapters were merged into.
         changes: what they change.
         renaming: the base's names → the merged checkpoint's.
-        exact: untouched tensors have to have the base's very bytes.
+        ours: it was made by us: untouched tensors have the base's very bytes, others one rounding.
+        dtype: what we were asked to write, or None for each tensor's own; of a merge of ours alone.
     """
 
     merged: Checkpoint
     base: Checkpoint
     changes: Changes
     renaming: Renaming
-    exact: bool = False
+    ours: bool = False
+    dtype: str | None = None
 
     @classmethod
-    def of(cls, merged: Checkpoint, base: Checkpoint, changes: Changes, *, exact: bool = False) -> VerifyPlanner:
+    def of(
+        cls, merged: Checkpoint, base: Checkpoint, changes: Changes, *, ours: bool = False, dtype: str | None = None
+    ) -> VerifyPlanner:
         """Pair the names.
 
         Raises:
@@ -57,7 +62,7 @@ class VerifyPlanner:
                 checkpoint=merged.name,
                 base=base.name,
             )
-        return cls(merged, base, changes, renaming, exact)
+        return cls(merged, base, changes, renaming, ours, dtype)
 
     def expected(self) -> Iterator[tuple[str, str, TensorChange | None]]:
         """(merged name, base tensor, change) of every tensor that comes from the base."""
@@ -94,9 +99,10 @@ class VerifyPlanner:
         tied = self.base.tied_head
         return tied is not None and self.changes.untied is None and name == self.renaming.apply(tied[1])
 
-    @staticmethod
-    def _unlike(merged: TensorRef, base: TensorRef, change: TensorChange | None) -> str:
-        shape = base.shape
+    def _unlike(self, merged: TensorRef, base: TensorRef, change: TensorChange | None) -> str:
+        shape, dtype = base.shape, recast(base.dtype, self.dtype)
+        if self.ours and merged.dtype != dtype:
+            return f"it is {merged.dtype}, expected {dtype}"
         if change is not None and change.rows is not None:
             shape = (shape[0] + int(change.rows["count"]), *shape[1:])
         if merged.shape != shape:
@@ -141,7 +147,7 @@ class VerifyPlanner:
             inputs=tuple(
                 each for one, other in pairs for each in (Input(source, one.name), Input("merged", other.name))
             ),
-            parameters={"exact": self.exact},
+            parameters={"exact": self.ours},
             read_bytes=size,
             peak_bytes=8 * memory.TILE_BYTES,
         )
@@ -170,7 +176,7 @@ class VerifyPlanner:
             "verify",
             name,
             inputs=(Input("base", tensor), Input("merged", name)),
-            parameters=change.parameters(),
+            parameters={**change.parameters(), "ours": self.ours},
             read_bytes=ref.nbytes + self.merged[name].nbytes,
             peak_bytes=_peak(ref, change),
         )

@@ -60,18 +60,19 @@ def one_piece_will_do(left: Tensor, right: Tensor, rounded: tuple[Tensor, Tensor
     unit = -int(torch.frexp(left.abs().amax())[1])  # sizes are relative, so that nothing leaves the range of floats
     L, R = _components(left.T, unit), _components(right, 0)
     least, _ = _norm(L, R)
-    e, f = _components((left - rounded[0]).T, unit), _components(right - rounded[1], 0)
+    off_left, off_right = (left - rounded[0]).T, right - rounded[1]
+    e, f = _components(off_left, unit, out=off_left), _components(off_right, 0, out=off_right)
     most = _norm(e, R)[1] + _norm(L, f)[1] + e.norm * f.norm
     return most * (1 + _ROUNDING) <= TOLERANCE * least
 
 
-def _components(lines: Tensor, shift: int) -> _Components:
-    """Of 2^shift times the factor whose components are these lines, (R, p)."""
+def _components(lines: Tensor, shift: int, out: Tensor | None = None) -> _Components:
+    """Of 2^shift times the factor whose components are these lines, (R, p); `out` may be overwritten."""
     length = lines.shape[1]
     bits = min(20, (53 - length.bit_length()) // 2)  # so that inner products are below 2^53
     largest = lines.abs().amax(1)
     fine = (bits - torch.frexp(largest)[1].to(torch.int64)).clamp_max_(_RANGE)
-    whole = (lines * power_of_two(fine)[:, None]).round_()
+    whole = torch.mul(lines, power_of_two(fine)[:, None], out=out).round_()
     unit = power_of_two((shift - fine).clamp_min_(-_RANGE // 2)) * (largest > 0)
     gram = torch.mm(whole, whole.T) * unit[:, None] * unit
     lost = (unit * (0.5 * math.sqrt(length))).tolist()
@@ -81,9 +82,8 @@ def _components(lines: Tensor, shift: int) -> _Components:
 
 def _norm(X: _Components, Y: _Components) -> tuple[float, float]:
     """Bounds from below and above of ‖Σ_k x_k y_kᵀ‖: that of the rounded components, and what their rounding can do."""
-    products = (X.gram * Y.gram).flatten().tolist()
-    slack = 2 * _ROUNDING * sum(map(abs, products))
-    near = math.fsum(products)
+    near = math.fsum((X.gram * Y.gram).flatten().tolist())
+    slack = _ROUNDING * math.fsum(x * y for x, y in zip(X.norms, Y.norms, strict=True)) ** 2
     off = math.fsum(
         lost * norm + (size + lost) * missing
         for lost, size, norm, missing in zip(X.lost, X.norms, Y.norms, Y.lost, strict=True)

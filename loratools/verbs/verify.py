@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from pathlib import Path
+from typing import Any
 
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import memory, planning
 from loratools.engine.changes import collect, source_id
 from loratools.engine.context import Outcome
-from loratools.engine.events import Listener, ignore
+from loratools.engine.events import Advanced, Listener, Stage, ignore
 from loratools.engine.execute import observe
+from loratools.engine.outputs import OwnReport, file_verdicts, matched
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run
+from loratools.engine.rederiving import Derivation, Sources
+from loratools.engine.rederiving import derivation as rederivation
 from loratools.engine.reports import AbstractReport
-from loratools.engine.verdicts import GOOD, OPEN, VERDICTS, Verdict
+from loratools.engine.verdicts import GOOD, VERDICTS
+from loratools.engine.verify_tally import DOES_NOT, Tally
 from loratools.engine.verify_units import VerifyPlanner
 from loratools.engine.vocabulary import lengthened
-from loratools.errors import UsageError
-from loratools.files import load_adapter, open_checkpoint
-from loratools.files.locate import Source
-
-HOLDS: Final = "holds"
-DOES_NOT: Final = "does not hold"
-CANNOT_TELL: Final = "cannot tell"
+from loratools.errors import InputDataError, UsageError
+from loratools.files import load_adapter, open_activations, open_checkpoint
+from loratools.files.locate import Source, kind_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,13 +35,14 @@ class VerifyReport(AbstractReport):
 
     Attributes:
         answer: `holds`, `does not hold`, `cannot tell`.
-        claim: `merge`: it is the base plus the adapters.
-        inputs: role and base name of everything that was looked at.
-        parameters: the options.
+        claim: `merge`: it is the base plus the adapters; `report`: it is what its own report says.
+        inputs: role and base name of everything that it is about.
+        parameters: the options; of an output of ours the verb that made it, whether it was `derived` anew, and options.
         policies: how the tensors that adapters change were rounded → how many.
         totals: tensors by verdict, and of those that no adapter changes how many are `same` and how many not.
-        modules: every tensor that adapters change: `name`, `verdict`, `policy`, `scale`, `deviating`, `entries`,
-            `worst`, `detail`; see `docs/guide/verify.md`.
+        files: of an output of ours every file: `name`, and `holds`, `changed`, `absent` or `extra`.
+        modules: every tensor that adapters change, of an adapter every module: `name`, `verdict`, `policy`, `scale`,
+            `deviating`, `entries`, `worst`, `detail`; see `docs/guide/verify.md`.
         tensors: the same of all others that are not as they should be.
         notes: what a user should know.
     """
@@ -52,6 +53,7 @@ class VerifyReport(AbstractReport):
     parameters: Mapping[str, Any]
     policies: Mapping[str, int]
     totals: Mapping[str, Any]
+    files: tuple[Mapping[str, Any], ...]
     modules: tuple[Mapping[str, Any], ...]
     tensors: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...]
@@ -73,11 +75,12 @@ def verify(
     threads: int | None = None,
     listener: Listener = ignore,
 ) -> VerifyReport:
-    """Answer whether a checkpoint is `base + Σ w ΔW`; nothing is written.
+    """Answer whether a checkpoint is `base + Σ w ΔW`, or an output of ours what its report says; nothing is written.
 
     Args:
-        output: the merged checkpoint.
-        inputs: none, where a base is given.
+        output: the merged checkpoint, or an output of merge, unmerge, extract, stack or rescale with its report.
+        inputs: all that the report names as inputs, in any order: the output is derived from them anew. None: only its
+            files are held against their hashes.
         base: what it should have been merged into.
         adapters: what should be in it; none: it should be the base, in whatever dtype and shards.
         weights: none is 1 each, one is for all, or one each. What a report beside `output` says is not believed.
@@ -86,9 +89,12 @@ def verify(
         listener: receives progress.
 
     Raises:
-        MismatchError: an adapter does not belong to this base, or the checkpoint is of another architecture.
+        MismatchError: an adapter does not belong to this base, the checkpoint is of another architecture, or an input
+            is none of those that the report names; says what differs.
+        UndecidedError: no base is given and no report is there, or not all inputs of the report are given.
         NonFiniteError: the base or an adapter holds NaN or infinity.
         UsageError: adapters without a base; inputs beside one.
+        UnsupportedError: the report is of a verb whose outputs are not verified.
 
     Law: for a merge of `merge`, PEFT (`merge_and_unload`, safe or not, in 16 bits or 32) the answer is `holds`, or
     `cannot tell` where no entry of some tensor moved; it is `does not hold` where an entry that no adapter accounts for
@@ -96,11 +102,15 @@ def verify(
     """
     run = Run(max_memory=max_memory, threads=threads, device="cpu", listener=listener)
     given = planning.as_list(adapters)
-    if base is None or inputs:
-        raise UsageError(
-            "verify holds a checkpoint against its base and adapters.", fix="Give --base and --adapter, and no INPUT."
-        )
-    return _merge_claim(output, base, given, weights, run)
+    if base is not None:
+        if inputs:
+            raise UsageError("INPUTs are those that a report names.", fix="With --base, name adapters by --adapter.")
+        return _merge_claim(output, base, given, weights, run)
+    if given or weights is not None:
+        raise UsageError("Adapters and weights are held against a base.", fix="Give --base, or INPUTs alone.")
+    if isinstance(output, Checkpoint):
+        raise UsageError("Only an output on disk has a report.", fix="Give its path, or a base.")
+    return _report_claim(output, list(inputs), run)
 
 
 def _merge_claim(
@@ -115,72 +125,84 @@ def _merge_claim(
     factors = planning.weights_for(len(loaded), weights)
     changes = collect(original, loaded, factors)
     planner = VerifyPlanner.of(merged, original, changes)
-    sources: dict[str, Checkpoint | Adapter] = {"merged": merged, "base": original}
+    sources: Sources = {"merged": merged, "base": original}
     sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
-    units = planner.units()
+    notes = (*merged.notes, *original.notes, *changes.notes)
+    derivation = Derivation(sources, tuple(planner.units()), planner.apart(), notes)
+    tally = Tally.of(_observed(derivation, run), derivation.apart)
+    return _report(
+        tally,
+        claim="merge",
+        inputs=tuple({"role": key.rstrip("0123456789"), "name": each.name} for key, each in sources.items()),
+        parameters={"weights": factors},
+        notes=(*notes, *tally.advice()),
+    )
+
+
+def _report_claim(output: Source, inputs: list[Source | Checkpoint | Adapter], run: Run) -> VerifyReport:
+    own = OwnReport.of(output)
+
+    def hashed(nbytes: int, name: str) -> None:
+        run.listener(Advanced(nbytes, name))
+
+    run.listener(Stage("hashing"))
+    files = tuple({"name": name, "verdict": told} for name, told in file_verdicts(output, own, hashed).items())
+    spoilt = any(each["verdict"] != GOOD for each in files)
+    notes, tally = [], Tally((), (), 0)
+    if spoilt:
+        notes.append("Its files are not those that it was written with, so they were not held against its inputs.")
+    elif inputs:
+        sources = matched(own, [_opened(each) for each in inputs], hashed)
+        derivation = rederivation(output, own, sources)
+        tally = Tally.of(_observed(derivation, run), derivation.apart, own)
+        notes += derivation.notes
+    else:
+        notes.append("Its files are those of its report. Whether it follows from its inputs was not asked: name them.")
+    about = [("output", Path(output).name), *((each.role, each.name) for each in own.inputs)]
+    report = _report(
+        tally,
+        claim="report",
+        inputs=tuple({"role": role, "name": name} for role, name in about),
+        parameters={"verb": own.verb, "derived": bool(inputs) and not spoilt, **own.parameters},
+        notes=(*notes, *tally.advice()),
+    )
+    return dataclasses.replace(report, files=files, answer=DOES_NOT if spoilt else report.answer)
+
+
+def _opened(source: Source | Checkpoint | Adapter) -> Checkpoint | Adapter:
+    if isinstance(source, (Checkpoint, Adapter)):
+        return source
+    if Path(source).is_file() and kind_of(source) == "checkpoint":
+        try:
+            return open_checkpoint(source)
+        except InputDataError:
+            return open_activations(source).source
+    return load_adapter(source) if kind_of(source) == "adapter" else open_checkpoint(source)
+
+
+def _observed(derivation: Derivation, run: Run) -> list[Outcome]:
+    """Run the units within the limits."""
     plan = Plan(
         verb="verify",
         kind="report",
         output="",
         overwrite=False,
-        sources=planning.infos(sources),
-        units=tuple(units),
-        bounds=planning.bounds(units, sources.values(), run, write=0),
-        options={"weights": factors},
+        sources=planning.infos(derivation.sources),
+        units=derivation.units,
+        bounds=planning.bounds(derivation.units, derivation.sources.values(), run, write=0),
         rules=VERDICTS,
-        notes=(*merged.notes, *original.notes, *changes.notes),
     )
     memory.require(plan, run.max_memory)
-    return _report(plan, planner, observe(plan, sources, run))
+    return observe(plan, derivation.sources, run)
 
 
-def _report(plan: Plan, planner: VerifyPlanner, outcomes: Sequence[Outcome]) -> VerifyReport:
-    touched = [outcome for outcome in outcomes if outcome.operation in {"verify", "verify-added"}]
-    same = [outcome for outcome in outcomes if outcome.operation == "verify-same"]
-    modules = [{"name": outcome.target, **outcome.facts} for outcome in touched]
-    others = [_row(name, verdict) for name, verdict in planner.apart().items()]
-    others += [_row(each["name"], Verdict("changed", deviating=each["deviating"]), each["entries"])
-               for outcome in same for each in outcome.facts["deviating"]]  # fmt: skip
-    untouched = sum(outcome.facts["count"] for outcome in same)
-    changed = sum(row["verdict"] == "changed" for row in others)
+def _report(tally: Tally, **said: Any) -> VerifyReport:
     return VerifyReport(
-        answer=_answer([*modules, *others]),
-        claim="merge",
-        inputs=tuple({"role": source.role, "name": source.name} for source in plan.sources),
-        parameters=plan.options,
-        policies=dict(Counter(row["policy"] for row in modules if row["verdict"] == GOOD)),
-        totals={
-            "tensors": len(modules) + untouched + sum(row["verdict"] in {"absent", "reshaped"} for row in others),
-            "verdicts": dict(Counter(row["verdict"] for row in [*modules, *others])),
-            "same": untouched - changed,
-            "changed": changed,
-        },
-        modules=tuple(modules),
-        tensors=tuple(others),
-        notes=(*plan.notes, *_advice(modules, changed, untouched)),
+        answer=tally.answer,
+        policies=tally.policies,
+        totals=tally.totals,
+        files=(),
+        modules=tally.modules,
+        tensors=tally.tensors,
+        **said,
     )
-
-
-def _row(name: str, verdict: Verdict, entries: int | None = None) -> dict[str, Any]:
-    return {"name": name, **dataclasses.asdict(verdict), "entries": entries}
-
-
-def _answer(rows: Sequence[Mapping[str, Any]]) -> str:
-    verdicts = {row["verdict"] for row in rows}
-    if verdicts - {GOOD, OPEN}:
-        return DOES_NOT
-    return CANNOT_TELL if OPEN in verdicts else HOLDS
-
-
-def _advice(modules: Sequence[Mapping[str, Any]], changed: int, untouched: int) -> list[str]:
-    """What the pattern of verdicts suggests."""
-    verdicts = Counter(row["verdict"] for row in modules)
-    notes = []
-    if changed and 2 * changed > untouched:
-        notes.append(f"{changed} of {untouched} tensors that no adapter touches differ: is this the base?")
-    if 0 < verdicts["missing"] < len(modules):
-        notes.append(f"Partly merged: {verdicts['missing']} of {len(modules)} tensors are as in the base.")
-    scales = {round(row["scale"][0], 3) for row in modules if row["verdict"] == "scale" and len(row["scale"]) == 1}
-    if len(scales) == 1 and verdicts["scale"] == len(modules):
-        notes.append(f"Everywhere it is {scales.pop():g} times what was said: is that the weight?")
-    return notes

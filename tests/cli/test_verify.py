@@ -46,6 +46,24 @@ def test_many_deviations_are_counted(run, workdir):
     assert "… 10 more" in result.stdout
 
 
+def test_an_output_of_ours(run, workdir):
+    """By its files; from its inputs; spoilt; with an input missing, with another one."""
+    run("merge", "base", "adapter", "-o", "merged", "-w", "0.5")
+    alone, whole = run("verify", "merged"), run("verify", "merged", "adapter", "base")
+    assert (alone.exit_code, whole.exit_code) == (0, 0)
+    assert whole.stdout.startswith("merged is what its report says.\n")
+    assert "adapter, weight 0.5" in whole.stdout
+    assert "was not asked" in alone.stdout
+    assert "was not asked" not in whole.stdout
+    assert run("verify", "merged", "base").exit_code == 3
+    assert run("verify", "merged", "tuned", "adapter").exit_code == 65
+    assert run("verify", "base").exit_code == 3
+    (workdir / "merged" / "README.md").write_text("edited")
+    spoilt = run("verify", "merged", "adapter", "base")
+    assert (spoilt.exit_code, spoilt.stdout.splitlines()[0]) == (1, "merged is not what its report says.")
+    assert "README.md: changed" in spoilt.stdout
+
+
 def test_usage(run, workdir):
     """Adapters without a base, inputs beside one."""
     assert run("verify", "base", "--adapter", "adapter").exit_code == 2

@@ -45,8 +45,8 @@ class _Counts:
     expected_squares: float = 0.0
 
 
-def examined(claim: Claim, context: Context) -> Findings:
-    """Look at a matrix as closely as it takes to judge it.
+def examined(claim: Claim, context: Context, *, ours: bool = False) -> Findings:
+    """Look at a matrix as closely as it takes to judge it; a merge of `ours` can only have our policy.
 
     Raises:
         NonFiniteError: the base holds NaN or infinity.
@@ -54,7 +54,7 @@ def examined(claim: Claim, context: Context) -> Findings:
     counts, whole = _first_pass(claim, context)
     if whole:
         return _findings(claim, counts)
-    counts = _second_pass(claim, context)
+    counts = _second_pass(claim, context, ours=ours)
     found = _findings(claim, counts)
     if found.settled or not counts.found_squares:
         return found
@@ -94,13 +94,13 @@ def _first_pass(claim: Claim, context: Context) -> tuple[_Counts, bool]:
     return counts, True
 
 
-def _second_pass(claim: Claim, context: Context) -> _Counts:
+def _second_pass(claim: Claim, context: Context, *, ours: bool) -> _Counts:
     """Every policy, every fault, and which multiples of ΔW explain all entries."""
     import torch
 
     from loratools.linalg import to_grid
 
-    asked = list(_hypotheses(claim))
+    asked = list(_hypotheses(claim, ours=ours))
     counts = _Counts({key: 0 for key, *_ in asked}, {})
     dtype = torch_dtype(claim.merged.dtype)
     for tile in _tiles(claim, context):
@@ -114,7 +114,7 @@ def _second_pass(claim: Claim, context: Context) -> _Counts:
         counts.concerned += int((moved | (expected != before)).sum())
         counts.not_finite += int((~torch.isfinite(tile.found)).sum())
         _correlate(counts, tile, expected)
-        _narrow_scales(counts, tile, total - tile.weight, dtype)
+        _narrow_scales(counts, tile, total - tile.weight, dtype, ours=ours)
         for key, policy, factors in asked:
             changed = tile.times(factors) if factors else tile
             if factors and not changed.parts:
@@ -140,10 +140,10 @@ def _third_pass(claim: Claim, context: Context, counts: _Counts, along: Sequence
         _count(counts, key, tile, (total - slack, total + slack), dtype)
 
 
-def _hypotheses(claim: Claim) -> Iterator[tuple[Hypothesis, Policy, tuple[float, ...]]]:
+def _hypotheses(claim: Claim, *, ours: bool) -> Iterator[tuple[Hypothesis, Policy, tuple[float, ...]]]:
     """What is held against a matrix, with what the parts are multiplied by: nothing, where they are as they are."""
     parts = len(claim.sources)
-    for policy in policies(claim):
+    for policy in [Policy(ours=True)] if ours else policies(claim):
         yield Hypothesis(HOLDS, policy.name), policy, ()
     yield Hypothesis(MISSING, "none"), Policy(), (0.0,) * parts
     after = torch_dtype(claim.merged.dtype)
@@ -197,7 +197,7 @@ def _correlate(counts: _Counts, tile: Tile, expected: torch.Tensor | None) -> No
     counts.expected_squares += float(wanted @ wanted)
 
 
-def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torch.dtype) -> None:
+def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torch.dtype, *, ours: bool) -> None:
     """Keep the multiples of ΔW that one rounding takes to every entry seen so far."""
     import torch
 
@@ -207,8 +207,8 @@ def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torc
     if not least <= most:
         return
     under, over = rounding_edges(tile.found.nan_to_num(0.0), dtype)
-    slack = tile.weight.abs() * 2.0**-24
-    for far in tile.far:
+    slack = tile.weight.abs() * (2.0**-51 if ours else 2.0**-24)
+    for far in [tile.near] if ours else tile.far:
         slack = slack + far
     low, high = under - slack - tile.weight, over + slack - tile.weight
     backwards = delta < 0

@@ -31,7 +31,7 @@ def verify(unit: Unit, context: Context) -> Outcome:
     verdicts = []
     for (before, expert), (after, _) in pairs:
         claim = Claim.of(unit, context, before, after, expert)
-        verdicts.append(judge(examined(claim, context)))
+        verdicts.append(judge(examined(claim, context, ours=bool(unit.parameters.get("ours")))))
         context.advance(before.nbytes + after.nbytes, unit.target)
     verdict = together(verdicts)
     if rows and tail is not None and verdict.verdict == GOOD:
