@@ -69,6 +69,8 @@ def merge(report: MergeReport) -> list[str]:
         ("changed", share),
         _files(report.files),
     ]
+    if "recorded" in report.tensors:
+        return page(f"Wrote a receipt of {count(len(adapters), 'adapter')}.", rows[:3], report.notes)
     headline = f"Merged {count(len(adapters), 'adapter')} into the base." if adapters else "Wrote the checkpoint anew."
     return page(headline, rows, report.notes)
 

@@ -28,11 +28,13 @@ seeds, learning rates and sentences, of the same model. Nothing here played a pa
 
 ## Merges
 
-{merges} merges, {layers:,} layers: **{exact:,} at the exact rank, {few:,} below, {many:,} above**; {as_merge} were
+{merges} merges, {layers:,} layers: **{exact:,} at the exact rank, {few:,} below, {many:,} above**. {as_merge} were
 called merges, {as_unknown} "no rank that the modules share", {as_full} full fine-tunes.
-Where a merge was recognised, {exact_in:,} of {layers_in:,} layers are exact and {many_in} above. Each layer by itself, as far as it stands
-out of the noise: {alone_exact:,} exact, {alone_few:,} below, {alone_many:,} above. At sizes of 0.01 and more:
-{large_exact:,} of {large:,} exact.
+
+- In the merges that were recognised, {exact_in:,} of {layers_in:,} layers are exact and {many_in} above.
+- Each layer by itself, as far as it stands out of the noise: {alone_exact:,} exact, {alone_few:,} below, {alone_many:,}
+  above.
+- At sizes of 0.01 and more: {large_exact:,} of {large:,} exact.
 
 Each cell: layers at the exact rank, of all; below it −, above it +. *m* is a merge recognised, *?* no shared rank,
 **F** a full fine-tune.
@@ -43,9 +45,11 @@ MIDDLE = """
 ## What was not found
 
 In these the rank is not exact in all layers. *Nearer* counts the layers whose extracted ΔW is nearer to the true one
-than the difference of the files is; *ratio* is its distance over that of the difference, median and largest. What is
-weaker than the noise cannot be found; of *synthetic, falling, rank 64* the last singular value is {last} of the first. A
-rank above the true one is a trace of rounding, or a layer in which nothing stands out: it keeps 0.9 of its energy.
+than the difference of the files is; *ratio* is its distance over that of the difference, median and largest.
+
+What is weaker than the noise cannot be found; of *synthetic, falling, rank 64* the last singular value is {last} of the
+first. A rank above the true one is a trace of rounding, or a layer in which nothing stands out: it keeps 0.9 of its
+energy.
 
 """
 FULL = """
