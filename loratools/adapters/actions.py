@@ -10,6 +10,8 @@ import abc
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
+from loratools.errors import InternalError
+
 if TYPE_CHECKING:
     import torch
 
@@ -33,6 +35,26 @@ class AbstractAction(abc.ABC):
     """
 
     looks: bool = False
+
+    @property
+    def remembered(self) -> torch.Tensor | None:
+        """What of the base `change` or `look` saw that W' does not tell, float64, one axis; None where that is nothing.
+
+        `recall` takes it, before `again` is asked, where the base is not there to be looked at.
+        """
+        return None
+
+    def recall(self, remembered: torch.Tensor) -> None:
+        """Take in what was `remembered`.
+
+        Raises:
+            InternalError: the kind remembers nothing.
+        """
+        raise InternalError("This kind of update remembers nothing.", entries=remembered.numel())
+
+    def again(self, base: torch.Tensor, region: Region) -> torch.Tensor:
+        """`change`, with what is remembered in place of what `base` itself says: `base` is only near the real one."""
+        return self.change(base, region)
 
     def look(self, base: torch.Tensor, region: Region) -> None:
         """Take in one piece of the base: float64, the region's shape. Pieces come once each, in order."""

@@ -31,7 +31,7 @@ class Boft(AbstractUpdate):
     """
 
     span: ClassVar[Span] = "rows"
-    effort: ClassVar[int] = 2
+    effort: ClassVar[int] = 3
 
     boft_R: TensorRef
     boft_s: TensorRef
@@ -74,31 +74,32 @@ class Boft(AbstractUpdate):
         skew = 0.5 * (stored - stored.transpose(2, 3))
         blocks = cayley(skew.flatten(0, 1)).view(stored.shape)
         orders = [_order(stored.shape[1], stored.shape[2], factor) for factor in range(len(stored))]
-        return _Butterfly(blocks, orders, finite(self.boft_s).double().reshape(-1))
+        return _Butterfly(blocks.transpose(2, 3), orders, finite(self.boft_s).double().reshape(-1))
 
 
 class _Butterfly(AbstractRowAction):
     """Rows through one rotation after the other, then brought to their scale."""
 
     def __init__(self, blocks: torch.Tensor, orders: list[torch.Tensor], scale: torch.Tensor) -> None:
-        self._blocks, self._orders, self._scale = blocks, orders, scale
+        from loratools.linalg import ExactFactor
+
+        self._blocks, self._size = [ExactFactor(factor) for factor in blocks], blocks.shape[-1]
+        self._orders, self._scale = orders, scale
 
     def moved(self, rows: torch.Tensor) -> torch.Tensor:
         """See `AbstractRowAction.moved`."""
         import torch
 
-        for blocks, order in zip(self._blocks.to(rows.device), self._orders, strict=True):
-            count, size = len(blocks), blocks.shape[-1]
+        for blocks, order in zip(self._blocks, self._orders, strict=True):
             there, back = torch.argsort(order).to(rows.device), order.to(rows.device)
-            turned = rows[:, there].view(rows.shape[0], count, size).transpose(0, 1).contiguous()
-            product = torch.bmm(turned, blocks.transpose(1, 2).contiguous())
-            rows = product.transpose(0, 1).reshape(rows.shape)[:, back]
+            turned = rows[:, there].view(rows.shape[0], -1, self._size).transpose(0, 1)
+            rows = blocks.to(rows.device).times(turned).transpose(0, 1).reshape(rows.shape)[:, back]
         return rows
 
     def change(self, base: torch.Tensor, region: Region) -> torch.Tensor:
         """See `AbstractAction.change`."""
         scale = self._scale[region.rows].to(base.device)
-        return self.all_moved(base, region).mul_(scale[:, None]).sub_(base)
+        return self.all_moved(base).mul_(scale[:, None]).sub_(base)
 
 
 def _order(blocks: int, size: int, factor: int) -> torch.Tensor:

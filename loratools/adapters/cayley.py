@@ -8,21 +8,23 @@ if TYPE_CHECKING:
     import torch
 
 _CHUNK: Final = 1 << 20
-"""Entries of blocks that are worked on at once: the same on every machine, so that the bits do not depend on memory."""
+"""Entries of blocks that are worked on at once."""
 
 
 def cayley(skew: torch.Tensor) -> torch.Tensor:
-    """`(I − Q)(I + Q)⁻¹` of every block Q: orthogonal.
+    """`(I − Q)(I + Q)⁻¹ = 2 (I + Q)⁻¹ − I` of every block Q: orthogonal, and the same bits on every machine.
 
     Args:
         skew: (blocks, b, b), float64, skew-symmetric, so that I + Q is invertible.
     """
     import torch
 
+    from loratools.linalg import inverse_of_positive
+
     identity = torch.eye(skew.shape[-1], dtype=skew.dtype)
     result = torch.empty_like(skew)
     for chunk in _chunks(skew):
-        result[chunk] = torch.linalg.solve(identity + skew[chunk], identity - skew[chunk], left=False)
+        result[chunk] = 2 * inverse_of_positive(identity + skew[chunk]) - identity
     return result
 
 
@@ -34,6 +36,8 @@ def neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
     """
     import torch
 
+    from loratools.linalg import ExactFactor
+
     result = torch.eye(skew.shape[-1], dtype=skew.dtype).repeat(len(skew), 1, 1)
     if terms == 1:
         return result
@@ -42,12 +46,13 @@ def neumann(skew: torch.Tensor, terms: int) -> torch.Tensor:
         series.add_(Q, alpha=2.0)
         if terms == 2:  # noqa: PLR2004
             continue
-        power = torch.bmm(Q, Q)
-        series.add_(power, alpha=2.0)
+        factor = ExactFactor(Q)
+        power = factor.times(Q)
+        series.add_(power, alpha=2.0)  # twice a number is exact, so that fusing the two changes nothing
         for _ in range(3, terms - 1):
-            power = torch.bmm(power, Q)
+            power = factor.times(power)
             series.add_(power, alpha=2.0)
-        series.add_(torch.bmm(power, Q))
+        series.add_(factor.times(power))
     return result
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from loratools.adapters.actions import AbstractAction, Region
 from loratools.adapters.low_rank import LowRank
 from loratools.adapters.updates import AbstractUpdate, Layer, Offset
-from loratools.errors import InternalError, MismatchError, NonFiniteError
+from loratools.errors import InternalError, MalformedError, MismatchError, NonFiniteError
 from loratools.tensors import TensorRef
 
 if TYPE_CHECKING:
@@ -114,31 +114,60 @@ class _Rescaling(AbstractAction):
 
     def __init__(self, product: LowRankSum, magnitude: torch.Tensor, name: str) -> None:
         self._product, self._magnitude, self._name = product, magnitude, name
-        self._squares: SquareSums | None = None
+        self._seen: SquareSums | None = None
+        self._squares: torch.Tensor | None = None
 
     def look(self, base: torch.Tensor, region: Region) -> None:
         """See `AbstractAction.look`."""
         from loratools.linalg import SquareSums
 
-        moved = base + self._product.piece(region.rows, region.columns).to(base.device)
-        if self._squares is None:
-            self._squares = SquareSums(len(self._magnitude), base.device)
-        self._squares.add(moved, region.rows)
+        if self._seen is None:
+            self._seen = SquareSums(len(self._magnitude), base.device)
+        self._seen.add(self._moved(base, region), region.rows)
 
     def change(self, base: torch.Tensor, region: Region) -> torch.Tensor:
         """See `AbstractAction.change`."""
         from loratools.linalg import square_sums
 
-        moved = base + self._product.piece(region.rows, region.columns).to(base.device)
+        moved = self._moved(base, region)
         if region.columns.stop - region.columns.start == self._product.right.shape[1]:
-            squares = square_sums(moved)
-        elif self._squares is None:
+            if self._squares is None:
+                self._squares = moved.new_zeros(self._magnitude.shape)
+            self._squares[region.rows] = square_sums(moved)
+        elif self._squares is None and self._seen is not None:
+            self._squares = self._seen.totals()
+        return self._rescaled(moved, region).sub_(base)
+
+    def _moved(self, base: torch.Tensor, region: Region) -> torch.Tensor:
+        return base + self._product.piece(region.rows, region.columns).to(base.device)
+
+    @property
+    def remembered(self) -> torch.Tensor | None:
+        """The squared norms of the rows of W + ΔW."""
+        return self._squares
+
+    def recall(self, remembered: torch.Tensor) -> None:
+        """See `AbstractAction.recall`.
+
+        Raises:
+            MalformedError: they are not one for each row.
+        """
+        if remembered.shape != self._magnitude.shape:
+            what = f"{remembered.numel()} norms of rows are given for {self._magnitude.numel()} rows."
+            raise MalformedError(what, tensor=self._name)
+        self._squares = remembered
+
+    def again(self, base: torch.Tensor, region: Region) -> torch.Tensor:
+        """See `AbstractAction.again`."""
+        return self._rescaled(self._moved(base, region), region).sub_(base)
+
+    def _rescaled(self, moved: torch.Tensor, region: Region) -> torch.Tensor:
+        if self._squares is None:
             raise InternalError("Norms of rows were asked for before all of them had been seen.")
-        else:
-            squares = self._squares.totals()[region.rows]
+        squares = self._squares[region.rows].to(moved.device)
         self._require_directions(squares, region)
-        factor = self._magnitude[region.rows].to(base.device) / squares.sqrt()
-        return moved.mul_(factor[:, None]).sub_(base)
+        factor = self._magnitude[region.rows].to(moved.device) / squares.sqrt()
+        return moved.mul_(factor[:, None])
 
     def _require_directions(self, squares: torch.Tensor, region: Region) -> None:
         """A row of zeros has no direction that a magnitude could be given to; PEFT divides by zero there."""

@@ -28,6 +28,7 @@ class Hra(AbstractUpdate):
 
     takes_shape: ClassVar[bool] = True
     span: ClassVar[Span] = "rows"
+    effort: ClassVar[int] = 3
 
     hra_u: TensorRef
     gram_schmidt: bool = False
@@ -69,29 +70,50 @@ class Hra(AbstractUpdate):
             NonFiniteError: a direction is zero, or, with Gram-Schmidt, is no new one.
         """
         from loratools.adapters.algebra import finite
+        from loratools.linalg import exact_product, square_sums
 
         directions = finite(self.hra_u).double().T.contiguous()
-        for index, direction in enumerate(directions):
+        for index in range(len(directions)):
+            direction = directions[index : index + 1]
             if self.gram_schmidt:
-                for before in directions[:index]:
-                    direction -= (before @ direction) * before  # noqa: PLW2901  (in place: a row of `directions`)
-            length = direction.norm()
-            if not length:
+                for before in directions[:index, None]:
+                    direction -= exact_product(before, direction.T) * before
+            length = square_sums(direction).sqrt()
+            if not bool(length):
                 raise NonFiniteError(
                     f"Direction {index} of {len(directions)} is zero: there is no reflection.", tensor=self.hra_u.name
                 )
-            direction /= length  # noqa: PLW2901
+            direction /= length
         return _Reflections(directions)
 
 
 class _Reflections(AbstractRowAction):
-    """Rows through one reflection after the other; between orthogonal directions the order does not matter."""
+    """All reflections at once: `H_1 ⋯ H_r = I − U T Uᵀ`, T triangular (Bischof and Van Loan 1987).
+
+    U holds the directions as columns. With one more, T grows by a row and a column: 2 on the diagonal, and above it
+    `−2 T Uᵀ u`.
+    """
 
     def __init__(self, directions: torch.Tensor) -> None:
-        self._directions = directions
+        from loratools.linalg import ExactFactor, exact_product
+
+        self._into = ExactFactor(directions.T)
+        self._back = ExactFactor(exact_product(_triangle(directions), directions))
 
     def moved(self, rows: torch.Tensor) -> torch.Tensor:
         """See `AbstractRowAction.moved`."""
-        for direction in self._directions.to(rows.device):
-            rows.addr_(rows @ direction, direction, alpha=-2.0)
-        return rows
+        inner = self._into.to(rows.device).times(rows)
+        return rows.sub_(self._back.to(rows.device).times(inner))
+
+
+def _triangle(directions: torch.Tensor) -> torch.Tensor:
+    """T of the directions, (r, in), of length 1."""
+    import torch
+
+    from loratools.linalg import exact_product
+
+    angles = exact_product(directions, directions.T)
+    T = torch.diag(torch.full((len(directions),), 2.0, dtype=torch.float64))
+    for index in range(1, len(directions)):
+        T[:index, index : index + 1] = -2.0 * exact_product(T[:index, :index], angles[:index, index : index + 1])
+    return T

@@ -35,7 +35,7 @@ class Oft(AbstractUpdate):
 
     takes_shape: ClassVar[bool] = True
     span: ClassVar[Span] = "rows"
-    effort: ClassVar[int] = 3
+    effort: ClassVar[int] = 4
 
     oft_R: TensorRef
     block_share: bool = False
@@ -90,30 +90,28 @@ class Oft(AbstractUpdate):
         from loratools.adapters.algebra import finite
 
         rotations = _rotations(self, finite(self.oft_R).double())
-        return _Rotation(rotations if self.embedding else rotations.transpose(1, 2).contiguous())
+        return _Rotation(rotations if self.embedding else rotations.transpose(1, 2))
 
 
 class _Rotation(AbstractRowAction):
     """Rows times a block-diagonal matrix."""
 
     def __init__(self, blocks: torch.Tensor) -> None:
-        self._blocks = blocks
+        from loratools.linalg import ExactFactor
+
+        self._blocks, self._size = ExactFactor(blocks), blocks.shape[-1]
 
     def moved(self, rows: torch.Tensor) -> torch.Tensor:
         """See `AbstractRowAction.moved`."""
-        import torch
-
-        size = self._blocks.shape[-1]
-        count = rows.shape[1] // size
-        blocks = self._blocks.to(rows.device).expand(count, size, size)
-        turned = rows.view(rows.shape[0], count, size).transpose(0, 1).contiguous()
-        return torch.bmm(turned, blocks).transpose(0, 1).reshape(rows.shape)
+        turned = rows.view(rows.shape[0], -1, self._size).transpose(0, 1)
+        return self._blocks.to(rows.device).times(turned).transpose(0, 1).reshape(rows.shape)
 
 
 def _rotations(update: Oft, stored: torch.Tensor) -> torch.Tensor:
     import torch
 
     from loratools.adapters.cayley import cayley, neumann
+    from loratools.linalg import square_sums
 
     size = update.block_size
     rows, columns = torch.triu_indices(size, size, 1)
@@ -122,6 +120,6 @@ def _rotations(update: Oft, stored: torch.Tensor) -> torch.Tensor:
     skew -= skew.transpose(1, 2).clone()
     if update.coft is not None:
         most = update.coft / math.sqrt(len(stored))
-        norms = torch.linalg.matrix_norm(skew)[:, None, None]
+        norms = square_sums(skew.flatten(1)).sqrt()[:, None, None]
         skew *= torch.where(norms <= most, 1.0, most / norms)
     return cayley(skew) if update.neumann_terms is None else neumann(skew, update.neumann_terms)

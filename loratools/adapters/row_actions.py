@@ -14,30 +14,26 @@ _ROWS: Final = 64
 
 
 class AbstractRowAction(AbstractAction):
-    """W' row by row, in float64, in blocks of 64 rows counted from the weight's first.
+    """W' row by row, in float64, 64 rows at a time, so that what they are multiplied with fits a cache.
 
-    A BLAS may sum in another order for another number of rows or another place in memory. A block is therefore always
-    as large, starts in a buffer of its own, and is filled with zeros where a tile ends inside it: how the weight is cut
-    into tiles changes no bit of the result.
+    Every row has one result, whatever the other rows are: products are exact (`linalg.ExactFactor`), so that neither
+    tiles nor the machine change a bit.
     """
 
     @abc.abstractmethod
     def moved(self, rows: torch.Tensor) -> torch.Tensor:
-        """These rows of W': (64, in), float64; `rows` may be overwritten."""
+        """These rows of W': (rows, in), float64; `rows` may be overwritten."""
 
-    def all_moved(self, base: torch.Tensor, region: Region) -> torch.Tensor:
-        """W' in a region of whole rows."""
+    def all_moved(self, base: torch.Tensor) -> torch.Tensor:
+        """W' of whole rows."""
         import torch
 
         result = torch.empty(base.shape, dtype=torch.float64, device=base.device)
-        start, stop = region.rows.start, region.rows.stop
-        for first in range(start - start % _ROWS, stop, _ROWS):
-            block = torch.zeros((_ROWS, base.shape[1]), dtype=torch.float64, device=base.device)
-            low, high = max(first, start), min(first + _ROWS, stop)
-            block[low - first : high - first] = base[low - start : high - start]
-            result[low - start : high - start] = self.moved(block)[low - first : high - first]
+        for first in range(0, len(base), _ROWS):
+            result[first : first + _ROWS] = self.moved(base[first : first + _ROWS].clone())
         return result
 
     def change(self, base: torch.Tensor, region: Region) -> torch.Tensor:
         """See `AbstractAction.change`."""
-        return self.all_moved(base, region).sub_(base)
+        del region
+        return self.all_moved(base).sub_(base)

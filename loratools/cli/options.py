@@ -141,6 +141,16 @@ dtype = click.option("--dtype", metavar="D", help="bf16, fp16 or fp32 for all we
 max_shard_size = click.option(
     "--max-shard-size", metavar="SIZE", type=size, help="Largest weights file; default the base's own files."
 )
+receipt = click.option(
+    "--receipt",
+    type=click.Choice(("full", "lean", "none")),
+    help="What unmerge needs: full, with the adapters' factors, is the default where it can be; lean, without; none.",
+)
+receipt_for = click.option(
+    "--receipt-for",
+    metavar="MERGED",
+    help="Write only a receipt, for this checkpoint that something else merged; OUT ends in .receipt.",
+)
 resume = click.option(
     "--resume",
     metavar="WORKDIR",

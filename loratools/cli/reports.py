@@ -37,6 +37,7 @@ def extract(report: ExtractReport) -> list[str]:
         *_left_out(report.left_out),
         ("size", size(totals["bytes"])),
         ("budget", _budget(totals.get("budget"))),
+        ("recognised", totals.get("recognised", {}).get("said", "")),
     ]
     return page(f"Extracted an adapter of {count(len(modules), 'low-rank module')}.", rows, report.notes)
 
@@ -68,6 +69,8 @@ def merge(report: MergeReport) -> list[str]:
         ("changed", share),
         _files(report.files),
     ]
+    if "recorded" in report.tensors:
+        return page(f"Wrote a receipt of {count(len(adapters), 'adapter')}.", rows[:3], report.notes)
     headline = f"Merged {count(len(adapters), 'adapter')} into the base." if adapters else "Wrote the checkpoint anew."
     return page(headline, rows, report.notes)
 

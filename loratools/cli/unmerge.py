@@ -12,6 +12,8 @@ from loratools.cli.progress import bytes_done
 @options.command(
     "unmerge",
     examples="""
+    loratools unmerge merged/ -o restored/
+    loratools unmerge merged/ style/ -o without-style/
     loratools unmerge merged/ adapter/ --base base/ -o restored/
     loratools unmerge merged/ adapter/ -w 0.7 -o subtracted/
     """,
@@ -25,8 +27,9 @@ from loratools.cli.progress import bytes_done
 def command(out: Output, merged: str, output: str, *, dry_run: bool, **asked: Any) -> None:
     """Take adapters out of a merged checkpoint.
 
-    With --base the result is the base's bytes, after checking that MERGED is what base and adapters
-    make. Without it ΔW is subtracted, and the report says how far that can be from what was there.
+    From the receipt of the merge, or with --base, the result is the base's bytes, checked; with
+    adapters named, the others are merged into it again. Without either, ΔW is subtracted, and the
+    report says how far that can be from what was there.
     """
     from loratools.verbs.unmerge import plan_unmerge, unmerge
 

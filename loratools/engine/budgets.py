@@ -127,15 +127,13 @@ class Work:
     scratch: int
 
 
-def work(units: Sequence[Unit], pool: Pool | None, tuned: Checkpoint) -> Work:
-    """The units of an extraction; with a budget each at the rank that it begins with, and what chooses the ranks.
+def work(units: Sequence[Unit], pool: Pool, tuned: Checkpoint) -> Work:
+    """The units of an extraction, each at the rank that it begins with, and what chooses the ranks.
 
     Raises:
         UsageError: headers show that the budget is too small, and what the least is that could be enough.
     """
     written = sum(unit.write_bytes for unit in units)
-    if pool is None:
-        return Work(tuple(units), (), written, written)
     _require_room(units, pool, tuned)
     matrices = {unit.target: found for unit in units if (found := matrix_of(unit))}
     start = starting_rank(list(matrices.values()), pool.budget)

@@ -54,7 +54,12 @@ def source_id(index: int) -> str:
 
 
 def collect(
-    base: Checkpoint, adapters: Sequence[Adapter], weights: Sequence[float], *, merged: bool = False
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    *,
+    merged: bool = False,
+    known: bool = False,
 ) -> Changes:
     """Bind every adapter and gather what it does.
 
@@ -63,6 +68,7 @@ def collect(
         adapters: the adapters.
         weights: one each.
         merged: the checkpoint has the adapters in it already, so that its fingerprint says nothing.
+        known: they were merged into this base before: fingerprints, which have to be read, need not be compared.
 
     Raises:
         MismatchError: an adapter does not belong to this base.
@@ -79,7 +85,7 @@ def collect(
         notes += () if adapter else [f"{adapter.name} is empty: it changes nothing."]
         if not merged:
             _require_fitting(adapter, bindings)
-            notes += fingerprint.compare(adapter, bindings, base)
+            notes += () if known else fingerprint.compare(adapter, bindings, base)
         if any(target.added for target in bindings.targets.values()):
             renaming = bindings.renaming.inverse()
             notes += () if weight == 1 else [f"{adapter.name}: modules that the base does not have are added whole."]

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from loratools.engine.compare_tally import SAME, kind_rows, layer_rows, module_rows, tensor_rows, totals
 from loratools.engine.compare_units import Comparison
 from loratools.engine.context import Outcome
+from loratools.engine.findings import findings
 from loratools.engine.plan import Plan
 from loratools.engine.reports import AbstractReport
 from loratools.engine.spectrum import ModuleSpectrum, Spectrum, table
@@ -21,6 +22,7 @@ class DiffReport(AbstractReport):
 
     Attributes:
         compared: `checkpoints`.
+        findings: what was done to A, as far as it is certain: `name`, `text` and `evidence` of each.
         same: every tensor is identical or equal in value.
         inputs: role (`a`, `b`), kind, base name, tensors and bytes of both.
         parameters: the options.
@@ -39,6 +41,7 @@ class DiffReport(AbstractReport):
     """
 
     compared: Literal["checkpoints"]
+    findings: tuple[Mapping[str, Any], ...]
     same: bool
     inputs: tuple[Mapping[str, Any], ...]
     parameters: Mapping[str, Any]
@@ -68,7 +71,7 @@ def checkpoints_report(
     }
     tensors = tensor_rows(found, compared)
     spectra = [
-        ModuleSpectrum(outcome.target, spectrum["sides"], tuple(Spectrum.of(each) for each in spectrum["parts"]))
+        ModuleSpectrum(outcome.target, tuple(spectrum["shape"]), tuple(Spectrum.of(each) for each in spectrum["parts"]))
         for outcome in outcomes
         if (spectrum := outcome.facts["spectrum"]) is not None
     ]
@@ -77,6 +80,7 @@ def checkpoints_report(
     modules = tuple(module_rows(tensors, {each.name: each for each in spectra}, cap))
     return DiffReport(
         compared="checkpoints",
+        findings=findings(tensors, spectra, cap),
         same=all(row["kind"] in SAME for row in tensors),
         inputs=tuple(inputs),
         parameters=plan.options,

@@ -17,7 +17,7 @@ from loratools.tensors import TensorRef
 KINDS: Final = {
     "identical": "the same dtype, shape and bytes",
     "equal": "the same numbers in other bytes: a wider dtype, or zeros of another sign",
-    "recast": "one is the other rounded to its dtype",
+    "recast": "one is the other rounded to its dtype, or to a narrower one and written in its own",
     "changed": "other numbers",
     "reshaped": "another shape: a head of another size, or rows that the first vocabulary does not have",
     "added": "only the second checkpoint has it",
@@ -35,8 +35,11 @@ def tensor_rows(found: Comparison, compared: Mapping[tuple[str, str], Mapping[st
         facts = compared.get((pair.base.name, pair.tuned.name), {}) if pair.base is not None else {}
         kind = facts.get("kind", "reshaped" if pair.relation == "reshaped" else "added")
         row = _row(pair.tuned_name, "reshaped" if pair.relation == "rows" else kind, pair.base, pair.tuned)
-        rows.append({**row, "module": facts.get("module", path), **_measures(facts, pair.base)})
-    gone = [{**_row(ref.name, "removed", ref, None), "module": owner(ref.name)[0]} for ref in found.removed]
+        common = facts.get("kind") if pair.relation == "rows" else None
+        rows.append({**row, "module": facts.get("module", path), "common": common, **_measures(facts, pair.base)})
+    gone = [
+        {**_row(ref.name, "removed", ref, None), "module": owner(ref.name)[0], "common": None} for ref in found.removed
+    ]
     return [*rows, *({**row, **_measures({}, None)} for row in gone)]
 
 
@@ -62,8 +65,11 @@ def _measures(facts: Mapping[str, Any], base: TensorRef | None) -> dict[str, Any
         "relative": norm / weight if norm is not None and weight else norm if norm == 0 else None,
         "largest": 0.0 if same else facts.get("largest"),
         "moved": moved / max(base.spec.numel, 1) if moved is not None and base is not None else None,
+        "touched": facts.get("touched"),
         "rounding": facts.get("rounding"),
         "effective_rank": dict(zip(("estimate", "standard_error"), directions, strict=True)) if directions else None,
+        "cast": facts.get("cast"),
+        "factor": facts.get("factor"),
         "non_finite": facts.get("non_finite"),
     }
 

@@ -49,6 +49,7 @@ class Outcome:
         what: what happened, in a word.
         facts: for the report.
         again: from a closing unit of a plan: these have to be run in place of those with their targets, then this.
+        receipt: what the receipt's manifest says of the tensor; its section went to the sink.
     """
 
     target: str
@@ -56,6 +57,7 @@ class Outcome:
     what: str
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     again: tuple[Unit, ...] = ()
+    receipt: Mapping[str, Any] | None = None
 
 
 class Stopped(Exception):  # noqa: N818  (not an error: another unit failed, or the user interrupted)

@@ -17,10 +17,13 @@ from loratools.engine.context import Context, Outcome, stopped_if
 from loratools.engine.events import Stage, Started
 from loratools.engine.plan import Plan, canonical
 from loratools.engine.planning import Run
+from loratools.engine.receipts.draft import Draft
+from loratools.engine.receipts.manifest import RECEIPT_FILE, SUFFIX
 from loratools.engine.reports import REPORT_FILE, AbstractWrittenReport
 from loratools.engine.resuming import Resumption
 from loratools.engine.running import progress, run_closing, run_units
-from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink, NoSink, writers_in
+from loratools.engine.sections_kept import SectionsKept
+from loratools.engine.sinks import AbstractSink, AdapterSink, Assembly, CheckpointSink, NoSink, SectionSink, writers_in
 from loratools.storage.files import ReadOnlyFile, sha256_of
 from loratools.storage.outputs import OutputDirectory, OutputFiles
 from loratools.storage.partials import stale_partials
@@ -69,6 +72,7 @@ def execute(  # noqa: PLR0913  (what differs between verbs)
     run: Run,
     computes: bool = True,
     assembly: Assembly | None = None,
+    receipt: Draft | None = None,
     resumption: Resumption | None = None,
 ) -> Report:
     """Run `plan` and publish its output; on any failure nothing is left, but what `resumption` keeps.
@@ -80,6 +84,7 @@ def execute(  # noqa: PLR0913  (what differs between verbs)
         run: threads, device, limits, listener.
         computes: whether there are numbers to compute, which is what a device is for.
         assembly: for adapters, what they are put together with.
+        receipt: for merges that can be undone, what is known of the receipt beforehand.
         resumption: for checkpoints, the work directory to go on in.
 
     The report that is returned also names what killed runs left beside the output, and what was taken over from them;
@@ -96,7 +101,7 @@ def execute(  # noqa: PLR0913  (what differs between verbs)
     )
     run.listener(Started(plan.verb, len(plan.units), sum(unit.read_bytes for unit in plan.units)))
     if resumption is not None:
-        report = _resumed(plan, sources, describe, run, resumption, computes=computes)
+        report = _resumed(plan, sources, describe, run, resumption, receipt, computes=computes)
         return dataclasses.replace(report, notes=(*report.notes, *left, *resumption.notes))
     stop = threading.Event()
     with _output(plan) as out:
@@ -105,16 +110,17 @@ def execute(  # noqa: PLR0913  (what differs between verbs)
         outcomes = run_units(plan, plan.units, context, run, computes=computes)
         outcomes = run_closing(plan, outcomes, context, run, computes=computes)
         run.listener(Stage("verifying"))
-        report = _published(plan, context, outcomes, sink.finish(), out, describe)
+        report = _published(plan, context, outcomes, out, describe, receipt)
     return dataclasses.replace(report, notes=(*report.notes, *left))
 
 
-def _resumed(
+def _resumed(  # noqa: PLR0913
     plan: Plan,
     sources: Sources,
     describe: Callable[[Execution], Report],
     run: Run,
     resumption: Resumption,
+    receipt: Draft | None,
     *,
     computes: bool,
 ) -> Report:
@@ -126,10 +132,10 @@ def _resumed(
         context = Context(sources, resumption.sink, settings, resumption.stopped, progress(run), opened)
         outcomes = run_units(plan, plan.units, context, run, computes=computes, perform=resumption.perform)
         run.listener(Stage("verifying"))
-        written = resumption.sink.finish()
+        resumption.sink.finish()
         with _output(plan) as out:
             resumption.place(out.path)
-            report = _published(plan, context, outcomes, written, out, describe)
+            report = _published(plan, context, outcomes, out, describe, receipt)
             resumption.published()
     return report
 
@@ -138,15 +144,20 @@ def _published(
     plan: Plan,
     context: Context,
     outcomes: Sequence[Outcome],
-    written: Sequence[WrittenFile],
     out: OutputDirectory | OutputFiles,
     describe: Callable[[Execution], Report],
+    receipt: Draft | None,
 ) -> Report:
     """Everything else beside the weights, and then their names."""
+    written = context.sink.finish()
+    if receipt is not None:
+        written.append(receipt.write(plan, outcomes, context.sink, _receipt_path(plan, out)))
     _copy_companions(plan, context.sources, out.path)
     adapter = context.sink.adapter if isinstance(context.sink, AdapterSink) else None
     files = _files(out.path, written)
-    report = _describe(describe(Execution(tuple(outcomes), files, adapter)), out)
+    report = describe(Execution(tuple(outcomes), files, adapter))
+    if plan.kind != "receipt":
+        report = _describe(report, out)
     for file in context.opened.values():
         file.require_unchanged()
     out.publish()
@@ -171,9 +182,15 @@ def observe(plan: Plan, sources: Sources, run: Run) -> list[Outcome]:
 
 def _output(plan: Plan) -> OutputDirectory | OutputFiles:
     path = Path(plan.output)
-    if path.suffix == ".safetensors":
+    if path.suffix in {".safetensors", SUFFIX}:
         return OutputFiles(path, overwrite=plan.overwrite)
     return OutputDirectory(path, overwrite=plan.overwrite)
+
+
+def _receipt_path(plan: Plan, out: OutputDirectory | OutputFiles) -> Path:
+    if plan.kind == "receipt" and isinstance(out, OutputFiles):
+        return out.file
+    return out.sibling(SUFFIX) if isinstance(out, OutputFiles) else out.path / RECEIPT_FILE
 
 
 def _opened(sources: Sources) -> dict[tuple[str, str], ReadOnlyFile]:
@@ -191,7 +208,10 @@ def _sink(plan: Plan, directory: Path, assembly: Assembly | None, stop: threadin
         assert assembly is not None
         order = [unit.target for unit in plan.units if unit.operation in {"extract", "extract-experts", "derive"}]
         return AdapterSink(directory, assembly, str(plan.options["format"]), order)
-    return CheckpointSink(writers_in(directory, lambda: stopped_if(stop)), plan.files, plan.units)
+    if plan.kind == "receipt":
+        return SectionSink(SectionsKept(directory))
+    writers = writers_in(directory, lambda: stopped_if(stop))
+    return CheckpointSink(writers, SectionsKept(directory), plan.files, plan.units)
 
 
 def _copy_companions(plan: Plan, sources: Sources, directory: Path) -> None:

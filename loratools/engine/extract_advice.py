@@ -14,7 +14,6 @@ from loratools.checkpoints.renamed import is_renamed
 from loratools.engine import low_rank_forms
 from loratools.engine.context import Outcome
 from loratools.engine.pairing import Pairing
-from loratools.engine.svd_options import AUTO
 
 _FAINT: Final = 0.5
 
@@ -86,7 +85,7 @@ def advice(pairing: Pairing, adapter: Adapter | None) -> list[str]:
     return notes
 
 
-def findings(modules: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) -> list[str]:
+def findings(modules: Sequence[Mapping[str, Any]], totals: Mapping[str, Any]) -> list[str]:
     """What the numbers say that a user should hear."""
     notes = []
     clipped = [module["name"] for module in modules if module["clipped"]]
@@ -98,18 +97,23 @@ def findings(modules: Sequence[Mapping[str, Any]], budget: Mapping[str, Any]) ->
         names = [module["name"] for module in short]
         captured = f"{worst['name']} captures {worst['captured']:.4f}"
         notes.append(f"The goal is not reached within the cap and float32: {_some(names)}; {captured}.")
-    notes += _by_auto(modules)
-    notes += _of_budget(budget)
+    notes += _by_auto(modules, totals.get("recognised", {}))
+    notes += _of_budget(totals.get("budget", {}))
     large = [module for module in modules if (module["relative"] or 0) > 1]
     if modules and len(large) > len(modules) // 2:
         notes.append("ΔW is larger than the weights in most modules: is this really the base of the tuned checkpoint?")
     return notes
 
 
-def _by_auto(modules: Sequence[Mapping[str, Any]]) -> list[str]:
+def _by_auto(modules: Sequence[Mapping[str, Any]], recognised: Mapping[str, Any]) -> list[str]:
     """Where `--rank auto` did not decide, and where what it left out may be more than noise."""
     notes = []
-    dense = [module for module in modules if module.get("rank_rule", AUTO) != AUTO]
+    if recognised.get("what") == "unknown" and recognised["of"] > 1:
+        notes.append(
+            f"Rank auto found {recognised['said']}: each keeps what stands out of the rounding noise. Of a merged "
+            "adapter that may be less than its rank, as what is weaker than the noise is lost."
+        )
+    dense = [module for module in modules if module.get("rank_rule", "").startswith("energy")]
     if dense:
         reasons = Counter(module["rank_rule"] for module in dense)
         said = "; ".join(f"{count} by {rule}" for rule, count in reasons.items())

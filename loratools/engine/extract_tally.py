@@ -9,7 +9,7 @@ from typing import Any, Final
 from loratools.engine.context import Outcome
 from loratools.engine.execute import Execution
 
-_UNTOLD: Final = frozenset({"fates", "tensors", "products", "sigma2"})
+_UNTOLD: Final = frozenset({"fates", "tensors", "products", "sigma2", "evidence"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def _numbers(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 def _totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], execution: Execution) -> dict[str, Any]:
     """Counts; captured and residual over all `modules`, those without a rank included; bytes of all weights files."""
-    budget = _budget_facts(execution)
+    budget, recognised = (_closing_facts(execution, name) for name in ("allocate", "recognise"))
     squares = sum(module["norm"] ** 2 for module in modules)
     left = sum((module["residual"] * module["norm"]) ** 2 for module in modules)
     return {
@@ -70,18 +70,19 @@ def _totals(modules: Sequence[Mapping[str, Any]], fates: Mapping[str, int], exec
         "residual": (left / squares) ** 0.5 if squares else None,
         "bytes": sum(file["bytes"] for file in execution.files if file["name"].endswith(".safetensors")),
         **({"budget": budget} if budget else {}),
+        **({"recognised": recognised} if recognised else {}),
     }
 
 
-def _budget_facts(execution: Execution) -> dict[str, Any]:
-    """What an allocation came to, without its modules; empty where there was none."""
-    found = execution.of("allocate")
+def _closing_facts(execution: Execution, operation: str) -> dict[str, Any]:
+    """What an allocation or recognition came to, without its modules; empty where there was none."""
+    found = execution.of(operation)
     return {key: value for key, value in found[0].facts.items() if key != "modules"} if found else {}
 
 
 def _extracted(execution: Execution) -> list[Outcome]:
-    """The outcomes of the modules; where there was a budget, with the ranks that it gave them."""
-    found = execution.of("allocate")
+    """The outcomes of the modules; where all of them together decided the ranks, with these."""
+    found = [*execution.of("allocate"), *execution.of("recognise")]
     ranks: Mapping[str, Any] = found[0].facts["modules"] if found else {}
     return [_allotted(each, ranks.get(each.target)) for each in execution.of("extract")]
 
@@ -90,7 +91,7 @@ def _allotted(outcome: Outcome, figures: Mapping[str, Any] | None) -> Outcome:
     if figures is None:
         return outcome
     facts = {**outcome.facts, **figures}
-    if not figures["rank"]:
+    if not facts["rank"]:
         reason = f"left out: rank 0 under the budget, ‖ΔW‖ = {facts['norm']:.4g}"
         for kind in ("fates", "tensors"):
             fates = facts.get(kind, {})

@@ -76,7 +76,7 @@ class Recorded:
         inputs = [each for each in report.get("inputs", []) if each.get("role") == "adapter"]
         adapters = tuple(
             Part(
-                _weights_hash(each.get("sha256", {})),
+                weights_hash(each.get("sha256", {})),
                 float(weight),
                 str(each.get("name", "")),
                 frozenset(map(str, each.get("sha256", {}).values())),
@@ -93,23 +93,27 @@ class Recorded:
             MismatchError: an adapter was not merged into this checkpoint, or otherwise.
             UndecidedError: it was merged more often than it is named, with different weights.
         """
-        given = planning.weights_for(len(adapters), weights) if adapters else []
         if not self.known:
-            return given
-        left, named = list(self.adapters), Counter(map(_digest, adapters))
+            return planning.weights_for(len(adapters), weights) if adapters else []
+        return [self.adapters[index].weight for index in self.indices_for(adapters, weights)]
+
+    def indices_for(self, adapters: Sequence[Adapter], weights: Sequence[float] | float | None) -> list[int]:
+        """Which of the recorded adapters these are; raises as `weights_for`."""
+        given = planning.weights_for(len(adapters), weights) if adapters else []
+        left, named = list(enumerate(self.adapters)), Counter(map(_digest, adapters))
         found = []
         for adapter, weight in zip(adapters, given, strict=True):
             digest = _digest(adapter)
-            same = [part for part in left if digest is not None and part.digest == digest]
+            same = [each for each in left if digest is not None and each[1].digest == digest]
             if not same:
                 raise self._unknown(adapter, in_memory=digest is None)
             if weights is None and named[digest] < sum(part.digest == digest for part in self.adapters):
-                _require_one_weight(adapter, same)
-            match = next((part for part in same if weights is None or part.weight == weight), None)
-            _require_as_merged(adapter, match, same[0].weight, weight)
+                _require_one_weight(adapter, [part for _, part in same])
+            match = next((each for each in same if weights is None or each[1].weight == weight), None)
+            _require_as_merged(adapter, match and match[1], same[0][1].weight, weight)
             assert match is not None
             left.remove(match)
-            found.append(match.weight)
+            found.append(match[0])
         return found
 
     def _unknown(self, adapter: Adapter, *, in_memory: bool) -> MismatchError:
@@ -185,7 +189,8 @@ def _require_as_merged(adapter: Adapter, part: Part | None, merged: float, given
         )
 
 
-def _weights_hash(files: Mapping[str, Any]) -> str:
+def weights_hash(files: Mapping[str, Any]) -> str:
+    """The hash of the weights among an adapter's files."""
     for name, digest in files.items():
         if name.endswith(".safetensors"):
             return str(digest)

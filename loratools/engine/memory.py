@@ -32,6 +32,10 @@ TILE_FACTOR: Final = 12
 """Working bytes per stored byte of a tile in a merge: the tile, a float64 sum, its rounding, and the result."""
 FACTOR_BYTES: Final = 48
 """Working bytes per element of a factor: as read (4), scaled in float64 (8), pieces and their sums (36)."""
+RECEIPT_ENTRIES: Final = 2**19
+"""Entries whose corrections are worked out at a time."""
+RECEIPT_FACTOR: Final = 80
+"""Working bytes of each: masks, places, distances and their folded and encoded forms, if all were at risk."""
 WIDE_ENTRIES: Final = 2**18
 """Entries of a row tile that is gone through in float64, many passes at a time: 2 MiB, to stay near the cache."""
 BUFFERS: Final = 3 * 4 * MIB
@@ -76,6 +80,11 @@ def tile_bytes(spec: TensorSpec, tiles: int = 1) -> int:
     """Working bytes of going through a tensor by row tiles; a row longer than a tile is taken whole."""
     row = spec.nbytes // spec.shape[0] if spec.shape and spec.shape[0] else spec.nbytes
     return tiles * TILE_FACTOR * min(max(TILE_BYTES, row), max(spec.nbytes, 1))
+
+
+def receipt_bytes(spec: TensorSpec) -> int:
+    """Working bytes of recording a tensor for a receipt or reading it from one: a tile twice, a chunk's numbers."""
+    return 2 * min(spec.nbytes, 2 * TILE_BYTES) + RECEIPT_FACTOR * min(spec.numel, RECEIPT_ENTRIES)
 
 
 def factor_bytes(elements: int) -> int:

@@ -18,12 +18,21 @@ from loratools.tensors import TensorRef, TensorSpec
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MergePlanner:
-    """Turns changes into files and units."""
+    """Turns changes into files and units.
+
+    Attributes:
+        base: the checkpoint.
+        changes: what happens to it.
+        sources: the base and the adapters, by the ids that units use.
+        dtype: what weights are recast to, or None.
+        receipt: whether units are to say what a receipt needs.
+    """
 
     base: Checkpoint
     changes: Changes
     sources: Mapping[str, Checkpoint | Adapter]
     dtype: str | None
+    receipt: bool = False
 
     def files(self, max_bytes: int | None, *, single: bool, name: str) -> list[tuple[str, list[layout.Planned]]]:
         """Output files with their tensors."""
@@ -80,7 +89,7 @@ class MergePlanner:
                 run = []
                 units.append(self._unit(file, tensor))
             units += layout.copy_units(file, run, "base")
-        return units
+        return [recorded(unit) if unit.operation == "copy" and self.receipt else unit for unit in units]
 
     def _untouched(self, tensor: layout.Planned) -> bool:
         if tensor.source is None or self._is_new_head(tensor):
@@ -95,12 +104,14 @@ class MergePlanner:
         if tensor.source is None:
             return self._added_unit(file, tensor)
         change = self.changes.tensors.get(tensor.source)
-        if self._is_new_head(tensor):
+        new = self._is_new_head(tensor)
+        if new:
             assert self.changes.untied is not None
             change = self.changes.untied[2]
         if change is None or change.nothing:
             return self._cast_unit(file, tensor)
-        return merge_unit(file, tensor.spec, self.base[tensor.source], change)
+        unit = merge_unit(file, tensor.spec, self.base[tensor.source], change)
+        return recorded(unit, self.base[tensor.source].spec, change) if self.receipt and not new else unit
 
     def _cast_unit(self, file: str, tensor: layout.Planned) -> Unit:
         return Unit(
@@ -140,6 +151,23 @@ class MergePlanner:
         if edits or (self.base.config and not layout.has_config_file(self.base)):
             texts["config.json"] = layout.config_text(self.base.config, edits)
         return texts
+
+
+def recorded(unit: Unit, spec: TensorSpec | None = None, change: TensorChange | None = None) -> Unit:
+    """The unit, told to say what a receipt needs: hashes, and how the base comes back."""
+    if spec is None or change is None:
+        return dataclasses.replace(unit, parameters={**unit.parameters, "receipt": "same"})
+    whole = any(each["weight"] == 1 for each in change.wholes)
+    parameters = {**unit.parameters, "receipt": "kept" if whole else "corrected"}
+    peak = unit.peak_bytes + (0 if whole else receipt_bytes(spec, change))
+    return dataclasses.replace(unit, parameters=parameters, peak_bytes=peak)
+
+
+def receipt_bytes(spec: TensorSpec, change: TensorChange) -> int:
+    """Working bytes that a receipt takes beside the merge of a tensor: predictions in float64 where W' − W needs W."""
+    worked_out = change.actions or change.offsets or change.wholes or change.patches
+    predicted = 5 * 8 * (spec.numel if change.at_once else min(spec.numel, memory.RECEIPT_ENTRIES))
+    return memory.receipt_bytes(spec) + (predicted if worked_out else 0)
 
 
 def merge_unit(file: str, spec: TensorSpec, ref: TensorRef, change: TensorChange) -> Unit:

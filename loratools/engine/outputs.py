@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
+from loratools.engine.receipts.manifest import SUFFIX
 from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from loratools.files.locate import Source, local, read_report_of, readable, report_path
 from loratools.storage.files import sha256_of
@@ -123,7 +124,9 @@ def file_verdicts(output: Source, report: OwnReport, advance: Hashed) -> dict[st
     with readable(output):
         path = Path(output).absolute()
         single = not path.is_dir()
-        there = {path.name: path} if single else {each.name: each for each in sorted(path.iterdir())}
+        receipt = path.with_suffix(SUFFIX)
+        mine = [path, receipt] if receipt.is_file() else [path]
+        there = {each.name: each for each in (mine if single else sorted(path.iterdir()))}
     found = {}
     for name, expected in report.files.items():
         file = there.get(name)

@@ -79,8 +79,8 @@ class Bounds:
 
     `read_bytes` is what the units go through, each input once per unit: comparing a tensor before it is used, and
     holding copies against their source at the end, read some of it again, mostly from the page cache. `write_bytes`
-    leaves out headers, configuration, card and report. `peak_bytes` is the process's predicted peak resident memory
-    (`loratools.engine.memory`).
+    leaves out headers, configuration, card, report and receipt. `peak_bytes` is the process's predicted peak resident
+    memory (`loratools.engine.memory`).
     """
 
     read_bytes: int
@@ -112,7 +112,7 @@ class Plan:
     """
 
     verb: str
-    kind: Literal["checkpoint", "adapter", "report"]
+    kind: Literal["checkpoint", "adapter", "receipt", "report"]
     output: str
     overwrite: bool
     sources: tuple[SourceInfo, ...]

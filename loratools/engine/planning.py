@@ -152,18 +152,21 @@ def check_output(output: Path, run: Run, sources: Iterable[Checkpoint | Adapter]
     """
     if output.suffix == ".gguf":
         raise UsageError("GGUF files are not written yet.", fix="Give -o a directory.", output=output.name)
+    if output.suffix == ".receipt":  # it may lie beside what it is for
+        OutputFiles.check(output, run.overwrite, input_paths(sources, directories=False), needed)
+        return
     single = output.suffix == ".safetensors"
     (OutputFiles if single else OutputDirectory).check(output, run.overwrite, input_paths(sources), needed)
 
 
-def input_paths(sources: Iterable[Checkpoint | Adapter]) -> list[Path]:
+def input_paths(sources: Iterable[Checkpoint | Adapter], *, directories: bool = True) -> list[Path]:
     """Every file that is read, and the directories that were named."""
     inputs: list[Path] = []
     for source in sources:
         inputs += source.files if isinstance(source, Checkpoint) else files_behind(source)
         if source.location is not None:
             inputs.append(Path(source.location))
-    return inputs
+    return inputs if directories else [path for path in inputs if not path.is_dir()]
 
 
 def weights_for(count: int, weights: Sequence[float] | float | None) -> list[float]:

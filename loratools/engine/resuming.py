@@ -23,6 +23,7 @@ from loratools.engine.operations import OPERATIONS
 from loratools.engine.outcomes import packed, unpacked
 from loratools.engine.plan import OutputFile, Plan, Unit
 from loratools.engine.planning import input_paths
+from loratools.engine.sections_kept import SectionsKept
 from loratools.engine.sinks import CheckpointSink
 from loratools.errors import LoratoolsError, MismatchError, StorageError, UsageError
 from loratools.storage.adopting import adopt, adopt_copies
@@ -74,7 +75,7 @@ class Resumption:
         self._named = path
         self.stopped = threading.Event()
         self._work = WorkDirectory(path, [file.name for file in plan.files])
-        self.sink = CheckpointSink(self._open, plan.files, plan.units)
+        self.sink = CheckpointSink(self._open, SectionsKept(self._work.path), plan.files, plan.units)
         self._found: dict[int, Record] = {}
         self._hashes: dict[str, Any] = {}
         self._hashed = False
@@ -213,6 +214,8 @@ class Resumption:
                 self._again.append(unit.target)
                 self._kept.discard(index)
             return None
+        if outcome.receipt is not None and (section := self._work.journal.section(record)):
+            self.sink.keep_section(unit.target, section)
         context.advance(unit.read_bytes, unit.target)
         with self._lock:
             self._taken += 1
@@ -257,7 +260,8 @@ class Resumption:
 
     def _recorded(self, index: int, unit: Unit, outcome: Outcome) -> tuple[dict[str, Any], bytes] | None:
         """A unit's record; None where its bytes have no hash, so that it has to be done again."""
-        document, section = packed(outcome)
+        section = b"".join(bytes(piece.read()) for piece in self.sink.sections(unit.target))
+        document, section = packed(outcome, section)
         record = {"unit": index, "operation": unit.operation, "target": unit.target, "outcome": document}
         if unit.operation == "copy":
             return record, section

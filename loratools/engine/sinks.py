@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.engine.plan import OutputFile, Unit
+from loratools.engine.sections_kept import SectionsKept
 from loratools.errors import InternalError
 from loratools.files import encode_adapter, write_weights
 from loratools.formats import Encoded
@@ -55,6 +56,14 @@ class AbstractSink(abc.ABC):
         """What would be written now, if these modules had these updates."""
         raise InternalError("This output takes no updates.", modules=len(changed))
 
+    def keep_section(self, target: str, data: bytes) -> None:
+        """More bytes of what the receipt will hold of an output tensor, in order."""
+        raise InternalError("This output has no receipt.", tensor=target, bytes=len(data))
+
+    def sections(self, target: str) -> Sequence[TensorRef]:
+        """What was kept of it, piece by piece."""
+        raise InternalError("This output has no receipt.", tensor=target)
+
     @abc.abstractmethod
     def finish(self) -> list[WrittenFile]:
         """Flush, read back, compare hashes."""
@@ -62,6 +71,25 @@ class AbstractSink(abc.ABC):
 
 class NoSink(AbstractSink):
     """Of a plan that only looks: it takes nothing."""
+
+    def finish(self) -> list[WrittenFile]:
+        """See `AbstractSink.finish`."""
+        return []
+
+
+class SectionSink(AbstractSink):
+    """Takes the sections of a receipt, and nothing else."""
+
+    def __init__(self, kept: SectionsKept) -> None:
+        self._kept = kept
+
+    def keep_section(self, target: str, data: bytes) -> None:
+        """See `AbstractSink.keep_section`."""
+        self._kept.keep(target, data)
+
+    def sections(self, target: str) -> Sequence[TensorRef]:
+        """See `AbstractSink.sections`."""
+        return self._kept.of(target)
 
     def finish(self) -> list[WrittenFile]:
         """See `AbstractSink.finish`."""
@@ -80,10 +108,11 @@ def writers_in(directory: Path, check: Check = None) -> Opens:
     return opened
 
 
-class CheckpointSink(AbstractSink):
+class CheckpointSink(SectionSink):
     """Weights files with known headers; each is finished as soon as the last unit that writes into it is done."""
 
-    def __init__(self, opens: Opens, files: Sequence[OutputFile], units: Sequence[Unit]) -> None:
+    def __init__(self, opens: Opens, kept: SectionsKept, files: Sequence[OutputFile], units: Sequence[Unit]) -> None:
+        super().__init__(kept)
         self._opens = opens
         self._files = {file.name: file for file in files}
         self._left = Counter(unit.file for unit in units if unit.file)

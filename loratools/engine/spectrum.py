@@ -21,6 +21,7 @@ class Spectrum:
         rest: ‖M − Σ σ u vᵀ‖_F over all of `values`.
         floor: what a singular value exceeds that is none of the rounding noise's; see `linalg.RoundingNoise.floor`.
         noise: E‖noise‖_F².
+        peaks: of every value, the largest square of an entry of its two singular vectors; empty where nobody looked.
     """
 
     values: tuple[float, ...]
@@ -28,12 +29,13 @@ class Spectrum:
     rest: float
     floor: float = 0.0
     noise: float = 0.0
+    peaks: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Spectrum:
         """From what a unit found."""
         values, floor, noise = tuple(document["values"]), document.get("floor", 0.0), document.get("noise", 0.0)
-        return cls(values, document["norm"], document["rest"], floor, noise)
+        return cls(values, document["norm"], document["rest"], floor, noise, tuple(document.get("peaks", ())))
 
     @property
     def above_noise(self) -> int:
@@ -71,12 +73,12 @@ class ModuleSpectrum:
 
     Attributes:
         name: the adapter's module path.
-        sides: rows plus columns of one matrix.
+        shape: (rows, columns) of one matrix.
         parts: one spectrum, or one for every expert.
     """
 
     name: str
-    sides: int
+    shape: tuple[int, int]
     parts: tuple[Spectrum, ...]
 
     @property
@@ -110,7 +112,7 @@ class ModuleSpectrum:
 
     def nbytes(self, rank: int) -> int:
         """Bytes of the factors in float32; experts all have the rank of the one that needs most."""
-        return 4 * self.sides * len(self.parts) * min(rank, self.most)
+        return 4 * sum(self.shape) * len(self.parts) * min(rank, self.most)
 
     def effective_rank(self) -> tuple[float, float]:
         """See `Spectrum.effective_rank`; of experts that of the stack: ΔW of all of them on one diagonal."""

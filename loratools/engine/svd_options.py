@@ -12,6 +12,8 @@ from loratools.engine import budgets
 from loratools.errors import UsageError
 
 AUTO: Final = "auto"
+FALLBACK: Final = 0.9
+"""The energy that `auto` keeps where a difference is not of low rank and noise."""
 RULES: Final = ("rank", "energy", "error", "sv_ratio", "sv_cumulative", "sv_fro", "knee")
 
 

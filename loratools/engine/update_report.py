@@ -12,6 +12,7 @@ from loratools.engine.context import Outcome
 from loratools.engine.plan import Plan
 from loratools.engine.reports import AbstractReport
 from loratools.engine.spectrum import table
+from loratools.engine.update_findings import update_findings
 from loratools.engine.update_tally import (
     SAME,
     pair_groups,
@@ -30,6 +31,7 @@ class AdapterDiffReport(AbstractReport):
 
     Attributes:
         compared: `adapters`.
+        findings: what was done to A, as far as it is certain: `name`, `text` and `evidence` of each.
         same: every module is identical or equal.
         inputs: role (`a`, `b`), kind, base name, format, modules and bytes of both.
         parameters: the options.
@@ -44,6 +46,7 @@ class AdapterDiffReport(AbstractReport):
     """
 
     compared: Literal["adapters"]
+    findings: tuple[Mapping[str, Any], ...]
     same: bool
     inputs: tuple[Mapping[str, Any], ...]
     parameters: Mapping[str, Any]
@@ -112,13 +115,15 @@ def adapters_report(
         )
     rows = pair_rows(plan.units, outcomes)
     kinds, layers = pair_groups(rows)
-    found_spectra = spectra(rows, outcomes, _sides(plan, adapters))
+    sizes = pair_totals(rows, outcomes)
+    found_spectra = spectra(rows, outcomes, _shapes(plan, adapters))
     return AdapterDiffReport(
         compared="adapters",
+        findings=update_findings(rows, sizes, [outcome.facts.get("optimum") for outcome in outcomes]),
         same=all(row["kind"] in SAME for row in rows),
         inputs=tuple(inputs),
         parameters=plan.options,
-        totals=pair_totals(rows, outcomes),
+        totals=sizes,
         by_kind=tuple(kinds),
         by_layer=tuple(layers),
         table=tuple(table(found_spectra, 0, plan.options["max_rank"])),
@@ -127,11 +132,12 @@ def adapters_report(
     )
 
 
-def _sides(plan: Plan, adapters: Mapping[str, Adapter]) -> dict[str, int]:
-    """Rows plus columns of every module's matrix, as far as its update says them."""
+def _shapes(plan: Plan, adapters: Mapping[str, Adapter]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of every module's matrix, where its update says them."""
     found = {}
     for unit in plan.units:
         update = adapters[unit.inputs[0].source][unit.inputs[0].name]
         shape = update.matrix if isinstance(update, Stacked) else update.shape
-        found[unit.target] = sum(shape or ())
+        if shape is not None:
+            found[unit.target] = shape
     return found

@@ -151,7 +151,7 @@ def _grouped(rows: Sequence[Mapping[str, Any]], key: Callable[[str], str]) -> It
 
 
 def spectra(
-    rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome], sides: Mapping[str, int]
+    rows: Sequence[Mapping[str, Any]], outcomes: Sequence[Outcome], shapes: Mapping[str, tuple[int, int]]
 ) -> list[ModuleSpectrum]:
     """The singular values of what differs, exact, of every module that was measured through its factors."""
     found = []
@@ -161,7 +161,7 @@ def spectra(
         least = _ROUNDING * max(row["norms"])
         kept = [tuple(value for value in each if value > least) for each in outcome.facts["values"]]
         parts = tuple(Spectrum(each, math.hypot(*each), 0.0) for each in kept)
-        found.append(ModuleSpectrum(row["name"], sides[row["name"]], parts))
+        found.append(ModuleSpectrum(row["name"], shapes[row["name"]], parts))
     return found
 
 

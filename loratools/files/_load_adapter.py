@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from loratools.formats import Contents, codec_named, detect
 from loratools.formats.peft.config import CONFIG_FILE
 from loratools.formats.peft.keys import ADDED_ROWS_FILE
 from loratools.storage.safetensors import open_safetensors
-from loratools.storage.shards import open_weights
+from loratools.storage.shards import Weights, open_weights
 
 
 def load_adapter(
@@ -45,17 +46,46 @@ def load_adapter(
         return _loaded(locate.local(source).absolute(), format, shapes)
 
 
-def _loaded(path: Path, format: str | None, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
-    _refuse_ambiguous(path)
-    weights = open_weights(path, locate.ADAPTER_STEMS)
+def contents_of(adapter: Adapter) -> Contents | None:
+    """What the files of an adapter hold, opened anew; None for one that was made in memory.
+
+    Raises:
+        LoratoolsError: as `load_adapter`.
+    """
+    if adapter.location is None or not adapter.files:
+        return None
+    with locate.readable(adapter.location):
+        path = Path(adapter.location)
+        return _contents(path, open_weights(path, locate.ADAPTER_STEMS), {})
+
+
+def adapter_of(contents: Contents, format: str, name: str, base: Checkpoint) -> Adapter:
+    """An adapter for `base` whose contents lie somewhere else than in files of its own.
+
+    Raises:
+        LoratoolsError: as `load_adapter`.
+    """
+    known = dataclasses.replace(contents, shapes=parameter_shapes(base))
+    decoded = codec_named(format).decode(known)
+    config = MappingProxyType(dict(contents.config or {}))
+    return Adapter(decoded.updates, format, name, config, decoded.base_model, notes=decoded.notes)
+
+
+def _contents(path: Path, weights: Weights, shapes: Mapping[str, tuple[int, ...]]) -> Contents:
     directory = path if path.is_dir() else path.parent
-    contents = Contents(
+    return Contents(
         tensors=weights.tensors,
         config=locate.read_object(directory / CONFIG_FILE) or None,
         metadata=weights.shards[0].metadata if weights.shards else {},
         side_tensors=_side(directory),
         shapes=shapes,
     )
+
+
+def _loaded(path: Path, format: str | None, shapes: Mapping[str, tuple[int, ...]]) -> Adapter:
+    _refuse_ambiguous(path)
+    weights = open_weights(path, locate.ADAPTER_STEMS)
+    contents = _contents(path, weights, shapes)
     codec = codec_named(format) if format is not None else detect(contents, file=path.name)
     decoded = codec.decode(contents)
     report = locate.read_report_of(path)
@@ -65,7 +95,7 @@ def _loaded(path: Path, format: str | None, shapes: Mapping[str, tuple[int, ...]
         name=path.resolve().name,
         config=MappingProxyType(dict(contents.config or {})),
         base_model=decoded.base_model,
-        files=_files(directory, path, [shard.name for shard in weights.shards]),
+        files=_files(path if path.is_dir() else path.parent, path, [shard.name for shard in weights.shards]),
         provenance=MappingProxyType(_provenance(report)),
         notes=(*weights.warnings, *decoded.notes),
         location=str(path),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
     from loratools.linalg._core import truncate_low_rank
     from loratools.linalg._directions import DirectionProbe
+    from loratools.linalg._exact_product import ExactFactor, exact_product, inverse_of_positive
     from loratools.linalg._exact_sums import SquareSums, square_sums
     from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         rank_for_fro,
         rank_for_ratio,
     )
+    from loratools.linalg._reversal import Corrections, corrected, corrections, risky_count
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
     from loratools.linalg._streamed import ChunkedRows
@@ -43,7 +45,9 @@ __all__ = [
     "WHOLE_SPECTRUM",
     "Allotment",
     "ChunkedRows",
+    "Corrections",
     "DirectionProbe",
+    "ExactFactor",
     "LowRankSum",
     "RankRules",
     "RoundingNoise",
@@ -55,11 +59,15 @@ __all__ = [
     "balanced_factors",
     "batch_size",
     "core_bases",
+    "corrected",
+    "corrections",
+    "exact_product",
     "flushes",
     "given_rule",
     "gradual_underflow",
     "grid_step",
     "input_weights",
+    "inverse_of_positive",
     "joint_cores",
     "low_rank_delta",
     "noise_bytes",
@@ -75,6 +83,7 @@ __all__ = [
     "rank_for_fro",
     "rank_for_ratio",
     "require_in_range",
+    "risky_count",
     "round_to",
     "rounded_from",
     "rounding_edges",
@@ -106,10 +115,17 @@ _HOMES: Final = MappingProxyType(
         "rounding_edges": "_grid",
         "to_grid": "_grid",
         "ChunkedRows": "_streamed",
+        "Corrections": "_reversal",
+        "corrected": "_reversal",
+        "corrections": "_reversal",
+        "risky_count": "_reversal",
         "DirectionProbe": "_directions",
         "LowRankSum": "_addition",
         "SVDInfo": "_info",
         "Spectrum": "_budget",
+        "ExactFactor": "_exact_product",
+        "exact_product": "_exact_product",
+        "inverse_of_positive": "_exact_product",
         "SquareSums": "_exact_sums",
         "square_sums": "_exact_sums",
         "flushes": "_underflow",

@@ -71,8 +71,19 @@ class LowRankSum:
             return cls(lefts[0], rights[0])
         return cls(lefts[0], rights[0], torch.cat(lefts, 1), torch.cat(rights[::-1], 0))
 
+    def negated(self) -> LowRankSum:
+        """−Σ s·B·A: exactly the negative in every entry."""
+        rest = None if self.left_rest is None else -self.left_rest
+        return LowRankSum(-self.left, self.right, rest, self.right_rest)
+
     def add_to(
-        self, W: Tensor, *, start: int = 0, out_dtype: torch.dtype | None = None, out: Tensor | None = None
+        self,
+        W: Tensor,
+        *,
+        start: int = 0,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+        back: Tensor | None = None,
     ) -> Tensor:
         """round(W + Σ s·B·A) for the rows `start` to `start + len(W)` of the stored weight.
 
@@ -81,6 +92,7 @@ class LowRankSum:
             start: the row of the stored weight that `W` begins with.
             out_dtype: float64, float32, float16 or bfloat16; default W's own.
             out: where to put the result, of W's shape and the wanted dtype; not W's memory.
+            back: where to put round(result − Σ s·B·A), like `out`: what `negated().add_to(result)` gives.
 
         Returns:
             A new tensor like `W`, or `out`. The sum is formed in float64 and rounded once; what overflows is infinite
@@ -91,7 +103,7 @@ class LowRankSum:
             raise MismatchError("The update does not fit the weight.", weight=tuple(W.shape), update=have, start=start)
         if out is None:
             out = torch.empty(W.shape, dtype=out_dtype or W.dtype, device=W.device)
-        self._fill(out, W, start)
+        self._fill(out, W, start, back)
         return out
 
     def delta(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -107,7 +119,7 @@ class LowRankSum:
             total += self.left_rest[rows] @ self.right_rest[:, columns]
         return total
 
-    def _fill(self, out: Tensor, W: Tensor | None, start: int) -> None:
+    def _fill(self, out: Tensor, W: Tensor | None, start: int, back: Tensor | None = None) -> None:
         rows, columns = out.shape
         step = min(_tile_rows(out), rows)
         total, rest, scratch = _buffers(step, columns, out.device)
@@ -121,8 +133,15 @@ class LowRankSum:
                 narrow = W[first : first + count]
                 if narrow.dtype == torch.float16:  # five times as fast in two exact steps
                     narrow = scratch[:count].copy_(narrow)
-                tile.add_(rest[:count].copy_(narrow))
-            round_into(tile, out[first : first + count], scratch[:count])
+                summed = rest[:count].copy_(narrow).add_(tile)
+            else:
+                summed = tile
+            done = out[first : first + count]
+            round_into(summed, done, scratch[:count])
+            if back is not None:
+                narrow = scratch[:count].copy_(done) if done.dtype == torch.float16 else done
+                before = rest[:count].copy_(narrow).sub_(tile)
+                round_into(before, back[first : first + count], scratch[:count])
 
 
 def add_low_rank(

@@ -93,18 +93,30 @@ class RoundingNoise:
         """E‖noise‖_F²."""
         return float(self.rows.sum())
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return len(self.rows), len(self.flat)
+
+    @property
+    def margin(self) -> float:
+        """How many times the edge a singular value has to be.
+
+        `noise_margin`, and more where few entries moved: rounding that depends on ΔW leaves a trace of low rank. That
+        is one value of mostly 1.15 times the edge, and up to 1.5: `loratools.engine.recognition` allows for it.
+        """
+        m, n = self.shape
+        return noise_margin(m, n) + _UNMOVED_MARGIN * self.unmoved / max(m * n, 1)
+
     def floor(self, norm: float) -> float:
         """What a singular value of W' − W has to exceed to be none of the noise's.
 
-        `noise_edge` times `noise_margin`, and more where few entries moved: rounding that depends on ΔW leaves a trace
-        of low rank, measured up to 1.15 times the edge. Never below what float32 resolves.
+        `noise_edge` times `margin`. Never below what float32 resolves.
 
         Args:
             norm: ‖W' − W‖_F.
         """
-        m, n = len(self.rows), len(self.flat)
-        margin = noise_margin(m, n) + _UNMOVED_MARGIN * self.unmoved / max(m * n, 1)
-        return math.hypot(margin * noise_edge(self.rows, self.columns), _KERNEL * norm)
+        return math.hypot(self.margin * noise_edge(self.rows, self.columns), _KERNEL * norm)
 
 
 def as_rounded(tensor: Tensor) -> Tensor:

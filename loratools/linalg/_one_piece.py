@@ -60,8 +60,8 @@ def one_piece_will_do(left: Tensor, right: Tensor, rounded: tuple[Tensor, Tensor
     unit = -int(torch.frexp(left.abs().amax())[1])  # sizes are relative, so that nothing leaves the range of floats
     L, R = _components(left.T, unit), _components(right, 0)
     least, _ = _norm(L, R)
-    e, f = (torch.sub(x, near) for x, near in zip((left, right), rounded, strict=True))
-    e, f = _components(e.T, unit, out=e.T), _components(f, 0, out=f)
+    off_left, off_right = (left - rounded[0]).T, right - rounded[1]
+    e, f = _components(off_left, unit, out=off_left), _components(off_right, 0, out=off_right)
     most = _norm(e, R)[1] + _norm(L, f)[1] + e.norm * f.norm
     return most * (1 + _ROUNDING) <= TOLERANCE * least
 

@@ -10,6 +10,7 @@ from loratools.rendering._rank_table import choices
 from loratools.rendering._table import table
 
 _MODULES: Final = 12
+_FOUND: Final = 6
 _WORTH_A_TABLE: Final = 2
 _COLLINEAR: Final = 1e-6
 _MEASURES: Final = ("‖ΔW‖ A", "‖ΔW‖ B", "apart", "cosine", "columns", "rows")
@@ -25,6 +26,9 @@ def adapters_page(document: Mapping[str, Any]) -> str:
     lines = [f"{names[0]} and {names[1]} {'do the same' if document['same'] else 'differ'}."]
     rows = [("modules", counts or "none"), *_sizes(totals)]
     lines += [f"  {label:9}  {text}" for label, text in rows]
+    lines += [f"  found: {sentence(each['text'])}" for each in document["findings"][:_FOUND]]
+    if len(document["findings"]) > _FOUND:
+        lines += [f"  found: {len(document['findings']) - _FOUND} more of the kind, in the JSON document"]
     lines += [f"  note: {sentence(note)}" for note in document["notes"]]
     groups = [*_groups(document["by_kind"], "kind"), *_groups(document["by_layer"], "layer")]
     return "\n".join([*lines, *_modules(document["modules"]), *groups, *choices(document)])

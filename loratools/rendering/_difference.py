@@ -12,6 +12,7 @@ from loratools.rendering._table import table
 
 _LISTED: Final = 3
 _MODULES: Final = 12
+_FOUND: Final = 6
 _WORTH_A_TABLE: Final = 2
 _EXACT: Final = 5e-3
 _MEASURES: Final = ("‖ΔW‖", "of ‖W‖", "moved", "rounding")
@@ -40,6 +41,9 @@ def difference(report: Difference) -> str:
     ]
     lines = [f"{names[0]} and {names[1]} {same}."]
     lines += [f"  {label:8}  {text}" for label, text in rows if text]
+    lines += [f"  found: {sentence(each['text'])}" for each in document["findings"][:_FOUND]]
+    if len(document["findings"]) > _FOUND:
+        lines += [f"  found: {len(document['findings']) - _FOUND} more of the kind, in the JSON document"]
     lines += [f"  note: {sentence(note)}" for note in document["notes"]]
     groups = [*_groups(document["by_kind"], "kind"), *_groups(document["by_layer"], "layer")]
     return "\n".join([*lines, *_changed(document), *groups, *choices(document)])

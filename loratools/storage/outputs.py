@@ -22,7 +22,7 @@ from loratools.storage.targets import (
     check_replaceable_file,
 )
 
-SIBLING_SUFFIXES: Final = (".loratools.json",)
+SIBLING_SUFFIXES: Final = (".loratools.json", ".receipt")
 """What may lie beside a single-file output; see `OutputFiles`."""
 
 _OLD: Final = ".superseded"
@@ -246,6 +246,9 @@ def _is_same_file(one: Path, other: Path) -> bool:
 
 
 def _siblings(target: Path) -> list[Path]:
+    """What belongs to an output; a receipt alone is made for one that is there already, and nothing belongs to it."""
+    if target.suffix == SIBLING_SUFFIXES[1]:
+        return []
     return [target.with_name(target.stem + suffix) for suffix in SIBLING_SUFFIXES]
 
 

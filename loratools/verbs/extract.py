@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
-from loratools.engine import budgets, planning
+from loratools.engine import planning
 from loratools.engine.activations import Weighing, unweighted, weigh
 from loratools.engine.cards import is_hub_id
+from loratools.engine.closing import work as closed
 from loratools.engine.execute import Execution, execute
 from loratools.engine.extract_advice import advice, beforehand, findings, without_effect
 from loratools.engine.extract_tally import Tally
@@ -42,6 +43,7 @@ RULES: Final = {
     "left-out": "a changed parameter is named in the report and not stored (--only-low-rank)",
     "budget": "the weights file has at most so many bytes: σ² per byte decides which ranks of all modules it holds",
     "uniform-rank": "every changed matrix gets the largest rank that all can have within the budget, with zeros",
+    "common-rank": "auto: modules of one kind that end at one rank share it; a full fine-tune keeps 0.9 of its energy",
     "refused": "a changed parameter of this kind ends the run: it is not handled yet",
 }
 
@@ -225,8 +227,7 @@ def _prepare(
     planner = ExtractPlanner.of(before, after, svd, options.selection, options.save_full, options.only_low_rank)
     weighing = _weighing(planner, options.activations, sources)
     units = streamed(weighing.units, sum(map(len, sources.values())), run.max_memory)
-    asked = budgets.Pool(svd.budget, svd.max_rank, svd.uniform_rank) if svd.budget is not None else None
-    work = budgets.work([*planning.hash_units(sources), *units], asked, after)
+    work = closed([*planning.hash_units(sources), *units], svd, after)
     planning.check_output(path, run, sources.values(), work.written + work.scratch)
     plan = Plan(
         verb="extract",
@@ -293,5 +294,5 @@ def _found(prepared: _Prepared, execution: Execution, tally: Tally) -> list[str]
     options = prepared.plan.options
     weighted = unweighted(tally.modules, options["activations"])
     idle = without_effect(options, execution.of("extract"))
-    rows = findings(tally.modules, tally.totals.get("budget", {}))
+    rows = findings(tally.modules, tally.totals)
     return [*none, *rows, *weighted, *idle, *advice(prepared.planner.pairing, execution.adapter)]

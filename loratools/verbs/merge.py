@@ -6,17 +6,21 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
-from loratools.engine import fingerprint, layout, planning, resuming
+from loratools.engine import fingerprint, layout, planning
 from loratools.engine.changes import Changes, collect, source_id
 from loratools.engine.execute import Execution, execute
 from loratools.engine.identity import identity
+from loratools.engine.merge_plans import plan_of
 from loratools.engine.merge_units import MergePlanner
 from loratools.engine.plan import Plan, Unit
 from loratools.engine.planning import Run, RunOptions
+from loratools.engine.receipts.afterwards import plan_afterwards
+from loratools.engine.receipts.choice import drafted
+from loratools.engine.receipts.draft import Draft
 from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.resuming import Resumption
@@ -29,8 +33,6 @@ from loratools.tensors import COMPUTABLE
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-RULES: Final = {"one-rounding": "W' = round(W + Σ w ΔW), ΔW to 2e-7 of its size, rounded once to the output dtype"}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MergeReport(AbstractWrittenReport):
@@ -38,7 +40,8 @@ class MergeReport(AbstractWrittenReport):
 
     Attributes:
         modules: each changed tensor with the adapters that changed it and how many entries became others.
-        tensors: how many tensors were copied, merged (replacements among them), recast, added.
+        tensors: how many were copied, merged (replacements among them), recast, added; of a receipt alone recorded,
+            unchanged.
         totals: bytes and counts.
     """
 
@@ -58,7 +61,20 @@ class _Prepared:
     sources: dict[str, Checkpoint | Adapter]
     base: Checkpoint
     run: Run
-    resumption: Resumption | None
+    draft: Draft | None
+    resumption: Resumption | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Asked:
+    """The request, as it was made."""
+
+    weights: Sequence[float] | float | None
+    dtype: str | None
+    max_shard_size: int | None
+    receipt: str | None
+    receipt_for: Source | Checkpoint | None
+    resume: str | os.PathLike[str] | None
 
 
 def plan_merge(
@@ -69,11 +85,14 @@ def plan_merge(
     weights: Sequence[float] | float | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    receipt: str | None = None,
+    receipt_for: Source | Checkpoint | None = None,
     resume: str | os.PathLike[str] | None = None,
     **run: Unpack[RunOptions],
 ) -> Plan:
     """The plan of `merge` with the same arguments; reads headers and configurations only."""
-    return _prepare(base, adapters, output, weights, dtype, max_shard_size, resume, Run(**run)).plan
+    asked = _Asked(weights, dtype, max_shard_size, receipt, receipt_for, resume)
+    return _prepare(base, adapters, output, asked, Run(**run)).plan
 
 
 def merge(
@@ -84,6 +103,8 @@ def merge(
     weights: Sequence[float] | float | None = None,
     dtype: str | None = None,
     max_shard_size: int | None = None,
+    receipt: str | None = None,
+    receipt_for: Source | Checkpoint | None = None,
     resume: str | os.PathLike[str] | None = None,
     **run: Unpack[RunOptions],
 ) -> MergeReport:
@@ -96,6 +117,10 @@ def merge(
         weights: none is 1 each, one is for all, or one each; they multiply ΔW and may be negative.
         dtype: `bf16`, `fp16`, `fp32` for all floating-point tensors; default each tensor's own.
         max_shard_size: bytes per file; default the base's own files.
+        receipt: `full`, from which alone `unmerge` gives the base back; `lean`, for which it needs the adapters, too;
+            `none`. Default `full` where it can be, which the notes say otherwise.
+        receipt_for: a checkpoint that something else merged from these: only a receipt is written, to a file `output`
+            whose name ends in `.receipt`.
         resume: a work directory, made if it does not exist: what is done is kept in it if the run ends early, and a run
             with the same arguments goes on from there. Its own files are removed once the output is there.
         run: see `loratools.engine.planning.Run`.
@@ -108,13 +133,15 @@ def merge(
     Law: untouched tensors are byte-identical; the result does not depend on threads, tiles or device, nor on whether
     and where earlier runs in the same work directory ended.
     """
-    prepared = _prepare(base, adapters, output, weights, dtype, max_shard_size, resume, Run(**run))
+    asked = _Asked(weights, dtype, max_shard_size, receipt, receipt_for, resume)
+    prepared = _prepare(base, adapters, output, asked, Run(**run))
     return execute(
         prepared.plan,
         prepared.sources,
         describe=lambda execution: _report(prepared, execution),
         run=prepared.run,
-        computes=any(unit.operation == "merge" for unit in prepared.plan.units),
+        computes=any(unit.operation in {"merge", "record"} for unit in prepared.plan.units),
+        receipt=prepared.draft,
         resumption=prepared.resumption,
     )
 
@@ -144,56 +171,44 @@ def _load(base: Source | Checkpoint, adapters: Sequence[Source | Adapter]) -> tu
     return checkpoint, [lengthened(load_adapter(each, base=checkpoint), checkpoint) for each in adapters]
 
 
-def _prepare(  # noqa: PLR0917
-    base: Source | Checkpoint,
-    adapters: Sequence[Source | Adapter],
-    output: Source,
-    weights: Sequence[float] | float | None,
-    dtype: str | None,
-    max_shard_size: int | None,
-    resume: str | os.PathLike[str] | None,
-    run: Run,
+def _prepare(
+    base: Source | Checkpoint, adapters: Sequence[Source | Adapter], output: Source, asked: _Asked, run: Run
 ) -> _Prepared:
     checkpoint, loaded = _load(base, planning.as_list(adapters))
-    wanted = planning.dtype_named(dtype)
-    factors = planning.weights_for(len(loaded), weights)
-    if not loaded and wanted is None and max_shard_size is None:
+    wanted = planning.dtype_named(asked.dtype)
+    factors = planning.weights_for(len(loaded), asked.weights)
+    if asked.receipt_for is not None:
+        return _prepare_receipt(checkpoint, loaded, factors, output, asked, run)
+    if not loaded and wanted is None and asked.max_shard_size is None:
         raise UsageError("Without an adapter, merge recasts or reshards.", fix="Give --dtype or --max-shard-size.")
+    draft, no_receipt = drafted(asked.receipt, checkpoint, loaded, factors, wanted)
     changes = collect(checkpoint, loaded, factors)
     sources: dict[str, Checkpoint | Adapter] = {"base": checkpoint}
     sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
-    planner = MergePlanner(checkpoint, changes, sources, wanted)
-    path = Path(output)
-    single = path.suffix == ".safetensors"
-    files = planner.files(max_shard_size, single=single, name=path.name)
-    units = planning.hash_units(sources) + planner.units(files)
-    headers = layout.output_files(files, checkpoint)
-    written = sum(spec.nbytes for file in headers for spec in file.tensors)
-    beside = 0 if single else sum(map(planning.size_of, checkpoint.companions))
-    there = 0 if resume is None else resuming.check(resume, path, sources, headers)
-    planning.check_output(path, run, sources.values(), max(written - there, 0) + beside)
-    untied, rows = changes.untied is not None, planner.vocabulary()
-    edits, edit_notes = layout.config_edits(
-        checkpoint.config, dtype=wanted, untied=untied, rows=rows, written=not single
-    )
-    plan = Plan(
-        verb="merge",
-        kind="checkpoint",
-        output=str(path),
-        overwrite=run.overwrite,
-        sources=tuple(
-            planning.info(key, "base" if key == "base" else "adapter", each) for key, each in sources.items()
-        ),
-        units=tuple(units),
-        bounds=planning.bounds(units, sources.values(), run, write=written + beside),
-        files=headers,
-        copies=() if single else planner.copies(edited=bool(edits)),
-        texts={} if single else planner.texts(headers, edits),
-        options={"weights": factors, "dtype": wanted, "max_shard_size": max_shard_size},
-        rules=RULES,
-        notes=(*checkpoint.notes, *changes.notes, *edit_notes, *layout.recast_notes(checkpoint, wanted)),
-    )
-    return _Prepared(plan, sources, checkpoint, run, _resumption(plan, changes, resume, run))
+    planner = MergePlanner(checkpoint, changes, sources, wanted, draft is not None)
+    options = {"weights": factors, "dtype": wanted, "max_shard_size": asked.max_shard_size}
+    options["receipt"] = draft.kind if draft is not None else "none"
+    notes = (*checkpoint.notes, *changes.notes, *layout.recast_notes(checkpoint, wanted), *no_receipt)
+    plan = plan_of(planner, Path(output), draft, options, notes, run, resume=asked.resume)
+    return _Prepared(plan, sources, checkpoint, run, draft, _resumption(plan, changes, asked.resume, run))
+
+
+def _prepare_receipt(
+    base: Checkpoint, loaded: Sequence[Adapter], factors: Sequence[float], output: Source, asked: _Asked, run: Run
+) -> _Prepared:
+    assert asked.receipt_for is not None
+    merged = open_checkpoint(asked.receipt_for)
+    idle = {"--dtype": asked.dtype, "--max-shard-size": asked.max_shard_size, "--resume": asked.resume}
+    idle["--receipt none"] = asked.receipt == "none" or None
+    named = [name for name, value in idle.items() if value is not None]
+    if named:
+        raise UsageError(f"--receipt-for writes a receipt alone; {named[0]} says nothing there.", fix="Leave it out.")
+    draft, _ = drafted(asked.receipt or "full", base, loaded, factors, None)
+    assert draft is not None
+    draft = dataclasses.replace(draft, merged=tuple(merged))
+    options = {"weights": list(factors), "receipt": draft.kind}
+    plan, sources = plan_afterwards(merged, draft, Path(output), options, run)
+    return _Prepared(plan, sources, base, run, draft)
 
 
 def _resumption(plan: Plan, changes: Changes, resume: str | os.PathLike[str] | None, run: Run) -> Resumption | None:
@@ -208,7 +223,8 @@ def _resumption(plan: Plan, changes: Changes, resume: str | os.PathLike[str] | N
 
 def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
     plan = prepared.plan
-    counts: dict[str, int] = {"copied": 0, "merged": 0, "recast": 0, "added": 0}
+    alone = plan.kind == "receipt"
+    counts = dict.fromkeys(("recorded", "unchanged") if alone else ("copied", "merged", "recast", "added"), 0)
     modules = []
     for unit, outcome in zip(plan.units, execution.outcomes, strict=True):
         if unit.operation == "copy":
@@ -217,10 +233,14 @@ def _report(prepared: _Prepared, execution: Execution) -> MergeReport:
             counts["recast"] += 1
         elif unit.operation == "add":
             counts["added"] += 1
+        elif unit.operation == "record-same":
+            counts["unchanged"] += len(unit.inputs) // 2
+        elif unit.operation == "record":
+            counts["recorded"] += 1
         elif unit.operation == "merge":
             counts["merged"] += 1
             modules.append(_module(unit, outcome.facts, plan))
-    touched = [unit.inputs[0].name for unit in plan.units if unit.operation == "merge"]
+    touched = [unit.inputs[-1].name for unit in plan.units if unit.operation in {"merge", "record"}]
     inputs = execution.inputs(plan)
     return MergeReport(
         inputs=inputs,

@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any, Final
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import layout, planning
-from loratools.engine.changes import Changes, collect, source_id
+from loratools.engine.changes import collect, source_id
 from loratools.engine.execute import Execution, execute
 from loratools.engine.history import Recorded, written_hashes
 from loratools.engine.merge_units import MergePlanner
 from loratools.engine.plan import Plan, SourceInfo, Unit
 from loratools.engine.planning import Run, RunOptions
+from loratools.engine.receipts.opened import Receipt
+from loratools.engine.receipts.taking_out import TakingOut
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.restore_units import RestorePlanner
+from loratools.engine.subtracting import refuse_replacements, with_bound
 from loratools.engine.vocabulary import lengthened
-from loratools.errors import UndecidedError, UnsupportedError, UsageError
+from loratools.errors import UndecidedError, UsageError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source
 
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 RULES: Final = {
+    "receipt": "W from W', the adapters and the receipt's corrections, held against the base's SHA-256",
     "restore": "the base's bytes, after checking that the merged tensor is what base and adapters make",
     "subtract": "Ŵ = round(W' − Σ w ΔW); within the reported bound of what was there, not bit for bit",
 }
@@ -37,7 +41,7 @@ class UnmergeReport(AbstractWrittenReport):
     """What an unmerge did.
 
     Attributes:
-        method: `base` (bit for bit) or `subtraction` (within `totals.bound` per entry).
+        method: `base` or `receipt` (bit for bit), or `subtraction` (within `totals.bound` per entry).
         modules: each restored or subtracted tensor, with its bound where it was subtracted.
         totals: counts, and the largest bound.
     """
@@ -57,6 +61,7 @@ class _Prepared:
     plan: Plan
     sources: dict[str, Checkpoint | Adapter]
     run: Run
+    taking_out: TakingOut | None = None
 
 
 def plan_unmerge(
@@ -86,17 +91,19 @@ def unmerge(
     Args:
         merged: the checkpoint.
         output: a directory, or a `.safetensors` file for a checkpoint of one file.
-        adapters: those to take out; none takes out all, which the merge's own report and `base` allow.
-        weights: as they were merged; default what the merge's report says, else 1 each.
-        base: what they were merged into: then the result is exact, bit for bit. Without it, ΔW is subtracted.
+        adapters: those to take out; none takes out all, which a receipt, or the merge's own report and `base` allow.
+        weights: as they were merged; default what the receipt or the merge's report says, else 1 each.
+        base: what they were merged into: then the result is exact, bit for bit. Without it the checkpoint's receipt
+            gives the base back, and what is not taken out is merged into that again. Without both, ΔW is subtracted.
         run: see `loratools.engine.planning.Run`.
 
     Raises:
-        MismatchError: the merged checkpoint is not this base plus these adapters.
+        MismatchError: the merged checkpoint is not this base plus these adapters, or not the one of its receipt.
+        MalformedError: the receipt is damaged.
         UndecidedError: neither adapters nor base tell what to take out.
         UnsupportedError: parameters that were replaced whole cannot be subtracted.
 
-    Law: with `base`, every tensor has the base's sha256; without, every entry is within the reported bound.
+    Law: with `base` or a receipt, every tensor has the base's sha256; without, every entry is within the bound.
     """
     prepared = _prepare(merged, output, adapters, weights, base, Run(**run))
     return execute(
@@ -104,7 +111,8 @@ def unmerge(
         prepared.sources,
         describe=lambda execution: _report(prepared, execution),
         run=prepared.run,
-        computes=any(unit.operation == "merge" for unit in prepared.plan.units),
+        computes=any(unit.operation in {"merge", "revert"} for unit in prepared.plan.units),
+        receipt=prepared.taking_out.draft if prepared.taking_out is not None else None,
     )
 
 
@@ -118,12 +126,15 @@ def _prepare(
 ) -> _Prepared:
     checkpoint = open_checkpoint(merged)
     loaded = [load_adapter(adapter, base=checkpoint) for adapter in planning.as_list(adapters)]
+    receipt = Receipt.beside(checkpoint) if base is None else None
+    if receipt is not None:
+        return _take_out(receipt, checkpoint, output, loaded, weights, run)
     recorded = Recorded.of(checkpoint)
     if base is None:
         if not loaded:
             names = ", ".join(part.name for part in recorded.adapters)
             raise UndecidedError(
-                "Neither adapters nor a base are given: nothing says what to take out, or what was there before.",
+                "There is no receipt, and neither adapters nor a base are given: nothing says what was there before.",
                 fix=f"Name --base for an exact result, or adapters to subtract{f' ({names})' if names else ''}.",
                 merged=checkpoint.name,
             )
@@ -133,57 +144,49 @@ def _prepare(
     return _restore(checkpoint, original, output, loaded, recorded, weights, run)
 
 
+def _take_out(
+    receipt: Receipt,
+    merged: Checkpoint,
+    output: Source,
+    loaded: list[Adapter],
+    weights: Sequence[float] | float | None,
+    run: Run,
+) -> _Prepared:
+    taking_out = TakingOut.of(receipt, merged, loaded, weights)
+    base = taking_out.restoration.base
+    rest, factors = taking_out.rest, taking_out.weights
+    changes = collect(base, rest, factors, known=True)
+    sources: dict[str, Checkpoint | Adapter] = {"base": base}
+    sources["merged"] = dataclasses.replace(merged, files=(*merged.files, receipt.file.path))
+    sources |= {source_id(index): adapter for index, adapter in enumerate(rest)}
+    planner = MergePlanner(base, changes, sources, None, receipt=taking_out.draft is not None)
+    path = Path(output)
+    files = planner.files(None, single=path.suffix == ".safetensors", name=path.name)
+    work = taking_out.reverting(planner.units(files))
+    notes = (*changes.notes, *taking_out.notes)
+    prepared = _prepared(path, run, sources, planner, files, work, "receipt", factors, notes, taking_out)
+    texts = {} if path.suffix == ".safetensors" else taking_out.texts(planner, prepared.plan.files)
+    return dataclasses.replace(prepared, plan=dataclasses.replace(prepared.plan, texts=texts), taking_out=taking_out)
+
+
 def _subtract(
     merged: Checkpoint, output: Source, loaded: list[Adapter], factors: Sequence[float], run: Run, *, foreign: bool
 ) -> _Prepared:
     changes = collect(merged, loaded, [-factor for factor in factors], merged=True)
     sources: dict[str, Checkpoint | Adapter] = {"base": merged}
     sources |= {source_id(index): adapter for index, adapter in enumerate(loaded)}
-    _refuse_replacements(changes, {key: each for key, each in sources.items() if isinstance(each, Adapter)}, foreign)
+    named = {key: each for key, each in sources.items() if isinstance(each, Adapter)}
+    refuse_replacements(changes, named, foreign=foreign)
     planner = MergePlanner(merged, changes, sources, None)
     path = Path(output)
     single = path.suffix == ".safetensors"
     files = planner.files(None, single=single, name=path.name)
-    work = [_with_bound(unit, foreign=foreign) for unit in planner.units(files)]
+    work = [with_bound(unit, foreign=foreign) for unit in planner.units(files)]
     notes = (
         *changes.notes,
         "ΔW was subtracted: every entry is within the bound of what was there, not bit for bit; --base gives the bits.",
     )
     return _prepared(path, run, sources, planner, files, work, "subtraction", factors, notes)
-
-
-def _with_bound(unit: Unit, *, foreign: bool) -> Unit:
-    if unit.operation != "merge":
-        return unit
-    return dataclasses.replace(unit, parameters={**unit.parameters, "bound": True, "foreign": foreign})
-
-
-def _refuse_replacements(changes: Changes, adapters: Mapping[str, Adapter], foreign: bool) -> None:
-    """Refuse what cannot be subtracted: W' − W that follows from W, or that replaced it."""
-    computed = [(name, change) for name, change in changes.tensors.items() if change.actions]
-    for name, change in computed:
-        if any(adapters[term["source"]][term["module"]].depends_on_base for term in change.terms):
-            raise UnsupportedError(
-                "The change of this tensor depends on what was there before, which cannot be computed from it.",
-                fix="Give --base.",
-                tensor=name,
-            )
-    if computed and foreign:
-        raise UnsupportedError(
-            f"The change of {len(computed)} tensors is no sum of products, and no report of ours says how it was "
-            "added: how far the result can be off is not known.",
-            fix="Give --base.",
-            first=computed[0][0],
-        )
-    replaced = [name for name, change in changes.tensors.items() if change.wholes or change.rows or change.patches]
-    replaced += list(changes.added)
-    if replaced or changes.untied:
-        raise UnsupportedError(
-            f"{len(replaced) or 1} tensors were replaced, lengthened, added or untied by the merge; what was there "
-            "before cannot be computed.",
-            fix="Give --base.",
-            first=replaced[0] if replaced else "",
-        )
 
 
 def _restore(  # noqa: PLR0917
@@ -218,15 +221,17 @@ def _prepared(  # noqa: PLR0917
     method: str,
     factors: Sequence[float],
     notes: Sequence[str],
+    taking_out: TakingOut | None = None,
 ) -> _Prepared:
     base = planner.base
     headers = layout.output_files(files, base)
     written = sum(spec.nbytes for file in headers for spec in file.tensors)
     single = path.suffix == ".safetensors"
     beside = 0 if single else sum(map(planning.size_of, base.companions))
-    planning.check_output(path, run, sources.values(), written + beside)
+    receipt = taking_out.draft.estimate(work) if taking_out is not None and taking_out.draft is not None else 0
+    planning.check_output(path, run, sources.values(), written + beside + receipt)
     merged = sources.get("merged")
-    expected = written_hashes(merged) if isinstance(merged, Checkpoint) else {}
+    expected = written_hashes(merged) if isinstance(merged, Checkpoint) and taking_out is None else {}
     units = planning.hash_units(sources, {"merged": expected}) + work
     plan = Plan(
         verb="unmerge",
@@ -253,31 +258,35 @@ def _info(key: str, source: Checkpoint | Adapter, method: str) -> SourceInfo:
 
 
 def _report(prepared: _Prepared, execution: Execution) -> UnmergeReport:
-    plan = prepared.plan
+    plan, method = prepared.plan, str(prepared.plan.options["method"])
     modules = [
         {"name": outcome.target, "what": outcome.what, **outcome.facts}
         for outcome in execution.outcomes
-        if outcome.operation in {"merge", "restore"}
+        if outcome.operation in {"merge", "restore", "revert"}
     ]
-    exact = plan.options["method"] == "base"
-    replaced = [address.name for unit in plan.units if unit.operation == "copy" for address in unit.inputs if exact]
+    copied = [address.name for unit in plan.units if unit.operation == "copy" for address in unit.inputs]
+    replaced = copied if method == "base" else []
+    out = prepared.taking_out
+    if out is not None:
+        out.restoration.require_proven()
+        replaced = [name for name in copied if out.restoration.keeps(name)]
     modules += [{"name": name, "what": "restored"} for name in replaced]
     bounds = [module["bound"] for module in modules if "bound" in module]
     if not plan.files:
         raise UsageError("Nothing came out.")
     return UnmergeReport(
-        inputs=execution.inputs(plan),
+        inputs=execution.inputs(plan) if out is None else out.inputs(execution.inputs(plan)),
         parameters=plan.options,
         files=execution.files,
         base={},
         notes=plan.notes,
-        method=str(plan.options["method"]),
+        method=method,
         modules=tuple(modules),
         totals={
             "tensors": sum(len(file.tensors) for file in plan.files),
             "changed": len(modules),
             "checked": sum(outcome.operation == "restore" for outcome in execution.outcomes),
-            "unchanged": sum(outcome.facts["count"] for outcome in execution.of("same")),
-            "bound": max(bounds) if bounds else 0.0 if exact else None,
+            "unchanged": len(copied) - len(replaced) + sum(each.facts["count"] for each in execution.of("same")),
+            "bound": max(bounds) if bounds else None if method == "subtraction" else 0.0,
         },
     )

@@ -17,7 +17,7 @@ SURFACE = {
     "graph": {"--as", "--depth", *selecting},
     "diff": {"--spectrum", "--max-rank", "--dry-run", "--max-memory", "--threads", "--device", *selecting},
     "verify": {"--base", "--adapter", "-w", "--max-memory", "--threads"},
-    "merge": {"-w", "--dtype", "--max-shard-size", "--resume", "--device", *writing},
+    "merge": {"-w", "--dtype", "--max-shard-size", "--receipt", "--receipt-for", "--resume", "--device", *writing},
     "unmerge": {"-w", "--base", "--device", *writing},
     "extract": {"--rank", "--energy", "--error", "--sv-ratio", "--sv-cumulative", "--sv-fro", "--knee",
                 "--budget", "--uniform-rank", "--rank-pattern", "--max-rank", "--preset", "--activations",

@@ -25,6 +25,10 @@ def test_extract_then_merge_then_unmerge(run, workdir):
     assert "bit for bit" in shown
     assert "7, of which 5 held an adapter" in shown
     assert (workdir / "again/model.safetensors").read_bytes() == (workdir / "base/model.safetensors").read_bytes()
+    shown = run("unmerge", "merged", "-o", "back").stdout
+    assert "receipt: bit for bit" in shown
+    assert (workdir / "back/model.safetensors").read_bytes() == (workdir / "base/model.safetensors").read_bytes()
+    (workdir / "merged/loratools.receipt").unlink()
     shown = run("unmerge", "merged", "out", "-o", "subtracted").stdout
     assert re.search(r"bound +\d\.\d+e-\d+ per entry", shown)
 

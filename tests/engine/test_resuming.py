@@ -11,6 +11,7 @@ import torch
 
 from loratools.engine import resuming
 from loratools.engine.operations import OPERATIONS
+from loratools.engine.outcomes import unpacked
 from loratools.errors import MismatchError, OutputError, StorageError, UsageError
 from loratools.files import load_adapter
 from loratools.storage.work import JOURNAL, MANIFEST
@@ -270,9 +271,14 @@ def test_what_the_last_bits_depend_on_is_compared_where_they_do(home, tmp_path, 
 
 
 def record_of(work):
-    """The journal's lines, parsed: there is no section in them."""
-    lines = (work / JOURNAL).read_bytes().split(b"\n")[:-1]
-    return [json.loads(line.split(b" ", 2)[2]) for line in lines]
+    """The journal's lines, parsed, without the sections that follow them."""
+    data, found = (work / JOURNAL).read_bytes(), []
+    while data:
+        line, data = data.split(b"\n", 1)
+        _, size, document = line.split(b" ", 2)
+        found.append(json.loads(document) | {"size": int(size)})
+        data = data[int(size) :]
+    return found
 
 
 def test_what_is_recorded(home, tmp_path):
@@ -280,12 +286,31 @@ def test_what_is_recorded(home, tmp_path):
     ran, _ = ended(whole, home, tmp_path, 4)
     manifest = json.loads((tmp_path / "work" / MANIFEST).read_text())
     assert manifest["schema"] == "loratools/resume/1"
-    assert str(home) not in (tmp_path / "work" / MANIFEST).read_text() + (tmp_path / "work" / JOURNAL).read_text()
+    kept = (tmp_path / "work" / MANIFEST).read_bytes() + (tmp_path / "work" / JOURNAL).read_bytes()
+    assert str(home).encode() not in kept
     first, *rest = record_of(tmp_path / "work")
     assert first["inputs"]["base/config.json"] == sha256(home / "base" / "config.json")
     assert [each["target"] for each in rest] == ran
     assert {each["operation"] for each in rest} == {"copy", "merge"}
     assert all(len(each["sha256"]) == 64 for each in rest if each["operation"] == "merge")
+    assert all(each["size"] == each["outcome"]["receipt"]["section"]["bytes"] > 0 for each in rest
+               if each["operation"] == "merge")  # fmt: skip
+
+
+def test_a_section_that_is_not_as_recorded_is_not_taken_over(home, tmp_path):
+    """A receipt's facts that contradict the unit or the bytes: done again, and the receipt is that of a whole run."""
+    whole(home, tmp_path / "plain")
+    forged = [{"how": "kept"}, {"how": "corrected", "section": {"bytes": 1}}, None, {"same": []}]
+    for number, receipt in enumerate(forged):
+        place = tmp_path / str(number)
+        place.mkdir()
+        ended(whole, home, place, 8)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(resuming, "unpacked", lambda unit, document, section, receipt=receipt: unpacked(
+                unit, document | ({"receipt": receipt} if unit.operation == "merge" else {}), section))  # fmt: skip
+            ran, _ = went_on(whole, home, place)
+        assert len([target for target in ran if re.search("q_proj|k_proj|down_proj", target)]) == 3
+        assert state(place / "out") == state(tmp_path / "plain")
 
 
 def test_bytes_that_are_not_as_recorded_are_done_again_and_it_is_said(home, tmp_path):

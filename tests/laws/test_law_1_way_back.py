@@ -27,17 +27,18 @@ WEIGHTS = {1: None, 3: [0.7, -1.5, 2.0]}
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_base_comes_back_bit_for_bit(tmp_path, unchanged, kind, dtype, sharded, adapters):
-    """With --base every tensor has its sha256 again and every file its name and order, whether the adapters are
-    named or the merge's own report is asked; what the merge did not touch it copied byte for byte."""
+    """With --base, and from the receipt alone, every tensor has its sha256 again and every file its name and order,
+    whether the adapters are named or not; what the merge did not touch it copied byte for byte."""
     made = world(tmp_path, kind, dtype, sharded=sharded, adapters=adapters)
     unchanged(made.base, *made.adapters)
     merge(made.base, made.adapters, tmp_path / "merged", weights=WEIGHTS[adapters])
     before, merged = models.tensor_hashes(made.base), models.tensor_hashes(tmp_path / "merged")
     differing = {name for name in before if merged[name] != before[name]}
     assert differing == made.touched
-    for name, options in {"named": {"adapters": made.adapters}, "all": {}}.items():
-        report = unmerge(tmp_path / "merged", tmp_path / name, base=made.base, **options)
-        assert report.method == "base"
+    based, named = {"base": made.base}, {"adapters": made.adapters}
+    for name, options in {"named": based | named, "all": based, "receipt": {}, "receipt-named": named}.items():
+        report = unmerge(tmp_path / "merged", tmp_path / name, **options)
+        assert report.method == ("base" if "base" in options else "receipt")
         assert models.tensor_hashes(tmp_path / name) == before
         files = sorted(path.name for path in made.base.glob("*.safetensors"))
         assert sorted(path.name for path in (tmp_path / name).glob("*.safetensors")) == files
@@ -51,7 +52,7 @@ def test_the_base_comes_back_bit_for_bit(tmp_path, unchanged, kind, dtype, shard
 @pytest.mark.parametrize("name", EVERY_KIND)
 def test_the_base_comes_back_whatever_the_kind(tmp_path, unchanged, name, dtype):
     """Of every kind of update: the merge changes each tensor that it is for and no other, and --base brings all of them
-    back, whether the adapters are named or the merge's report is asked."""
+    back, as does the receipt, whether the adapters are named or not."""
     kind = EVERY_KIND[name]
     base = kind.write_base(tmp_path / "base", dtype)
     adapters = [kind.write(tmp_path / f"adapter{seed}", seed) for seed in range(1, 3 if kind.twice else 2)]
@@ -63,6 +64,8 @@ def test_the_base_comes_back_whatever_the_kind(tmp_path, unchanged, name, dtype)
     for place, named in {"named": {"adapters": adapters}, "all": {}}.items():
         assert unmerge(tmp_path / "merged", tmp_path / place, base=base, **named).method == "base"
         assert models.tensor_hashes(tmp_path / place) == before
+        assert unmerge(tmp_path / "merged", tmp_path / f"{place}-receipt", **named).method == "receipt"
+        assert models.tensor_hashes(tmp_path / f"{place}-receipt") == before
 
 
 def module_of(path, base):
@@ -77,7 +80,7 @@ def test_subtraction_is_within_its_bound(tmp_path, kind, dtype):
     """Without the base ΔW is subtracted: every entry is within the reported bound of what was there, and the report
     does not call it exact."""
     made = world(tmp_path, kind, dtype, adapters=3)
-    merge(made.base, made.adapters, tmp_path / "merged", weights=WEIGHTS[3])
+    merge(made.base, made.adapters, tmp_path / "merged", weights=WEIGHTS[3], receipt="none")
     report = unmerge(tmp_path / "merged", tmp_path / "back", adapters=made.adapters)
     assert report.method == "subtraction"
     before, after = models.tensors_of(made.base), models.tensors_of(tmp_path / "back")
@@ -96,7 +99,7 @@ def test_subtraction_of_every_kind(tmp_path, name, dtype):
     kinds that are no sums of products are refused too."""
     kind = EVERY_KIND[name]
     base, adapter = kind.write_base(tmp_path / "base", dtype), kind.write(tmp_path / "adapter")
-    merge(base, [adapter], tmp_path / "merged", weights=[0.7] if kind.twice else None)
+    merge(base, [adapter], tmp_path / "merged", weights=[0.7] if kind.twice else None, receipt="none")
     updates = load_adapter(adapter, base=base).values()
     whole = any(update.gives_whole for update in updates)
     if whole or any(update.depends_on_base for update in updates):
@@ -144,7 +147,7 @@ def test_another_base_is_refused(tmp_path):
 def test_the_bound_is_not_idle(tmp_path):
     """In bf16 subtraction does lose bits, or the law would be about nothing."""
     made = world(tmp_path, "linear", "bf16")
-    merge(made.base, made.adapters, tmp_path / "merged")
+    merge(made.base, made.adapters, tmp_path / "merged", receipt="none")
     unmerge(tmp_path / "merged", tmp_path / "back", adapters=made.adapters)
     before, after = models.tensors_of(made.base), models.tensors_of(tmp_path / "back")
     assert any(not torch.equal(after[name], tensor) for name, tensor in before.items())

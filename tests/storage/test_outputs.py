@@ -108,13 +108,14 @@ def test_without_the_newer_rename_new_outputs_are_still_exclusive(tmp_path, monk
 def test_a_file_comes_with_its_own_report_or_none(tmp_path):
     path = tmp_path / "x.safetensors"
     make_files(path, "old")
-    (tmp_path / "x.receipt").write_text("not ours")
+    (tmp_path / "x.receipt").write_text("of the old weights")
+    (tmp_path / "x.txt").write_text("not ours")
     make_files(path, "new", overwrite=True)
-    assert names(tmp_path) == ["x.loratools.json", "x.receipt", "x.safetensors"]
+    assert names(tmp_path) == ["x.loratools.json", "x.safetensors", "x.txt"]
     assert (tmp_path / "x.loratools.json").read_text() == "new"
     assert b'"new"' in path.read_bytes()
     overwrite_alone(path)
-    assert names(tmp_path) == ["x.receipt", "x.safetensors"]
+    assert names(tmp_path) == ["x.safetensors", "x.txt"]
     assert b'"alone"' in path.read_bytes()
 
 

@@ -437,8 +437,8 @@ def test_the_document(tmp_path):
     report = diff(*pair(tmp_path, base, tuned, config), spectrum=True)
     document = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert set(document) == {
-        "schema", "loratools", "compared", "same", "inputs", "parameters", "totals", "by_kind", "by_layer", "table",
-        "whole", "notes", "modules", "tensors",
+        "schema", "loratools", "compared", "findings", "same", "inputs", "parameters", "totals", "by_kind", "by_layer",
+        "table", "whole", "notes", "modules", "tensors",
     }  # fmt: skip
     assert document["schema"] == "loratools/diff/1"
     assert str(tmp_path) not in json.dumps(document)
@@ -476,7 +476,10 @@ def test_the_page(tmp_path):
     assert [line.split()[0] for line in table] == ["1", "2", "4", "8", "16"]
     assert all(line.endswith(tuple(WEIGHTS[at].removesuffix(".weight") for at in range(3))) for line in table)
     plain = rendering.difference(diff(tmp_path / "base", tmp_path / "base"))
-    assert plain == "base and base hold the same numbers.\n  tensors   17 identical"
+    assert plain.splitlines() == [
+        "base and base hold the same numbers.", "  tensors   17 identical",
+        "  found: B holds the tensors of A, byte for byte.",
+    ]  # fmt: skip
 
 
 def test_help_needs_no_torch():

@@ -132,17 +132,17 @@ def test_a_shard_size_that_is_none_is_refused(tmp_path, size):
 
 
 def test_a_single_file_has_its_report_beside_it(tmp_path):
-    """`x.safetensors` and `x.loratools.json`, nothing else; shards of a single file make no sense."""
+    """`x.safetensors`, `x.loratools.json` and `x.receipt`, nothing else; shards of a single file make no sense."""
     base, a = write_checkpoint(tmp_path / "base"), write_adapter(tmp_path / "a")
     (tmp_path / "out").mkdir()
     report = merge(base, [a], tmp_path / "out" / "x.safetensors")
     merge(base / "model.safetensors", [a], tmp_path / "out" / "y.safetensors")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "x.loratools.json", "x.safetensors", "y.loratools.json", "y.safetensors",
+        "x.loratools.json", "x.receipt", "x.safetensors", "y.loratools.json", "y.receipt", "y.safetensors",
     ]  # fmt: skip
     assert sha256(tmp_path / "out" / "x.safetensors") == sha256(tmp_path / "out" / "y.safetensors")
     assert json.loads((tmp_path / "out" / "x.loratools.json").read_text()) == report.to_json()
-    assert report.files[0]["sha256"] == sha256(tmp_path / "out" / "x.safetensors")
+    assert report.files[1]["sha256"] == sha256(tmp_path / "out" / "x.safetensors")
     before = state(tmp_path)
     with pytest.raises(UsageError):
         merge(base, [a], tmp_path / "out" / "z.safetensors", max_shard_size=1000)
@@ -189,7 +189,7 @@ def test_companions_travel_byte_for_byte(tmp_path):
     out = tmp_path / "out"
     assert {name: (out / name).read_bytes() for name in files} == files
     assert {path.name for path in out.iterdir()} == {
-        *files, "README.md", "loratools.json", "config.json", "model.safetensors",
+        *files, "README.md", "loratools.json", "loratools.receipt", "config.json", "model.safetensors",
     }  # fmt: skip
     assert "old card" not in (out / "README.md").read_text()
     assert {each["name"] for each in report.files} == {path.name for path in out.iterdir()} - {"loratools.json"}

@@ -77,7 +77,7 @@ def test_replaced_lengthened_and_added_parameters_come_back_with_the_base(tmp_pa
         tuned[name] = torch.cat([tuned[name], normal(9, 3, 16, dtype=torch.bfloat16)])
     other = write_checkpoint(tmp_path / "tuned", tuned, CONFIG | {"vocab_size": 35})
     extract(base, other, tmp_path / "a")
-    merge(base, [tmp_path / "a"], tmp_path / "merged")
+    merge(base, [tmp_path / "a"], tmp_path / "merged", receipt="none")
     before = state(tmp_path)
     with pytest.raises(UnsupportedError, match=r"--base.*|model\.norm\.weight"):
         unmerge(tmp_path / "merged", tmp_path / "out", adapters=[tmp_path / "a"])
@@ -113,7 +113,7 @@ def test_subtraction_is_within_its_bound(tmp_path, dtype, scale):
     base = write_checkpoint(tmp_path / "base", llama(DTYPES[dtype]))
     a = write_adapter(tmp_path / "a", lora_tensors(factors(4, 1, scale=scale)))
     b = write_adapter(tmp_path / "b", lora_tensors(factors(2, 2, scale=scale)), r=2)
-    merge(base, [a, b], tmp_path / "merged", weights=[0.7, -1.3])
+    merge(base, [a, b], tmp_path / "merged", weights=[0.7, -1.3], receipt="none")
     report = unmerge(tmp_path / "merged", tmp_path / "out", adapters=[a, b])
     assert report.method == "subtraction"
     assert report.to_json()["parameters"]["weights"] == [0.7, -1.3]
@@ -147,7 +147,7 @@ def test_subtraction_of_what_peft_merged_is_within_its_bound(tmp_path, dtype):
 def test_one_of_several_is_taken_out(tmp_path):
     """The other stays in, to within the bound; with the base that is refused by name."""
     base, made = write_checkpoint(tmp_path / "base"), adapters(tmp_path)
-    merge(base, made, tmp_path / "merged")
+    merge(base, made, tmp_path / "merged", receipt="none")
     merge(base, made[1:], tmp_path / "wanted")
     report = unmerge(tmp_path / "merged", tmp_path / "out", adapters=made[:1])
     bounds = {row["name"]: 2 * row["bound"] for row in report.modules}
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_refused(tmp_path):
     """Another adapter, another base, other weights, neither of them: by name, nothing written."""
     base, made = write_checkpoint(tmp_path / "base"), adapters(tmp_path)
     wrong = write_checkpoint(tmp_path / "wrong", llama(seed=1))
-    merge(base, made[:1], tmp_path / "merged", weights=0.5)
+    merge(base, made[:1], tmp_path / "merged", weights=0.5, receipt="none")
     merged = tmp_path / "merged"
     assert "a0" in refuses(tmp_path, MismatchError, "a1", merged, adapters=made[1:])
     assert "a0" in refuses(tmp_path, MismatchError, "a1", merged, adapters=made[1:], base=base)
@@ -224,7 +224,7 @@ def test_a_tampered_merge_is_found(tmp_path):
 def test_single_files(tmp_path):
     """File in, file out; the report beside the merged file is found."""
     base, made = write_checkpoint(tmp_path / "base"), adapters(tmp_path, 1)
-    merge(base, made, tmp_path / "m.safetensors", weights=0.5)
+    merge(base, made, tmp_path / "m.safetensors", weights=0.5, receipt="none")
     unmerge(tmp_path / "m.safetensors", tmp_path / "b.safetensors", base=base)
     assert same_weights(tmp_path / "b.safetensors", base)
     assert json.loads((tmp_path / "b.loratools.json").read_text())["schema"] == "loratools/unmerge/1"
@@ -251,5 +251,5 @@ def test_a_replaced_parameter_named_by_a_plain_adapter_needs_the_base(tmp_path):
     base = write_checkpoint(tmp_path / "base")
     keys = lora_tensors(factors()) | {f"{PREFIX}model.norm.weight": normal(4, 16)}
     a = write_adapter(tmp_path / "a", keys, modules_to_save=["norm"])
-    merge(base, [a], tmp_path / "merged")
+    merge(base, [a], tmp_path / "merged", receipt="none")
     refuses(tmp_path, UnsupportedError, r"model\.norm\.weight", tmp_path / "merged", adapters=[a])

@@ -45,14 +45,15 @@ def outputs(tmp_path):
     other = write_checkpoint(tmp_path / "tuned", tuned)
     lt.merge(base, made, tmp_path / "merge", weights=[0.5, -1])
     lt.unmerge(tmp_path / "merge", tmp_path / "unmerge", base=base)
-    lt.unmerge(tmp_path / "merge", tmp_path / "subtracted", adapters=made[:1])
+    lt.merge(base, made, tmp_path / "bare", weights=[0.5, -1], receipt="none")
+    lt.unmerge(tmp_path / "bare", tmp_path / "subtracted", adapters=made[:1])
     lt.extract(base, other, tmp_path / "extract", rank=2)
     lt.stack(made, tmp_path / "stack", weights=[0.3, -2])
     lt.rescale(made[0], tmp_path / "rescale", restate_alpha=3)
     inputs = {
         "merge": [base, *made],
         "unmerge": [tmp_path / "merge", base],
-        "subtracted": [made[0], tmp_path / "merge"],
+        "subtracted": [made[0], tmp_path / "bare"],
         "extract": [other, base],
         "stack": made,
         "rescale": made[:1],
@@ -259,7 +260,8 @@ def test_every_kind_of_update_and_what_is_made_of_it(tmp_path, kind):
         "merge": (lambda out: lt.merge(base, [one], out, weights=[0.75]), [base, one]),
         "unmerge": (lambda out: lt.unmerge(tmp_path / "merge", out, base=base, adapters=[one]),
                     [tmp_path / "merge", base, one]),
-        "subtract": (lambda out: lt.unmerge(tmp_path / "merge", out, adapters=[one]), [tmp_path / "merge", one]),
+        "bare": (lambda out: lt.merge(base, [one], out, receipt="none"), [base, one]),
+        "subtract": (lambda out: lt.unmerge(tmp_path / "bare", out, adapters=[one]), [tmp_path / "bare", one]),
         "by": (lambda out: lt.rescale(one, out, by=0.3), [one]),
         "bake": (lambda out: lt.rescale(one, out, bake=True), [one]),
         "restate": (lambda out: lt.rescale(one, out, restate_alpha=3.0), [one]),

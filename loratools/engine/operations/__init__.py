@@ -8,6 +8,7 @@ from typing import Final
 
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations import (
+    afterwards,
     allocating,
     comparing,
     comparing_updates,
@@ -16,6 +17,7 @@ from loratools.engine.operations import (
     extracting,
     extracting_experts,
     merging,
+    recognising,
     verifying,
     verifying_adapters,
 )
@@ -41,11 +43,14 @@ def _computing(operation: Operation) -> Operation:
 _TABLE: Final[Mapping[str, Operation]] = {
     "hash": copying.hash_file,
     "copy": copying.copy,
+    "revert": copying.revert,
     "same": copying.same,
     "cast": copying.cast,
     "add": merging.add,
     "merge": merging.merge,
     "restore": merging.restore,
+    "record": afterwards.record,
+    "record-same": afterwards.record_same,
     "extract": extracting.extract,
     "extract-experts": extracting_experts.extract_experts,
     "compare": comparing.compare,
@@ -53,6 +58,7 @@ _TABLE: Final[Mapping[str, Operation]] = {
     "compare-updates": comparing_updates.compare_updates,
     "derive": deriving.derive,
     "allocate": allocating.allocate,
+    "recognise": recognising.recognise,
     "verify": verifying.verify,
     "verify-same": verifying.verify_same,
     "verify-added": verifying.verify_added,

@@ -13,6 +13,7 @@ from loratools.adapters.experts import Stacked
 from loratools.adapters.leading import leading
 from loratools.engine import budgets
 from loratools.engine.context import Context, Outcome
+from loratools.engine.operations.cutting import numbers
 from loratools.engine.plan import Unit
 from loratools.errors import InternalError
 from loratools.linalg import Allotment, allocate_ranks, uniform_rank
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from loratools.linalg import Spectrum
 
 _TRIES: Final = 8
-_CERTAIN: Final = 1e-6  # relative rounding error of a residual
-_HIDDEN: Final = 0.5  # share of a residual² that may be doubtful where something is still said about it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,26 +61,6 @@ class _Module:
     def more(self) -> bool:
         """Whether there may be singular values that are not known yet."""
         return self.cap < self.ceiling and len(self.sigma2) >= self.cap
-
-    def numbers(self, rank: int) -> dict[str, Any]:
-        """The report's figures at a rank.
-
-        ‖ΔW − ΔW_r‖² is the residual² at the cap, which was measured where it had to be, and the σ² that are cut off:
-        the remainder ΔW − U S Vᵀ is orthogonal to V. No difference is taken, so nothing cancels.
-        """
-        norm2 = self.facts["norm"] ** 2
-        at_cap = (self.facts["residual"] * self.facts["norm"]) ** 2
-        left = at_cap + math.fsum(self.sigma2[rank:])
-        certificate, kind = _certificate(self.facts, at_cap, left) if rank else (None, None)
-        return {
-            "rank": rank,
-            "captured": min(math.fsum(self.sigma2[:rank]) / norm2, 1.0) if rank else 0.0,
-            "residual": math.sqrt(left / norm2) if rank else 1.0,
-            "certificate": certificate,
-            "certificate_kind": kind,
-            "clipped": False,
-            "reached": True,
-        }
 
 
 def allocate(unit: Unit, context: Context) -> Outcome:
@@ -222,18 +201,5 @@ def _facts(modules: Sequence[_Module], chosen: Allotment, size: int, pool: budge
             for each, rank in zip(modules, chosen.ranks, strict=True)
             if rank == pool.max_rank <= len(each.sigma2) and rank < min(each.matrix.rows, each.matrix.columns)
         ],
-        "modules": {each.path: each.numbers(rank) for each, rank in zip(modules, chosen.ranks, strict=True)},
+        "modules": {each.path: numbers(each.facts, rank) for each, rank in zip(modules, chosen.ranks, strict=True)},
     }
-
-
-def _certificate(facts: Mapping[str, Any], at_cap: float, left: float) -> tuple[float | None, str | None]:
-    """The certificate at a lower rank, from that at the cap.
-
-    Singular values of a projection are not above those of ΔW, one by one; what the first of them lack is therefore not
-    more than what all lack, and this is at most residual² − optimum² at the cap, or residual² where no more is known.
-    """
-    known = facts["certificate"]
-    lacking = at_cap if known is None else at_cap - at_cap / (1 + known) ** 2
-    if lacking > _HIDDEN * left or left <= 0:
-        return None, None
-    return 1 / math.sqrt(1 - lacking / left) - 1 + _CERTAIN, facts["certificate_kind"] or "proven"

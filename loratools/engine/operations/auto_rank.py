@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from loratools.engine.svd_options import AUTO
+from loratools.engine.svd_options import AUTO, FALLBACK
 
 if TYPE_CHECKING:
     import torch
@@ -16,9 +16,8 @@ if TYPE_CHECKING:
 
     Truncation = tuple[torch.Tensor, torch.Tensor, torch.Tensor, SVDInfo]
 
-FALLBACK: Final = 0.9
-"""The energy that is kept where the difference is not of low rank and noise."""
 _REST: Final = 1.5  # times the noise's energy: more is no noise
+_DOUBT: Final = 1.02  # times the noise's energy: known to two percent
 
 
 def wanted_noise(options: Mapping[str, Any], m: int, n: int) -> RoundingNoise | None:
@@ -55,11 +54,26 @@ def truncated(
     reason = _why_not(info, floor, noise, difference.shape)
     share = min(noise.energy / info.norm**2, 1.0) if info.norm else 0.0
     facts = {"rank_rule": AUTO, "noise_floor": floor, "noise_share": share, "above_noise": info.rank}
+    facts["evidence"] = [_evidence(found[1], info, floor, noise)] if info.norm else []
     if reason is None:
         return found, facts
     facts["rank_rule"] = f"energy {FALLBACK}: {reason}"
     short = _shortened(found, rest["max_rank"])
     return short or truncated_svd(difference, energy=FALLBACK, **rest, overwrite=True), facts
+
+
+def _evidence(S: torch.Tensor, info: SVDInfo, floor: float, noise: RoundingNoise) -> dict[str, Any]:
+    """What `loratools.engine.recognition` has to know of a matrix. Noise has no energy in the directions taken out."""
+    m, n = noise.shape
+    expected = noise.energy * (1 - info.rank / m) * (1 - info.rank / n)
+    hidden = max(info.residual**2 - _DOUBT * expected - floor * floor * (expected <= 0), 0.0)
+    unit = floor / noise.margin
+    return {
+        "sigma": (S.double().cpu() / unit).tolist(),
+        "ended": info.reached,
+        "hidden": hidden / (floor * floor),
+        "limit": min(m, n),
+    }
 
 
 def _why_not(info: SVDInfo, floor: float, noise: RoundingNoise, shape: Sequence[int]) -> str | None:
@@ -106,4 +120,5 @@ def together(decided: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "rank_rule": others[0] if others else AUTO,
         **{name: max(each[name] for each in decided) for name in ("noise_floor", "noise_share", "above_noise")},
+        "evidence": [told for each in decided for told in each["evidence"]],
     }

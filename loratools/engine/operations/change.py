@@ -90,11 +90,11 @@ class Change:
         """Whether the actions have to see all of the base before: row tiles do not hold whole rows of theirs."""
         return self.transposed and not self.at_once and any(action.looks for *_, action in self.actions)
 
-    def tiles(self, ref: TensorRef, context: Context) -> Sequence[tuple[int, int]]:
-        """Row ranges of the stored matrix."""
+    def tiles(self, ref: TensorRef, context: Context, step: int = 1) -> Sequence[tuple[int, int]]:
+        """Row ranges of the stored matrix, each but the last of a multiple of `step` rows."""
         if self.at_once:
             return [(0, ref.shape[0])]
-        return list(row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes))
+        return list(row_ranges(ref.shape, row_bytes(ref), context.settings.tile_bytes, step))
 
     def look(self, base: torch.Tensor, rows: tuple[int, int]) -> None:
         """Show a tile of the base to the actions."""
@@ -103,28 +103,51 @@ class Change:
             action.look(self._matrix(self._own(source, base, rows, base)), region)
 
     def tile(
-        self, base: torch.Tensor, rows: tuple[int, int], dtype: torch.dtype, buffer: torch.Tensor | None = None
+        self,
+        base: torch.Tensor,
+        rows: tuple[int, int],
+        dtype: torch.dtype,
+        buffer: torch.Tensor | None = None,
+        back: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """One tile of the result, from the same tile of the base; in `buffer` (flat bytes) where it can be."""
+        """One tile of the result, from the same tile of the base; in `buffer` (flat bytes) where it can be.
+
+        `back`, like the base, takes what the result gives when the products are taken out of it again and it is
+        rounded; only where there are products and nothing that needs the base.
+        """
         from loratools.linalg import round_to
 
-        if self.wholes or self.patches or self.actions or self.offsets:
-            total = replaced = self.replaced(base, rows)
-            if self.actions:
-                total = self._acted(replaced, base, rows)
-            for factor, source, vector, multiplies in self.offsets:
-                piece = vector[slice(*rows)].to(total.device)
-                total = total + factor * (
-                    (piece - 1) * self._own(source, base, rows, replaced) if multiplies else piece
-                )
-        else:
-            total = base
+        total = self._changed(base, rows) if self.needs_base else base
         if self.products is None:
             return round_to(total, dtype)
         flat, out = total.reshape(total.shape[0], -1), None
         if buffer is not None and total.device == buffer.device:
             out = buffer[: total.numel() * dtype.itemsize].view(dtype).view(flat.shape)
-        return self.products.add_to(flat, start=rows[0], out_dtype=dtype, out=out).view(base.shape)
+        before = None if back is None else back.view(flat.shape)
+        return self.products.add_to(flat, start=rows[0], out_dtype=dtype, out=out, back=before).view(base.shape)
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether more happens than that products are added, which are the same whatever W is."""
+        return bool(self.wholes or self.patches or self.actions or self.offsets)
+
+    def _changed(self, base: torch.Tensor, rows: tuple[int, int], *, again: bool = False) -> torch.Tensor:
+        """A tile with everything done but the products, in float64."""
+        total = replaced = self.replaced(base, rows)
+        if self.actions:
+            total = self._acted(replaced, base, rows, again=again)
+        for factor, source, vector, multiplies in self.offsets:
+            piece = vector[slice(*rows)].to(total.device)
+            total = total + factor * ((piece - 1) * self._own(source, base, rows, replaced) if multiplies else piece)
+        return total.clone() if total is base else total
+
+    def moves(self, near: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+        """W' − W of one tile in float64, from a float64 tile that is near W and what the actions remember of W."""
+        total = self._changed(near, rows, again=True) if self.needs_base else near.clone()
+        if self.products is not None:
+            flat = total.reshape(total.shape[0], -1)
+            flat += self.products.piece(slice(*rows), slice(0, flat.shape[1])).to(flat.device)
+        return total.sub_(near)
 
     def replaced(self, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
         """A tile with all that is given whole, in float64."""
@@ -152,10 +175,13 @@ class Change:
         patches = tuple((1.0, *each[1:]) for each in self.patches if each[1] == source)
         return Change(wholes=wholes, patches=patches).replaced(base, rows)
 
-    def _acted(self, replaced: torch.Tensor, base: torch.Tensor, rows: tuple[int, int]) -> torch.Tensor:
+    def _acted(
+        self, replaced: torch.Tensor, base: torch.Tensor, rows: tuple[int, int], *, again: bool = False
+    ) -> torch.Tensor:
         region, total = self._region(base, rows), self._matrix(replaced).clone()
         for weight, source, action in self.actions:
-            change = action.change(self._matrix(self._own(source, base, rows, replaced)), region)
+            act = action.again if again else action.change
+            change = act(self._matrix(self._own(source, base, rows, replaced)), region)
             total += change if weight == 1 else weight * change
         return (total.T if self.transposed else total).reshape(base.shape)
 

@@ -7,6 +7,7 @@ factors, nothing is put on grids. Kinds that are no products say what they chang
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
@@ -33,7 +34,7 @@ class Product:
     Attributes:
         source: the adapter.
         left: (rows, R) float64; w·s is in the B of it.
-        right: (R, columns) float64; each row's largest entry is between ½ and 1, so that the norms below are balanced.
+        right: (R, columns) float64; each row's norm is between ½ and 1, so that the norms below are balanced.
         heights: (rows,) norms of left's rows; heights[i]·widths[j] ≥ Σ |left[i]|·|right[:, j]|.
         widths: (columns,) norms of right's columns.
         dtypes: torch's, of the factors as stored.
@@ -56,12 +57,12 @@ class Product:
         downs = torch.cat([finite(lora_A).double() for lora_A, _, _ in terms], 0)
         ups = torch.cat([finite(lora_B).double() * scale for _, lora_B, scale in terms], 1)
         left, right = (downs.T, ups.T) if transposed else (ups, downs)
-        largest = right.abs().amax(1) if right.shape[1] else right.new_zeros(right.shape[0])
-        balance = torch.ldexp(torch.ones_like(largest), torch.frexp(largest)[1])
+        norm = torch.linalg.vector_norm
+        lengths = norm(right, dim=1)
+        balance = torch.ldexp(torch.ones_like(lengths), torch.frexp(lengths)[1])
         left, right = left * balance, right / balance[:, None]
         read = frozenset(_stored(ref) for lora_A, lora_B, _ in terms for ref in (lora_A, lora_B))
         scales = {scale for *_, scale in terms}
-        norm = torch.linalg.vector_norm
         one = scales.pop() if len(scales) == 1 else None
         return cls(source, left, right, norm(left, dim=1), norm(right, dim=0), read, one)
 
@@ -203,7 +204,8 @@ class Claim:
             sizes = product.heights[slice(*rows), None] * product.widths
             far.append(sizes * ((product.rank + 4) * _FLOAT32))
         if self.products:
-            near = near + self._heights()[slice(*rows), None] * self._widths() * self._near()
+            rank = sum(each.rank for each in self.products)
+            near = near + self._heights()[slice(*rows), None] * self._widths() * near_ours(rank, narrow=self.narrow)
         return Tile(rows[0], weight, found, tuple(parts), near, tuple(far))
 
     def _heights(self) -> torch.Tensor:
@@ -227,8 +229,12 @@ class Claim:
         assert self.rest is not None
         return self.rest.tile(before, rows, torch.float64).reshape(weight.shape) - weight
 
-    def _near(self) -> float:
-        """Of ours: factors on a grid of 26 bits below their norm each, or of 44; and of the products here."""
-        rank = sum(each.rank for each in self.products)
-        grid = 1.6 * rank**0.5 * 2.0**-26 if self.narrow else 2.0**-40
-        return grid + (rank + 4) * 2.0**-52
+
+def near_ours(rank: int, *, narrow: bool) -> float:
+    """How far a product of ours can be off, beside the norm of a row of its left factor times that of a column.
+
+    Factors are on a grid 26 bits below those norms, or of 44 bits; twice, as ours may balance a component by another
+    power of two than `Product` does; and what the product in float64 that it is compared with can be off.
+    """
+    bits = 25.4 if narrow else 43.4
+    return 2 * (math.sqrt(rank) * 2.0**-bits + rank * 2.0**-52.8) + (rank + 4) * 2.0**-52

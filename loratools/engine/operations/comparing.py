@@ -10,6 +10,7 @@ from loratools.engine.binding import matrix_shape
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations import extracting, extracting_experts
 from loratools.engine.operations.difference_rows import DifferenceRows
+from loratools.engine.operations.explaining import cast_of, factor_of
 from loratools.engine.operations.measuring import measured, moved_entries
 from loratools.engine.operations.tiles import require_all_finite, row_bytes, row_ranges, same_bytes
 from loratools.engine.plan import Unit
@@ -72,22 +73,22 @@ def compare_experts(unit: Unit, context: Context) -> Outcome:
         experts = int(unit.parameters["experts"])
         parts = [_expert(tuned, base, at, unit, context) for at in range(experts)]
         if any(part["values"] for _, part in parts):
-            facts["spectrum"] = {"sides": parts[0][0], "parts": [part for _, part in parts]}
+            facts["spectrum"] = {"shape": parts[0][0], "parts": [part for _, part in parts]}
     context.advance(unit.read_bytes, unit.target)
     return Outcome(unit.target, "compare", "compared", facts)
 
 
 def _expert(
     tuned: Sequence[TensorRef], base: Sequence[TensorRef], at: int, unit: Unit, context: Context
-) -> tuple[int, dict[str, Any]]:
-    """Rows plus columns of one expert's matrix, and its spectrum."""
+) -> tuple[list[int], dict[str, Any]]:
+    """Rows and columns of one expert's matrix, and its spectrum."""
     from loratools.linalg import RoundingNoise
 
     experts = int(unit.parameters["experts"])
     mine, theirs = (extracting_experts.parts_of(side, experts, at) for side in (tuned, base))
     noise = RoundingNoise.of_shape(sum(ref.shape[0] for ref in mine), mine[0].shape[1])
     difference, _ = extracting_experts.difference_of(mine, theirs, unit, context, noise)
-    return sum(difference.shape), _spectrum(difference, noise, unit, (*theirs, *mine), context)
+    return list(difference.shape), _spectrum(difference, noise, unit, (*theirs, *mine), context)
 
 
 def _compared(base: TensorRef, tuned: TensorRef, context: Context, low_rank: Unit | None = None) -> dict[str, Any]:
@@ -96,15 +97,17 @@ def _compared(base: TensorRef, tuned: TensorRef, context: Context, low_rank: Uni
         return {"kind": "identical"}
     shape = matrix_shape(base.shape) if low_rank is not None else _lined(base.shape)  # a kernel: (out, in·k·…)
     before, after = base.reshaped(shape), tuned.reshaped(shape)
-    kind = _kind(before, after, context.settings.tile_bytes)
-    if kind == "equal":
-        return {"kind": kind}
+    if _is_equal(before, after, context.settings.tile_bytes):
+        return {"kind": "equal"}
     if not {base.dtype, tuned.dtype} <= COMPUTABLE:
-        return {"kind": kind, "moved": moved_entries(base, tuned, context)}
+        return {"kind": "changed", "moved": moved_entries(base, tuned, context)}
+    cast = cast_of(before, after, context.settings.tile_bytes)
+    factor = None if cast else factor_of(before, after, context.settings.tile_bytes)
+    facts = {"kind": "recast" if cast else "changed", "cast": cast, "factor": factor}
     if low_rank is None or low_rank.parameters["svd"] is None:
         matrix = low_rank is not None or len(base.shape) == _MATRIX
-        return {"kind": kind, **measured(before, after, context, directions=matrix)}
-    return {"kind": kind, **_with_spectrum(before, after, low_rank, context)}
+        return {**facts, **measured(before, after, context, directions=matrix)}
+    return {**facts, **_with_spectrum(before, after, low_rank, context)}
 
 
 def _lined(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -126,19 +129,15 @@ def _with_spectrum(base: TensorRef, tuned: TensorRef, unit: Unit, context: Conte
     if "non_finite" in found:
         return {**found, "spectrum": None}
     part = _spectrum(rows, noise, unit, (base, tuned), context)
-    spectrum = {"sides": sum(base.shape), "parts": [part]} if part["values"] else None
+    spectrum = {"shape": list(base.shape), "parts": [part]} if part["values"] else None
     return {**found, "norm": part["norm"], "spectrum": spectrum}
 
 
-def _kind(base: TensorRef, tuned: TensorRef, tile_bytes: int) -> str:
-    """`equal` in every number; `recast`, where one is the other rounded to its dtype; else `changed`."""
+def _is_equal(base: TensorRef, tuned: TensorRef, tile_bytes: int) -> bool:
+    """Whether both hold the same numbers; of integers of one dtype their bytes have told already."""
     dtypes = {base.dtype, tuned.dtype}
     comparable = dtypes <= COMPUTABLE or (dtypes <= _INTEGERS and len(dtypes) > 1)
-    if comparable and all(_same_numbers(*tile) for tile in _tiles(base, tuned, tile_bytes)):
-        return "equal"
-    if len(dtypes) > 1 and dtypes <= COMPUTABLE:
-        return "recast" if _is_rounded(base, tuned, tile_bytes) or _is_rounded(tuned, base, tile_bytes) else "changed"
-    return "changed"
+    return comparable and all(_same_numbers(*tile) for tile in _tiles(base, tuned, tile_bytes))
 
 
 def _same_numbers(one: TensorRef, other: TensorRef) -> bool:
@@ -154,17 +153,6 @@ def _same_numbers(one: TensorRef, other: TensorRef) -> bool:
     else:
         same |= wide.isnan() & others.isnan()
     return bool(same.all())
-
-
-def _is_rounded(fine: TensorRef, coarse: TensorRef, tile_bytes: int) -> bool:
-    """Whether `coarse` is `fine` in its own dtype, entry by entry; stops at the first that is not."""
-    from loratools.linalg import round_to
-
-    dtype = torch_dtype(coarse.dtype, tensor=coarse.name)
-    return all(
-        bool((round_to(one.load().double(), dtype).double() == other.load().double()).all())
-        for one, other in _tiles(fine, coarse, tile_bytes)
-    )
 
 
 def _tiles(one: TensorRef, other: TensorRef, tile_bytes: int) -> Iterator[tuple[TensorRef, TensorRef]]:
@@ -194,11 +182,24 @@ def _spectrum(
 
     options: Mapping[str, Any] = unit.parameters["svd"]
     try:
-        _, S, _, info = truncated_svd(difference, **options, overwrite=True)
+        U, S, Vh, info = truncated_svd(difference, **options, overwrite=True)
     except NonFiniteError as error:
         raise _non_finite(refs, context) from error
-    floor = noise.floor(info.norm)
-    return {"values": S.tolist(), "norm": info.norm, "rest": info.residual, "floor": floor, "noise": noise.energy}
+    peaks = [max(pair) for pair in zip(_peaks(U.T), _peaks(Vh), strict=True)]
+    return {
+        "values": S.tolist(),
+        "peaks": peaks,
+        "norm": info.norm,
+        "rest": info.residual,
+        "floor": noise.floor(info.norm),
+        "noise": noise.energy,
+    }
+
+
+def _peaks(vectors: torch.Tensor) -> list[float]:
+    """The largest square of every row's entries: one for a vector that is a single entry."""
+    found: list[float] = vectors.square().amax(1).tolist() if vectors.numel() else []
+    return found
 
 
 def _non_finite(refs: Sequence[TensorRef], context: Context) -> NonFiniteError:

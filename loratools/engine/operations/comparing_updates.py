@@ -141,9 +141,17 @@ def _measured(matrices: Sequence[Sequence[torch.Tensor]], *, spectrum: bool) -> 
     return {
         "gram": gram,
         **_pair_of(gram, [(a, b) for a, b in matrices]),
-        "spaces": [_subspaces(a, b) for a, b in matrices],
+        **_spaces([_subspaces(a, b) for a, b in matrices]),
         "values": values,
     }
+
+
+def _spaces(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The `spaces`; and the `optimum` ‖A − best of B's rank‖ where every matrix of B has a smaller rank than A's."""
+    tails = [math.hypot(*each["values"][each["ranks"][1] :]) for each in found]
+    lower = all(each["ranks"][1] < each["ranks"][0] for each in found)
+    spaces = [{key: value for key, value in each.items() if key != "values"} for each in found]
+    return {"spaces": spaces, "optimum": math.hypot(*tails) if lower else None}
 
 
 def _pair_of(gram: Sequence[Sequence[float]], pieces: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, Any]:
@@ -157,12 +165,13 @@ def _pair_of(gram: Sequence[Sequence[float]], pieces: Sequence[tuple[torch.Tenso
 
 
 def _subspaces(one: torch.Tensor, other: torch.Tensor) -> dict[str, Any]:
-    """Dimensions of the two updates, and the angles between their column spaces and between their row spaces."""
+    """Dimensions of the two updates, the first one's singular values, and the angles between column and row spaces."""
     from loratools.linalg import core_bases, principal_angles
 
     (U, S, V), (left, T, right) = core_bases(one), core_bases(other)
     return {
         "ranks": [len(S), len(T)],
+        "values": S.tolist(),
         "columns": principal_angles(U, left),
         "rows": principal_angles(V, right),
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from loratools.engine.context import Context, Outcome
+from loratools.engine.operations.recording import hash_of
 from loratools.engine.operations.tiles import row_bytes, row_ranges, same_bytes
 from loratools.engine.plan import Unit
 from loratools.errors import MismatchError, NonFiniteError
@@ -28,8 +29,16 @@ def copy(unit: Unit, context: Context) -> Outcome:
     """Tensors byte for byte, in the kernel; neighbours go together."""
     refs = [context.tensor(address) for address in unit.inputs]
     context.sink.copy(unit.file, list(unit.parameters["names"]), refs)
+    receipt = {"same": [hash_of(ref, context) for ref in refs]} if unit.parameters.get("receipt") else None
     context.advance(unit.read_bytes, unit.target)
-    return Outcome(unit.target, "copy", "copied", {"count": len(refs)})
+    return Outcome(unit.target, "copy", "copied", {"count": len(refs)}, receipt=receipt)
+
+
+def revert(unit: Unit, context: Context) -> Outcome:
+    """The base's tensor as a receipt gives it back: computed, and held against its hash, as it is copied."""
+    (ref,) = (context.tensor(address) for address in unit.inputs)
+    done = copy(unit, context)
+    return Outcome(unit.target, "revert", "restored", {"entries": ref.spec.numel}, receipt=done.receipt)
 
 
 def same(unit: Unit, context: Context) -> Outcome:

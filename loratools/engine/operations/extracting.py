@@ -130,6 +130,7 @@ def _factors(
         raise NonFiniteError("The difference overflows float32.", tensor=tuned.name, shape=tuned.shape) from error
     U, S, Vh = found.U, found.S, found.Vh
     facts |= _measured(found, weight_norm, unit.parameters["svd"].get("error"))
+    facts |= unit.parameters.get("carried", {})
     if not S.numel():
         return {}
     if unit.parameters["transposed"]:

@@ -50,7 +50,7 @@ def extract_experts(unit: Unit, context: Context) -> Outcome:
         found = [_factors(*pair, weights[at], unit, context) for at, pair in enumerate(pairs)]
     rank = max(one.info.rank for one, _ in found)
     facts |= _measured([(one.info, norm) for one, norm in found], rank)
-    facts |= auto_rank.together([one.decided for one, _ in found])
+    facts |= auto_rank.together([one.decided for one, _ in found]) | unit.parameters.get("carried", {})
     facts["sigma2"] = _energies([one.S for one, _ in found], rank)
     if any(one.weighted for one, _ in found):
         facts |= share([one.weighted or one.info for one, _ in found])

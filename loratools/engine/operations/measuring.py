@@ -34,6 +34,8 @@ class _Sums:
     weight: float = 0.0
     largest: float = 0.0
     moved: int = 0
+    rows: int = 0
+    columns: torch.Tensor | None = None
 
     def add(self, before: torch.Tensor, difference: torch.Tensor) -> bool:
         """Take in a tile; whether all of it are numbers."""
@@ -44,8 +46,23 @@ class _Sums:
         self.difference += _squares(difference, max(-low, high))
         self.weight += weight
         self.largest = max(self.largest, -low, high)
-        self.moved += int(torch.count_nonzero(difference))
+        self._count(difference != 0)
         return math.isfinite(low) and math.isfinite(high) and math.isfinite(weight)
+
+    def _count(self, moved: torch.Tensor) -> None:
+        """Entries that moved; of a matrix the rows and columns that they lie in."""
+        import torch
+
+        self.moved += int(torch.count_nonzero(moved))
+        if moved.dim() == _MATRIX:
+            self.rows += int(torch.count_nonzero(moved.any(1)))
+            columns = moved.any(0)
+            self.columns = columns if self.columns is None else self.columns.logical_or_(columns)
+
+    @property
+    def touched(self) -> list[int] | None:
+        """Rows and columns of a matrix in which an entry moved."""
+        return [self.rows, int(self.columns.sum())] if self.columns is not None else None
 
 
 @dataclasses.dataclass
@@ -102,8 +119,9 @@ def measured(
 
     Returns:
         `norm` ‖Δ‖_F, `weight_norm` of the base, `largest` |Δ|, `moved` entries, `rounding`, the share of ‖Δ‖² that is
-        the noise of rounding to the tuned dtype, and of matrices `effective_rank`, estimate and standard error. Of a
-        tensor with NaN or infinity `moved` and `non_finite`, the number of such entries on either side.
+        the noise of rounding to the tuned dtype, and of matrices the rows and columns `touched`, and `effective_rank`,
+        estimate and standard error. Of a tensor with NaN or infinity `moved` and `non_finite`, the number of such
+        entries on either side.
     """
     sums, probe = _Sums(), _probe(base, context) if directions else None
     sample = None if noise is not None else _Sample.of(base)
@@ -125,6 +143,7 @@ def measured(
         "weight_norm": math.sqrt(sums.weight),
         "largest": sums.largest,
         "moved": sums.moved,
+        "touched": sums.touched if directions else None,
         "rounding": min(energy / squares, 1.0) if squares else None,
         "effective_rank": probe.effective_rank(sums.difference) if probe is not None else None,
     }

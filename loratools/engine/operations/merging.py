@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from loratools.adapters.algebra import finite
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.bounds import Bound
-from loratools.engine.operations.change import Change, matrices
 from loratools.engine.operations.copying import write_cast
 from loratools.engine.operations.differences import Difference, differing_entries
-from loratools.engine.operations.tiles import differing_bytes, require_all_finite, row_bytes, row_ranges
+from loratools.engine.operations.recomputing import recomputed
+from loratools.engine.operations.recording import Recorder, kept
+from loratools.engine.operations.tiles import differing_bytes, row_bytes, row_ranges
 from loratools.engine.plan import Input, Unit
 from loratools.errors import MismatchError, NonFiniteError
 from loratools.tensors import COMPUTABLE, TensorRef, TensorSpec, torch_dtype
@@ -33,68 +33,46 @@ def merge(unit: Unit, context: Context) -> Outcome:
     dtype = torch_dtype(str(unit.parameters["dtype"]))
     written = changed = 0
     bound = Bound.of(unit, context) if unit.parameters.get("bound") else None
-    for tile, result, require_finite in _recomputed(unit, ref, dtype, context):
-        require_finite()
-        changed += differing_entries(result, tile)
+    receipt = unit.parameters.get("receipt")
+    recorder = Recorder(unit.target, ref, context, keeps=receipt == "kept") if receipt else None
+    for tile in recomputed(unit, ref, dtype, context, back=receipt == "corrected"):
+        tile.require_finite(context)
+        changed += differing_entries(tile.after, tile.before)
         if bound is not None:
-            bound.see(tile, result)
-        context.sink.write(unit.file, unit.target, result.cpu(), written)
-        written += result.numel() * result.element_size()
-        context.advance(tile.numel() * tile.element_size(), unit.target)
+            bound.see(tile.before, tile.after)
+        context.sink.write(unit.file, unit.target, tile.after.cpu(), written)
+        written += tile.after.numel() * tile.after.element_size()
+        if recorder is not None:
+            recorder.see(tile)
+        context.advance(tile.stored.numel() * tile.stored.element_size(), unit.target)
     for result in _appended(unit, context, dtype):
         context.sink.write(unit.file, unit.target, result, written)
         written += result.numel() * result.element_size()
-    facts = {"changed": changed, "entries": ref.spec.numel}
-    return Outcome(unit.target, "merge", "merged", facts | ({"bound": bound.value} if bound else {}))
+    facts: dict[str, Any] = {"changed": changed, "entries": ref.spec.numel}
+    facts |= {"bound": bound.value} if bound else {}
+    return Outcome(unit.target, "merge", "merged", facts, receipt=recorder.facts() if recorder else None)
 
 
 def _merge_given(unit: Unit, ref: TensorRef, context: Context) -> Outcome:
     """A tensor of integers (a counter, a table) that an adapter gives whole: its bytes."""
-    given = _given(unit, context)
+    given = given_whole(unit, context)
     context.sink.copy(unit.file, [unit.target], [given])
     context.advance(unit.read_bytes, unit.target)
-    return Outcome(unit.target, "merge", "merged", {"changed": differing_bytes(ref, given), "entries": ref.spec.numel})
+    facts = {"changed": differing_bytes(ref, given), "entries": ref.spec.numel}
+    receipt = kept(ref, context) if unit.parameters.get("receipt") else None
+    return Outcome(unit.target, "merge", "merged", facts, receipt=receipt)
 
 
-def _given(unit: Unit, context: Context) -> TensorRef:
+def given_whole(unit: Unit, context: Context) -> TensorRef:
+    """The one replacement that a unit names."""
     (whole,) = unit.parameters["wholes"]
     return context.update(Input(whole["source"], whole["module"])).replaced[whole["parameter"]]
 
 
-def _recomputed(
-    unit: Unit, ref: TensorRef, dtype: torch.dtype, context: Context
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, Callable[[], None]]]:
-    """Every tile of the base with what it becomes, in order, and a check of the latter."""
-    for matrix, expert in matrices(ref, unit):
-        change = Change.of(unit, context, dtype, expert)
-        if change.looks:
-            for rows in change.tiles(matrix, context):
-                change.look(context.on_device(matrix.rows(*rows).load()), rows)
-        for rows in change.tiles(matrix, context):
-            context.check()
-            part = matrix.rows(*rows)
-            tile = context.on_device(part.load(context.buffer("tile", part.nbytes)))
-            result = change.tile(tile, rows, dtype, context.buffer("result", tile.numel() * dtype.itemsize))
-            yield tile, result, partial(_require_finite_result, result, matrix, change, context)
-
-
-def _stretch(ref: TensorRef, start: int, nbytes: int) -> TensorRef:
+def stretch(ref: TensorRef, start: int, nbytes: int) -> TensorRef:
     """A run of a tensor's bytes as a flat tensor."""
     count = nbytes * ref.spec.numel // max(ref.nbytes, 1)
     return TensorRef(TensorSpec(ref.name, ref.dtype, (count,)), ref.source, ref.offset + start)
-
-
-def _require_finite_result(result: torch.Tensor, base: TensorRef, change: Change, context: Context) -> None:
-    from loratools.linalg import non_finite_count
-
-    if non_finite_count(result):
-        for ref in (base, *change.inputs):
-            require_all_finite(ref, context.settings.tile_bytes)
-        raise NonFiniteError(
-            f"The merged weights overflow {result.dtype}.",
-            fix=f"Merge with a smaller weight{', or with --dtype bf16' if result.dtype.itemsize == 2 else ''}.",  # noqa: PLR2004
-            tensor=base.name,
-        )
 
 
 def _appended(unit: Unit, context: Context, dtype: torch.dtype) -> Iterator[torch.Tensor]:
@@ -133,23 +111,35 @@ def restore(unit: Unit, context: Context) -> Outcome:
         MismatchError: merged is not base + adapters.
     """
     merged, base = context.tensor(unit.inputs[0]), context.tensor(unit.inputs[1])
-    difference = Difference(bool(unit.parameters.get("foreign")), bool(unit.parameters.get("acts")))
+    foreign, acts = bool(unit.parameters.get("foreign")), bool(unit.parameters.get("acts"))
+    difference = Difference(foreign, acts, len(unit.parameters["terms"]))
     if base.dtype not in COMPUTABLE:
-        difference.entries = differing_bytes(merged, _given(unit, context))
+        difference.entries = differing_bytes(merged, given_whole(unit, context))
         return _restored(unit, base, difference, context)
     dtype = torch_dtype(merged.dtype)
     read = 0
-    for before, expected, _ in _recomputed(unit, base, dtype, context):
-        nbytes = before.numel() * dtype.itemsize
-        found = context.on_device(_stretch(merged, read, nbytes).load().view(before.shape))
+    for tile in recomputed(unit, base, dtype, context):
+        nbytes = tile.before.numel() * dtype.itemsize
+        found = context.on_device(stretch(merged, read, nbytes).load().view(tile.before.shape))
         read += nbytes
-        if differing_entries(found, expected):
-            difference.see(before, expected, found)
+        if differing_entries(found, tile.after):
+            difference.see(tile.before, tile.after, found)
         context.advance(2 * found.numel() * found.element_size(), unit.target)
     return _restored(unit, base, difference, context)
 
 
 def _restored(unit: Unit, base: TensorRef, difference: Difference, context: Context) -> Outcome:
+    require_as_merged(unit, base, difference)
+    context.sink.copy(unit.file, [unit.target], [base])
+    return Outcome(unit.target, "restore", "restored", {"entries": base.spec.numel})
+
+
+def require_as_merged(unit: Unit, base: TensorRef, difference: Difference) -> None:
+    """Refuse a merged tensor that is not what was recomputed.
+
+    Raises:
+        MismatchError: says in how many entries.
+    """
     if difference.entries:
         raise MismatchError(
             "The merged tensor is not this base plus these adapters: "
@@ -157,5 +147,3 @@ def _restored(unit: Unit, base: TensorRef, difference: Difference, context: Cont
             fix="Are these the base, the adapters and the weights that it was merged from?",
             tensor=unit.target,
         )
-    context.sink.copy(unit.file, [unit.target], [base])
-    return Outcome(unit.target, "restore", "restored", {"entries": base.spec.numel})

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import torch
 
 
-def row_ranges(shape: tuple[int, ...], row_bytes: int, tile_bytes: int) -> Iterator[tuple[int, int]]:
-    """`(start, stop)` rows of consecutive tiles of about `tile_bytes`; never less than a row."""
+def row_ranges(shape: tuple[int, ...], row_bytes: int, tile_bytes: int, multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """`(start, stop)` rows of consecutive tiles of about `tile_bytes`, of a multiple of so many rows each."""
     rows = shape[0] if shape else 1
-    step = max(1, tile_bytes // max(row_bytes, 1))
+    step = max(1, tile_bytes // max(row_bytes, 1) // multiple) * multiple
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
