@@ -236,5 +236,5 @@ def near_ours(rank: int, *, narrow: bool) -> float:
     Factors are on a grid 26 bits below those norms, or of 44 bits; twice, as ours may balance a component by another
     power of two than `Product` does; and what the product in float64 that it is compared with can be off.
     """
-    grid = 2.0**-25.4 if narrow else 2.0**-43.4
-    return float(2 * (math.sqrt(rank) * grid + rank * 2.0**-52.8) + (rank + 4) * 2.0**-52)
+    bits = 25.4 if narrow else 43.4
+    return float(2 * (math.sqrt(rank) * 2.0**-bits + rank * 2.0**-52.8) + (rank + 4) * 2.0**-52)
