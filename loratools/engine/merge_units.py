@@ -186,7 +186,7 @@ def merge_unit(file: str, spec: TensorSpec, ref: TensorRef, change: TensorChange
 
 def peak_bytes(spec: TensorSpec, change: TensorChange, tiles: int = 1) -> int:
     """Working bytes of recomputing one tensor: its tiles, or all of it where a kind needs that, and the factors."""
-    wanted = tiles + len(change.wholes) + len(change.patches) + 2 * change.actions
+    wanted = tiles + len(change.wholes) + len(change.patches) + 3 * change.actions
     factors = memory.factor_bytes(change.factor_elements)
     if change.at_once:
         return factors + 8 * spec.numel * (3 + wanted)

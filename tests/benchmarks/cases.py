@@ -72,20 +72,44 @@ def extract(setting: Setting, size: str) -> list[Case]:
 
 
 def merge(setting: Setting, size: str) -> list[Case]:
-    """`loratools merge` (report and hashes included) against a merge without them, PEFT, and a mere copy."""
+    """`loratools merge` (receipt, report and hashes included) against merges without them, PEFT, and a mere copy."""
     base, adapter = setting.input(size, "base"), setting.input(size, "adapter")
-    ours, plain = setting.output("merge"), setting.output("plain")
-    peft, copy = setting.output("peft"), setting.output("copy")
+    ours, bare, plain = setting.output("merge"), setting.output("bare"), setting.output("plain")
+    same, peft, copy = setting.output("same"), setting.output("peft"), setting.output("copy")
     inputs = [str(base), str(adapter)]
+    none = ["--receipt", "none"]
+    script = [setting.python, str(HERE / "plain_merge.py"), *inputs]
     return [
         Case(
             "adapter",
             [
                 setting.loratools("merge", *inputs, "-o", ours, output=ours),
-                Contender("plain merge", [setting.python, str(HERE / "plain_merge.py"), *inputs, str(plain)], plain),
+                setting.loratools("merge", *inputs, "-o", bare, *none, output=bare, name=" ".join(none)),
+                Contender("plain merge", [*script, str(plain)], plain),
+                Contender("plain merge, same bits", [*script, str(same), "--same-bits"], same),
                 Contender("peft", [setting.peers, str(HERE / "peft_merge.py"), *inputs, str(peft)], peft, OFFLINE),
                 Contender("cp -r; sync", ["sh", "-c", 'cp -r "$0" "$1" && sync', str(base), str(copy)], copy),
             ],
+        )
+    ]
+
+
+def unmerge(setting: Setting, size: str) -> list[Case]:
+    """The base from the receipt alone, against the base brought along, and a mere copy."""
+    base, merged = setting.input(size, "base"), setting.output("merged")
+    ours, based, copy = setting.output("unmerge"), setting.output("based"), setting.output("copy")
+    if not merged.exists():
+        merging = setting.loratools("merge", base, setting.input(size, "adapter"), "-o", merged)
+        subprocess.run(merging.command, check=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL)
+    return [
+        Case(
+            "receipt",
+            [
+                setting.loratools("unmerge", merged, "-o", ours, output=ours),
+                setting.loratools("unmerge", merged, "--base", base, "-o", based, output=based, name="--base"),
+                Contender("cp -r; sync", ["sh", "-c", 'cp -r "$0" "$1" && sync', str(base), str(copy)], copy),
+            ],
+            judge="plan",
         )
     ]
 

@@ -52,14 +52,19 @@ EXTRACTING = """\
 `extract --rank 16` against `mergekit-extract-lora --max-rank 16`, bf16. `lora`: base + a rank-16 update; `finetune`:
 singular values that fall like i^-0.7 into a noise bulk. mergekit also stores the unchanged embeddings, its default."""
 MERGING = """\
-`merge` with its report and hashes. *plain merge* is `tests/benchmarks/plain_merge.py`: the same arithmetic, no
-report, no hashes, not atomic. *peft* loads the model, then `merge_and_unload` and `save_pretrained`."""
+`merge` with receipt, report and hashes. *plain merge* is `tests/benchmarks/plain_merge.py`: W + s·B@A in float32, no
+receipt, no report, no hashes, not atomic; *same bits* is the same with our exact product. *peft* loads the model, then
+`merge_and_unload` and `save_pretrained`."""
+UNMERGING = """\
+`unmerge` of that merge: from its receipt alone, every tensor's SHA-256 compared with the base's; from the base, after
+the merge was computed again; and a copy of the base."""
 ABOUT = {
     "startup": ("Starting up", "`inspect` reads a checkpoint of 90 thousand tensors, 1.1 TB in 163 shards."),
     "extract-155m": ("Extracting, 155 M parameters", EXTRACTING),
     "merge-155m": ("Merging, 155 M parameters", MERGING),
     "extract-1.1b": ("Extracting, 1.1 B parameters", "The same with TinyLlama's shape."),
     "merge-1.1b": ("Merging, 1.1 B parameters", "The same with TinyLlama's shape."),
+    "unmerge-155m": ("Unmerging, 155 M parameters", UNMERGING),
     "memory": ("Memory", "The highest peak of all runs against the peak that `--dry-run` announces."),
     "growth": ("Growth", "`loratools` alone on 0.3, 2.2 and 3.1 GB of weights."),
 }

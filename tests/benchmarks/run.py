@@ -26,6 +26,7 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Case]]] = {
     "merge-155m": partial(cases.merge, size="155m"),
     "extract-1.1b": partial(cases.extract, size="1.1b"),
     "merge-1.1b": partial(cases.merge, size="1.1b"),
+    "unmerge-155m": partial(cases.unmerge, size="155m"),
     "memory": cases.memory,
     "growth": cases.growth,
 }

@@ -16,7 +16,8 @@ from loratools.errors import MemoryLimitError
 from loratools.tensors import TensorSpec
 from loratools.verbs.extract import extract, plan_extract
 from loratools.verbs.merge import merge, plan_merge
-from tests.tiny import Q, llama, normal, state, write_adapter, write_checkpoint
+from loratools.verbs.unmerge import plan_unmerge
+from tests.tiny import PREFIX, Q, llama, lora_tensors, normal, state, write_adapter, write_checkpoint
 
 PEAKS = st.lists(st.integers(0, 10**9), max_size=12)
 
@@ -153,3 +154,32 @@ def test_a_kind_that_needs_all_of_a_weight_stays_within_its_plan(tmp_path):
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     assert int(done.stdout) <= planned
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_receipts_stay_within_their_plans(tmp_path, dora):
+    """A weight of 48 MiB whose change is as large as it: merged with a receipt, taken out again, by two threads."""
+    tensors = {f"model.{name}.weight": normal(1, 4096, 3072, scale=0.02).to(torch.bfloat16) for name in "qv"}
+    write_checkpoint(tmp_path / "base", tensors)
+    pairs = {f"model.{name}": (normal(2, 16, 3072), normal(3, 4096, 16, scale=0.005)) for name in "qv"}
+    keys, config = lora_tensors(pairs), {}
+    if dora:
+        norms = {f"{PREFIX}{path}.lora_magnitude_vector.weight": torch.ones(4096) for path in pairs}
+        keys, config = keys | norms, {"use_dora": True}
+    write_adapter(tmp_path / "a", keys, r=16, **config)
+    base, adapters, merged = tmp_path / "base", [tmp_path / "a"], tmp_path / "merged"
+    planned = plan_merge(base, adapters, merged, threads=2).bounds.peak_bytes
+    call = "from loratools.verbs.merge import merge; merge('base', ['a'], 'merged', threads=2)"
+    assert peak_of(call, tmp_path) <= planned
+    planned = plan_unmerge(merged, tmp_path / "back", threads=2).bounds.peak_bytes
+    call = "from loratools.verbs.unmerge import unmerge; unmerge('merged', 'back', threads=2)"
+    assert peak_of(call, tmp_path) <= planned
+
+
+def peak_of(call, directory):
+    """Bytes that a process of its own took at most; `ru_maxrss` of a child begins with its parent's."""
+    script = f"{call}\nprint(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, check=True)
+    return 1024 * int(done.stdout)

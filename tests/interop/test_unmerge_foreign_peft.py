@@ -75,3 +75,20 @@ def test_ours_is_held_to_the_last_place(foreign, acts, differing):
     difference = Difference(foreign, acts)
     difference.see(before, expected, expected + 2e-6)
     assert difference.entries == differing
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_a_receipt_afterwards_brings_the_base_back_without_it(tmp_path, name, dtype):
+    """For what PEFT merged, while the base is at hand; then base and adapter go, and every bit is there again."""
+    case = Case(tmp_path, KINDS[name], dtype=dtype, net=Net)
+    merged = by_peft(case)
+    report = lt.merge(case.base, [case.adapter], merged / "loratools.receipt", receipt_for=merged)
+    assert report.tensors["recorded"] > 0
+    shutil.rmtree(case.base)
+    shutil.rmtree(case.adapter)
+    assert lt.unmerge(merged, tmp_path / "back").method == "receipt"
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert all(
+        torch.equal(tensor.view(torch.uint8), back[key].view(torch.uint8)) for key, tensor in case.before.items()
+    )

@@ -237,4 +237,4 @@ def near_ours(rank: int, *, narrow: bool) -> float:
     power of two than `Product` does; and what the product in float64 that it is compared with can be off.
     """
     bits = 25.4 if narrow else 43.4
-    return 2 * (math.sqrt(rank) * 2.0**-bits + rank * 2.0**-52.8) + (rank + 4) * 2.0**-52
+    return float(2 * (math.sqrt(rank) * 2.0**-bits + rank * 2.0**-52.8) + (rank + 4) * 2.0**-52)

@@ -178,7 +178,7 @@ class RestoredBytes(AbstractBytes):
             if self.entry.how == "same"
             else (
                 "does not lead back to the base: it was changed after it was merged, or this machine computes its "
-                "change differently, as it may for kinds that need an inverse or an FFT"
+                "change differently, as it may where that takes an FFT"
             )
         )
         return MismatchError(f"The merged tensor {what}.", fix=_FIX, tensor=self._merged.name)
