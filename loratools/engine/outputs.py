@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
@@ -12,6 +12,7 @@ from typing import Any, Final
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine.receipts.manifest import SUFFIX
+from loratools.engine.receipts.opened import path_for
 from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from loratools.files.locate import Source, local, read_report_of, readable, report_path
 from loratools.storage.files import sha256_of
@@ -148,8 +149,9 @@ def matched(
         MismatchError: one is none of those that it was made from; says what differs.
         UndecidedError: one that it was made from is not given, or was never a file.
     """
-    digests = [_digests(each, advance) for each in given]
     wanted = [set(each.digests.values()) for each in report.inputs]
+    receipts = {name for each in report.inputs for name in each.digests if name.endswith(SUFFIX)}
+    digests = [_digests(each, advance, receipts) for each in given]
     for each, have in zip(given, digests, strict=True):
         if not set(have.values()) or set(have.values()) not in wanted:
             raise _stranger(each, have, report)
@@ -171,9 +173,12 @@ def matched(
     return tuple(found)
 
 
-def _digests(source: Checkpoint | Adapter, advance: Hashed) -> dict[str, str]:
+def _digests(source: Checkpoint | Adapter, advance: Hashed, receipts: Collection[str]) -> dict[str, str]:
+    """SHA-256 of the files of an input; of a receipt beside it where one of that name was among the inputs."""
+    beside = path_for(source) if isinstance(source, Checkpoint) else None
+    mine = [beside] if beside is not None and beside.name in receipts and beside.is_file() else []
     found = {}
-    for path in source.files:
+    for path in (*source.files, *mine):
         found[path.name] = sha256_of(path)
         advance(path.stat().st_size, path.name)
     return found

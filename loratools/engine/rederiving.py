@@ -12,10 +12,12 @@ from loratools.engine.binding import Renaming
 from loratools.engine.changes import Changes, collect, source_id
 from loratools.engine.outputs import OwnReport
 from loratools.engine.plan import Input, Unit
+from loratools.engine.receipts.manifest import Entry
+from loratools.engine.receipts.opened import Receipt
 from loratools.engine.verdicts import Verdict
 from loratools.engine.verify_units import VerifyPlanner
 from loratools.engine.vocabulary import lengthened
-from loratools.errors import UnsupportedError
+from loratools.errors import UndecidedError, UnsupportedError
 from loratools.files import load_adapter, open_checkpoint
 from loratools.files.locate import Source
 
@@ -62,20 +64,57 @@ def derivation(output: Source, report: OwnReport, inputs: Sequence[Checkpoint | 
 def _merged(output: Source, report: OwnReport, base: Checkpoint, adapters: Sequence[Adapter]) -> Derivation:
     loaded = [_reloaded(each, base) for each in adapters]
     changes = collect(base, loaded, report.weights)
-    planner = VerifyPlanner.of(open_checkpoint(output), base, changes, ours=True, dtype=report.parameters["dtype"])
-    return _of(planner, loaded)
+    made = open_checkpoint(output)
+    found = _of(VerifyPlanner.of(made, base, changes, ours=True, dtype=report.parameters["dtype"]), loaded)
+    receipt = Receipt.beside(made)
+    if receipt is None:
+        return found
+    entries = [entry for entry in receipt.manifest.entries if entry.spec.name in base]
+    strange = {entry.spec.name for entry in receipt.manifest.entries} ^ set(base)
+    apart = {f"{name}, in the receipt": Verdict("changed") for name in sorted(strange)}
+    units = (*found.units, *_hashed("base", base, entries))
+    return dataclasses.replace(found, units=units, apart={**found.apart, **apart})
 
 
 def _unmerged(output: Source, report: OwnReport, given: Mapping[str, Sequence[Any]]) -> Derivation:
     method, found = report.parameters["method"], open_checkpoint(output)
     if method == "base":
         return _of(VerifyPlanner.of(found, given["base"][0], _NOTHING, ours=True), [])
+    merged = given["merged"][0]
+    if method == "receipt":
+        return _reverted(found, merged, report)
     if method != "subtraction":
         raise UnsupportedError("An unmerge of this method is not derived anew.", method=method)
-    merged = given["merged"][0]
     loaded = [_reloaded(each, merged) for each in given["adapter"]]
     taken = [-weight for weight in report.weights]
     return _of(VerifyPlanner.of(found, merged, collect(merged, loaded, taken, merged=True), ours=True), loaded)
+
+
+def _reverted(found: Checkpoint, merged: Checkpoint, report: OwnReport) -> Derivation:
+    """What a receipt brought back: every tensor has the hash that the base's had when it was merged into."""
+    if report.weights:
+        raise UnsupportedError(
+            "Adapters stayed in when this was unmerged by a receipt, and its base is none of its inputs.",
+            fix="Ask with --base and --adapter whether it is the base plus what stayed.",
+        )
+    receipt = Receipt.beside(merged)
+    if receipt is None:
+        raise UndecidedError("The receipt is not beside the merged checkpoint.", fix="Put it back.", merged=merged.name)
+    digests = {entry.spec.name: entry for entry in receipt.manifest.entries}
+    apart = {name: Verdict("absent") for name in digests if name not in found}
+    apart |= {name: Verdict("extra") for name in found if name not in digests}
+    unlike = [name for name, entry in digests.items() if name in found and found[name].spec != entry.spec]
+    apart |= {name: Verdict("reshaped") for name in unlike}
+    entries = [entry for name, entry in digests.items() if name not in apart]
+    return Derivation({"merged": found}, tuple(_hashed("merged", found, entries)), apart)
+
+
+def _hashed(source: str, checkpoint: Checkpoint, entries: Sequence[Entry]) -> Iterator[Unit]:
+    """A unit per tensor of a checkpoint that compares its SHA-256 with a receipt's."""
+    for entry in entries:
+        name, size = entry.spec.name, checkpoint[entry.spec.name].nbytes
+        parameters = {"sha256": entry.sha256}
+        yield Unit("verify-digest", name, (Input(source, name),), parameters=parameters, read_bytes=size)
 
 
 def _extracted(output: Source, report: OwnReport, base: Checkpoint, tuned: Checkpoint) -> Derivation:

@@ -68,7 +68,8 @@ class Findings:
         rows: the first and last row with an entry that is.
         along: for every adapter, ⟨M − W, ΔW⟩ over what a merge would have made of it: 1 where all is well.
         alike: the cosine of M − W and ΔW, over that of a merge.
-        scales: the least and the largest multiple of Σ w ΔW that explains every entry; empty where none does.
+        scales: the least and the largest multiple of Σ w ΔW that explains every entry by one rounding; None: none does.
+        wide: the same where ΔW may have been rounded before.
     """
 
     entries: int
@@ -82,6 +83,7 @@ class Findings:
     along: tuple[float, ...] = ()
     alike: float = math.nan
     scales: tuple[float, float] | None = None
+    wide: tuple[float, float] | None = None
 
     @property
     def best(self) -> Hypothesis:
@@ -91,7 +93,11 @@ class Findings:
     @property
     def settled(self) -> bool:
         """Whether a verdict needs no multiple of ΔW to be tried."""
-        return bool(self.not_finite) or self._explained(self.best) or self.scales is not None
+        return (
+            bool(self.not_finite)
+            or self._explained(self.best)
+            or bool(_other_than_1(self.scales) or _other_than_1(self.wide))
+        )
 
     def _explained(self, hypothesis: Hypothesis) -> bool:
         off = self.off[hypothesis]
@@ -131,15 +137,24 @@ def judge(found: Findings) -> Verdict:
     best = found.best
     if found.off[best] == 0 and best.what != "scale":
         return _exact(found, best)
-    if found.scales is not None:
-        low, high = found.scales
-        return Verdict(
-            "scale", best.policy, (_within(found, low, high),), 0, 0.0, f"by {low:.6g} to {high:.6g} of what was said"
-        )
+    if multiple := _other_than_1(found.scales):
+        return _scaled(found, multiple)
     closest = min(holding, key=lambda each: found.off[each])
     if found._explained(best):  # noqa: SLF001
         return _nearly(found, best, closest)
+    if multiple := _other_than_1(found.wide):
+        return _scaled(found, multiple)
     return _other(found, closest)
+
+
+def _other_than_1(scales: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Multiples, where they are none of the one that was asked for."""
+    return scales if scales is not None and not scales[0] <= 1 <= scales[1] else None
+
+
+def _scaled(found: Findings, scales: tuple[float, float]) -> Verdict:
+    low, high = scales
+    return Verdict("scale", None, (_within(found, low, high),), 0, 0.0, f"by {low:.6g} to {high:.6g} of what was said")
 
 
 def _other(found: Findings, closest: Hypothesis) -> Verdict:

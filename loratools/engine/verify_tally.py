@@ -47,7 +47,7 @@ class Tally:
             *(_extracted(outcomes, report) if report is not None and report.verb == "extract" else ()),
         ]
         others = [row(name, verdict) for name, verdict in apart.items()]
-        compared = [outcome.facts for outcome in outcomes if outcome.operation == "verify-same"]
+        compared = [outcome.facts for outcome in outcomes if outcome.operation in {"verify-same", "verify-digest"}]
         left_out = report.left_out if report is not None else {}
         changed = [each for facts in compared for each in facts["deviating"] if not named(each["name"], left_out)]
         others += [row(each["name"], Verdict("changed", deviating=each["deviating"]), each["entries"])

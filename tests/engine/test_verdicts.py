@@ -66,6 +66,15 @@ def test_a_multiple_that_explains_all_entries_precedes_damage():
     assert (told.verdict, told.scale) == ("scale", (0.5,))
     assert judge(found(scales=(0.4, 0.6), along=(0.7,))).scale == (0.5,)  # what was measured explains less
     assert judge(found(scales=(0.4, 0.8), along=(0.5, 0.6))).scale == (pytest.approx(0.6),)
+    assert verdict(off={HOLDS: 1}, scales=(0.9, 1.1)) == "damaged"  # it may be the multiple that was asked for
+    assert verdict(scales=(0.9, 1.0)) == "other"
+
+
+def test_a_multiple_of_an_update_that_was_rounded_before_comes_after_damage():
+    """Those bounds are wide enough to explain a single entry that is off."""
+    assert verdict(off={HOLDS: 1}, wide=(0.4, 0.6)) == "damaged"
+    assert judge(found(wide=(0.4, 0.6), along=(0.5,))).scale == (0.5,)
+    assert verdict(wide=(0.9, 1.1)) == "other"
 
 
 def test_a_multiple_has_to_run_along_the_update():
@@ -90,7 +99,9 @@ def test_when_a_multiple_has_to_be_tried():
     assert not found().settled
     assert not found(off={HOLDS: 11}).settled
     assert found(off={HOLDS: 10}).settled
-    assert found(scales=(1.0, 2.0)).settled
+    assert found(scales=(1.1, 2.0)).settled
+    assert found(wide=(1.1, 2.0)).settled
+    assert not found(scales=(1.0, 2.0)).settled
     assert found(not_finite=1).settled
 
 

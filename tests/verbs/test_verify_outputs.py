@@ -47,6 +47,7 @@ def outputs(tmp_path):
     lt.unmerge(tmp_path / "merge", tmp_path / "unmerge", base=base)
     lt.merge(base, made, tmp_path / "bare", weights=[0.5, -1], receipt="none")
     lt.unmerge(tmp_path / "bare", tmp_path / "subtracted", adapters=made[:1])
+    lt.unmerge(tmp_path / "merge", tmp_path / "reverted")
     lt.extract(base, other, tmp_path / "extract", rank=2)
     lt.stack(made, tmp_path / "stack", weights=[0.3, -2])
     lt.rescale(made[0], tmp_path / "rescale", restate_alpha=3)
@@ -54,6 +55,7 @@ def outputs(tmp_path):
         "merge": [base, *made],
         "unmerge": [tmp_path / "merge", base],
         "subtracted": [made[0], tmp_path / "bare"],
+        "reverted": [tmp_path / "merge"],
         "extract": [other, base],
         "stack": made,
         "rescale": made[:1],
@@ -72,7 +74,7 @@ def test_every_output_holds(tmp_path):
         assert any("was not asked" in note for note in alone.notes)
         report = verify(output, inputs)
         assert (report.answer, report.parameters["derived"]) == ("holds", True), output.name
-        assert report.modules or output.name == "unmerge"
+        assert report.modules or output.name in {"unmerge", "reverted"}
         assert verify(output, inputs[::-1]).answer == "holds"
     assert state(tmp_path) == before
 
@@ -163,6 +165,45 @@ def test_an_unmerge_that_is_not_the_base(tmp_path):
     tensors["model.norm.weight"][1] += 1
     rewritten(tmp_path / "u", file.name, tensors)
     report = verify(tmp_path / "u", [base, tmp_path / "m"])
+    assert [(row["name"], row["verdict"]) for row in report.tensors] == [("model.norm.weight", "changed")]
+
+
+def test_what_a_receipt_brought_back(tmp_path):
+    """Held to the hashes of the base in the receipt; with an adapter that stayed it is a question of its own."""
+    base, made = world(tmp_path)
+    lt.merge(base, made, tmp_path / "m")
+    lt.unmerge(tmp_path / "m", tmp_path / "u")
+    file = next(path for path in (tmp_path / "u").glob("*.safetensors") if f"{Q}.weight" in load_file(path))
+    tensors = load_file(file)
+    tensors[f"{Q}.weight"][1, 2] += 1
+    rewritten(tmp_path / "u", file.name, tensors)
+    report = verify(tmp_path / "u", [tmp_path / "m"])
+    assert [(row["name"], row["verdict"]) for row in report.tensors] == [(f"{Q}.weight", "changed")]
+    lt.unmerge(tmp_path / "m", tmp_path / "v", adapters=made[:1])
+    assert verify(tmp_path / "v").answer == "holds"
+    with pytest.raises(UndecidedError, match="adapter a1"):
+        verify(tmp_path / "v", [tmp_path / "m"])
+    with pytest.raises(UnsupportedError, match="--base"):
+        verify(tmp_path / "v", [tmp_path / "m", made[1]])
+    assert verify(tmp_path / "v", base=base, adapters=made[1:]).answer == "holds"
+    (tmp_path / "m" / "loratools.receipt").unlink()
+    with pytest.raises(MismatchError, match=r"loratools\.receipt is missing"):
+        verify(tmp_path / "u", [tmp_path / "m"])
+
+
+def test_a_receipt_of_another_base(tmp_path):
+    """The hashes in a merge's receipt are those of the base that is given."""
+    base, made = world(tmp_path)
+    other = write_checkpoint(tmp_path / "other", llama() | {"model.norm.weight": llama()["model.norm.weight"] + 1})
+    lt.merge(base, made, tmp_path / "m")
+    lt.merge(other, made, tmp_path / "n")
+    shutil.copy(tmp_path / "n" / "loratools.receipt", tmp_path / "m" / "loratools.receipt")
+    document = report_of(tmp_path / "m")
+    for each in document["files"]:
+        each["sha256"] = sha256(tmp_path / "m" / each["name"])
+    (tmp_path / "m" / "loratools.json").write_text(json.dumps(document))
+    assert verify(tmp_path / "m").answer == "holds"
+    report = verify(tmp_path / "m", [base, *made])
     assert [(row["name"], row["verdict"]) for row in report.tensors] == [("model.norm.weight", "changed")]
 
 

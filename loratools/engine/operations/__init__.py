@@ -62,6 +62,7 @@ _TABLE: Final[Mapping[str, Operation]] = {
     "verify": verifying.verify,
     "verify-same": verifying.verify_same,
     "verify-added": verifying.verify_added,
+    "verify-digest": verifying.verify_digest,
     "verify-extracted": verifying_adapters.verify_extracted,
     "verify-derived": verifying_adapters.verify_derived,
 }

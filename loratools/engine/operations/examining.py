@@ -25,6 +25,8 @@ _SCALED_STEPS: Final = 1.5
 """How many steps an entry may be off a multiple of ΔW: two roundings, and the multiple itself."""
 _APART: Final = 6
 """Up to so many adapters, it is tried which one of them is missing."""
+_ANY: Final = (-math.inf, math.inf)
+_NONE: Final = (math.inf, -math.inf)
 
 
 @dataclasses.dataclass(slots=True)
@@ -37,7 +39,8 @@ class _Counts:
     concerned: int = 0
     not_finite: int = 0
     rows: dict[Hypothesis, tuple[int, int]] = dataclasses.field(default_factory=dict)
-    scales: tuple[float, float] = (-math.inf, math.inf)
+    scales: tuple[float, float] = _ANY
+    wide: tuple[float, float] = _ANY
     gram: Any = 0.0
     with_found: Any = 0.0
     with_expected: Any = 0.0
@@ -114,7 +117,9 @@ def _second_pass(claim: Claim, context: Context, *, ours: bool) -> _Counts:
         counts.concerned += int((moved | (expected != before)).sum())
         counts.not_finite += int((~torch.isfinite(tile.found)).sum())
         _correlate(counts, tile, expected)
-        _narrow_scales(counts, tile, total - tile.weight, dtype, ours=ours)
+        delta, first = total - tile.weight, 0.51 * torch.finfo(dtype).eps
+        counts.scales = _narrow(counts.scales, tile, delta, dtype, ours=ours, first=0.0)
+        counts.wide = _NONE if ours else _narrow(counts.wide, tile, delta, dtype, ours=False, first=first)
         for key, policy, factors in asked:
             changed = tile.times(factors) if factors else tile
             if factors and not changed.parts:
@@ -197,17 +202,18 @@ def _correlate(counts: _Counts, tile: Tile, expected: torch.Tensor | None) -> No
     counts.expected_squares += float(wanted @ wanted)
 
 
-def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torch.dtype, *, ours: bool) -> None:
-    """Keep the multiples of ΔW that one rounding takes to every entry seen so far."""
+def _narrow(
+    scales: tuple[float, float], tile: Tile, delta: torch.Tensor, dtype: torch.dtype, *, ours: bool, first: float
+) -> tuple[float, float]:
+    """Of some multiples of ΔW those that explain a tile too; `first` is how far, relatively, ΔW was rounded before."""
     import torch
 
     from loratools.linalg import rounding_edges
 
-    least, most = counts.scales
-    if not least <= most:
-        return
+    if not scales[0] <= scales[1]:
+        return scales
     under, over = rounding_edges(tile.found.nan_to_num(0.0), dtype)
-    slack = tile.weight.abs() * (2.0**-51 if ours else 2.0**-24)
+    slack = tile.weight.abs() * (2.0**-51 if ours else 2.0**-24) + first * torch.finfo(dtype).smallest_normal
     for far in [tile.near] if ours else tile.far:
         slack = slack + far
     low, high = under - slack - tile.weight, over + slack - tile.weight
@@ -215,11 +221,17 @@ def _narrow_scales(counts: _Counts, tile: Tile, delta: torch.Tensor, dtype: torc
     low, high = torch.where(backwards, -high, low), torch.where(backwards, -low, high)
     still = delta == 0
     if bool((still & ((low > 0) | (high < 0))).any()):
-        counts.scales = (math.inf, -math.inf)
-        return
+        return _NONE
     size = torch.where(still, 1.0, delta.abs())
     low, high = torch.where(still, -math.inf, low / size), torch.where(still, math.inf, high / size)
-    counts.scales = (max(least, float(low.max())), min(most, float(high.min())))
+    low, high = low - first * low.abs(), high + first * high.abs()
+    return max(scales[0], float(low.max())), min(scales[1], float(high.min()))
+
+
+def _known(scales: tuple[float, float]) -> tuple[float, float] | None:
+    """Bounds that say something: a multiple explains every entry, and not every multiple does."""
+    low, high = scales
+    return scales if low <= high and math.isfinite(low) and math.isfinite(high) else None
 
 
 def _findings(claim: Claim, counts: _Counts) -> Findings:
@@ -234,8 +246,6 @@ def _findings(claim: Claim, counts: _Counts) -> Findings:
             cosine = _cosine(counts.with_found.sum(), counts.found_squares)
             expected = _cosine(counts.with_expected.sum(), counts.expected_squares)
             alike = cosine / expected if expected else math.nan
-    low, high = counts.scales
-    known = low <= high and math.isfinite(low) and math.isfinite(high)
     return Findings(
         entries=claim.base.spec.numel,
         moved=counts.moved,
@@ -247,7 +257,8 @@ def _findings(claim: Claim, counts: _Counts) -> Findings:
         rows=counts.rows,
         along=along,
         alike=alike,
-        scales=(low, high) if known else None,
+        scales=_known(counts.scales),
+        wide=_known(counts.wide),
     )
 
 

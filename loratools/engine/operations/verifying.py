@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 from loratools.engine.context import Context, Outcome
@@ -12,6 +13,7 @@ from loratools.engine.operations.examining import examined
 from loratools.engine.operations.tiles import row_bytes, row_ranges, same_bytes
 from loratools.engine.plan import Input, Unit
 from loratools.engine.verdicts import GOOD, Verdict, judge, together
+from loratools.storage.files import blocks
 from loratools.tensors import COMPUTABLE, TensorRef
 
 if TYPE_CHECKING:
@@ -66,6 +68,18 @@ def verify_added(unit: Unit, context: Context) -> Outcome:
     context.advance(unit.read_bytes, unit.target)
     facts = dataclasses.asdict(verdict) | {"entries": after.spec.numel}
     return Outcome(unit.target, "verify-added", verdict.verdict, facts)
+
+
+def verify_digest(unit: Unit, context: Context) -> Outcome:
+    """Whether a tensor's bytes have a SHA-256. Inputs: the tensor."""
+    ref = context.tensor(unit.inputs[0])
+    digest = hashlib.sha256()
+    for view in blocks(ref.source, ref.offset, ref.offset + ref.nbytes, check=context.check):
+        digest.update(view)
+    same = digest.hexdigest() == unit.parameters["sha256"]
+    context.advance(ref.nbytes, unit.target)
+    deviating = [] if same else [{"name": ref.name, "entries": ref.spec.numel, "deviating": 0}]
+    return Outcome(unit.target, "verify-digest", "hashed", {"count": 1, "deviating": deviating})
 
 
 def differing(expected: TensorRef, found: TensorRef, context: Context, *, exact: bool = False) -> int:
