@@ -94,7 +94,8 @@ class MergePlanner:
     def _untouched(self, tensor: layout.Planned) -> bool:
         if tensor.source is None or self._is_new_head(tensor):
             return False
-        return tensor.source not in self.changes.tensors and tensor.spec.dtype == self.base[tensor.source].dtype
+        change = self.changes.tensors.get(tensor.source)
+        return (change is None or change.nothing) and tensor.spec.dtype == self.base[tensor.source].dtype
 
     def _is_new_head(self, tensor: layout.Planned) -> bool:
         untied = self.changes.untied

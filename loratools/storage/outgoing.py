@@ -20,11 +20,14 @@ from loratools.errors import (
 )
 from loratools.storage.files import ReadOnlyFile
 from loratools.storage.hub_files import LocalFile, check_names, left_out_reason
+from loratools.storage.safetensors import open_safetensors
 from loratools.storage.strict_json import read_report
 
 CARD: Final = "README.md"
 REPORT: Final = "loratools.json"
+RECEIPT: Final = ".receipt"
 MAX_SCANNED_BYTES: Final = 1 << 20
+MAX_MANIFEST_BYTES: Final = 1 << 26
 
 _WEIGHTS: Final = frozenset({".gguf", ".safetensors"})
 _TEXTS: Final = frozenset({".json", ".md", ".txt"})
@@ -139,7 +142,7 @@ def _manifest_row(row: object) -> tuple[str, int, str]:
 
 
 def refuse_leaks(path: Path) -> bool:
-    """Refuse a text file that holds a credential or names a place on this machine.
+    """Refuse a text, or a receipt with configurations in it, that has a credential or names a place on this machine.
 
     Vocabularies are full of words that look like paths, so that these are looked for only in
     Markdown, configurations and our own report.
@@ -150,22 +153,35 @@ def refuse_leaks(path: Path) -> bool:
     Raises:
         InputDataError: it leaks; the message has the line, never the text.
     """
-    if path.suffix.lower() not in _TEXTS:
+    if path.suffix.lower() not in _TEXTS | {RECEIPT}:
         return True
-    with ReadOnlyFile(path) as file:
-        if file.size > MAX_SCANNED_BYTES:
-            return False
-        data = bytearray(file.size)
-        file.read_into(memoryview(data), 0)
+    data = _manifest(path) if path.suffix.lower() == RECEIPT else _text(path)
+    if data is None:
+        return False
     for kind, pattern in _SECRETS:
         _refuse_match(
             pattern, data, path, f"This file holds what looks like {kind}.", "Remove it, and revoke it if it is real."
         )
-    if path.suffix.lower() == ".md" or path.name.endswith(("config.json", REPORT)):
+    if path.suffix.lower() in {".md", RECEIPT} or path.name.endswith(("config.json", REPORT)):
         what = "This file names a path of this machine, which means nothing elsewhere and tells who you are."
         for pattern in (_HOME, _BASE):
             _refuse_match(pattern, data, path, what, "Put the base's owner/name there, or remove it.")
     return True
+
+
+def _text(path: Path) -> bytearray | None:
+    with ReadOnlyFile(path) as file:
+        if file.size > MAX_SCANNED_BYTES:
+            return None
+        data = bytearray(file.size)
+        file.read_into(memoryview(data), 0)
+        return data
+
+
+def _manifest(path: Path) -> bytearray | None:
+    """The text in a receipt; see docs/formats/receipt.md."""
+    held = open_safetensors(path).tensors.get("manifest")
+    return held.read() if held is not None and held.nbytes <= MAX_MANIFEST_BYTES else None
 
 
 def _refuse_match(pattern: re.Pattern[bytes], data: bytearray, path: Path, what: str, fix: str) -> None:

@@ -11,8 +11,17 @@ from safetensors.torch import load_file, save_file
 
 from loratools.engine import memory
 from loratools.engine.operations import sections
-from loratools.errors import LoratoolsError, MalformedError, MismatchError, UndecidedError, UnsupportedError, UsageError
+from loratools.errors import (
+    InputDataError,
+    LoratoolsError,
+    MalformedError,
+    MismatchError,
+    UndecidedError,
+    UnsupportedError,
+    UsageError,
+)
 from loratools.files import load_adapter, open_checkpoint
+from loratools.storage.outgoing import refuse_leaks
 from loratools.verbs.merge import merge, plan_merge
 from loratools.verbs.unmerge import plan_unmerge, unmerge
 from tests import models
@@ -502,3 +511,17 @@ def test_a_receipt_for_every_orientation(tmp_path, kind):
     assert open_checkpoint(tmp_path / "merged").name == "merged"
     unmerge(tmp_path / "merged", tmp_path / "back")
     assert models.tensor_hashes(tmp_path / "back") == models.tensor_hashes(w.base)
+
+
+def test_a_receipt_tells_no_place_on_this_machine(tmp_path):
+    """Where an adapter's base lay is forgotten; what else a configuration tells is found before it is published."""
+    base = write_checkpoint(tmp_path / "base")
+    for name, config in {"a": {"base_model_name_or_path": "/home/alice/base"}, "b": {"note": "/home/alice/x"}}.items():
+        adapter = write_adapter(tmp_path / name, lora_tensors(factors()), **config)
+        merge(base, [adapter], tmp_path / f"m{name}")
+    assert "alice" not in json.dumps(manifest_of(tmp_path / "ma" / NAME))
+    assert refuse_leaks(tmp_path / "ma" / NAME)
+    with pytest.raises(InputDataError, match="path of this machine"):
+        refuse_leaks(tmp_path / "mb" / NAME)
+    unmerge(tmp_path / "ma", tmp_path / "back")
+    assert models.tensor_hashes(tmp_path / "back") == models.tensor_hashes(base)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, final
 
 from loratools.adapters import Adapter
+from loratools.adapters.adapter import hub_name
 from loratools.checkpoints import Checkpoint
 from loratools.engine.changes import source_id
 from loratools.engine.context import Outcome
@@ -30,6 +31,7 @@ from loratools.tensors import TensorRef, TensorSpec
 
 Kind = Literal["full", "lean"]
 
+BASE_FIELD: Final = "base_model_name_or_path"
 _SHARE: Final = 4
 """A section is counted with this part of its tensor: more than any takes whose change is no larger than the weight."""
 _PER_TENSOR: Final = 500
@@ -163,10 +165,17 @@ class Draft:
                 weight=weight,
                 format=adapter.format,
                 sha256=known[source_id(index)],
-                config=contents.config,
+                config=_without_path(contents.config),
                 metadata=contents.metadata,
                 tensors=hashes,
             )
+
+
+def _without_path(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """An adapter's configuration, without the base's place on somebody's machine: nothing is made of it here."""
+    if config is None or BASE_FIELD not in config or hub_name(config[BASE_FIELD]) is not None:
+        return config
+    return {**config, BASE_FIELD: None}
 
 
 def _put(writer: SafetensorsWriter, spec: TensorSpec, data: Sequence[TensorRef] | bytes) -> None:
