@@ -157,7 +157,8 @@ def test_each_of_two_adapters_is_measured(tmp_path, dtype):
     merge(base, made[1:], tmp_path / "second")
     report = verify(tmp_path / "second", base=base, adapters=made)
     assert set(verdicts(report).values()) == {"partly"}
-    assert {row["detail"] for row in report.modules} == {"without adapter0"}
+    assert {row["detail"] for row in report.modules} == {"without a0"}
+    assert {row["scale"] for row in report.modules} == {(0.0, 1.0)}
     merge(base, made, tmp_path / "weighted", weights=[0.25, 1.5])
     report = verify(tmp_path / "weighted", base=base, adapters=made)
     assert set(verdicts(report).values()) == {"scale"}
