@@ -130,6 +130,15 @@ def test_a_step_in_one_entry_of_a_merge_of_ours(tmp_path, dtype, name):
     assert (row["name"], row["deviating"]) == (name, 1)
 
 
+def test_an_update_below_the_dtypes_steps_is_no_question_of_ours(tmp_path):
+    """Whether anything was added cannot be told; that this is what its inputs make can."""
+    base = write_checkpoint(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", lora_tensors(factors(4, scale=1e-9)))
+    lt.merge(base, [adapter], tmp_path / "m")
+    assert verify(tmp_path / "m", [base, adapter]).answer == "holds"
+    assert verify(tmp_path / "m", base=base, adapters=[adapter]).answer == "cannot tell"
+
+
 def test_zeros_of_another_sign_are_other_bytes_in_ours(tmp_path):
     """What nothing touches keeps its bytes."""
     tensors = llama()
