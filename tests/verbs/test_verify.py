@@ -338,6 +338,20 @@ def test_tied_heads(tmp_path, stored):
     assert {row["name"]: row["verdict"] for row in report.tensors} == {"lm_head.weight": "changed"}
 
 
+def test_a_tied_head_that_only_the_base_stores(tmp_path):
+    """As transformers drops it when it saves the merge: it is the embedding, and not absent."""
+    config = CONFIG | {"tie_word_embeddings": True}
+    tensors = llama(head=False)
+    both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    base, adapter = write_checkpoint(tmp_path / "base", both, config), write_adapter(tmp_path / "a")
+    merge(base, [adapter], tmp_path / "merged")
+    made = tensors_of(tmp_path / "merged")
+    del made["lm_head.weight"]
+    assert verify(with_tensors(tmp_path, made, config=config), base=base, adapters=[adapter]).answer == "holds"
+    report = verify(with_tensors(tmp_path, made, "untied", CONFIG), base=base, adapters=[adapter])
+    assert {row["name"]: row["verdict"] for row in report.tensors} == {"lm_head.weight": "absent"}
+
+
 def test_a_head_that_comes_apart(tmp_path):
     """The adapter changes the head of a tied pair alone: ours has a head of its own, and it is held to W + ΔW."""
     config = CONFIG | {"tie_word_embeddings": True}

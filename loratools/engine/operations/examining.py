@@ -190,8 +190,8 @@ def _count(
     largest = found.nan_to_num(0.0, 0.0, 0.0).abs().maximum(tile.weight[off].abs())
     counts.worst[key] = max(counts.worst.get(key, 0.0), float((apart / grid_step(largest, dtype)).max()))
     rows = off.any(1).nonzero()
-    first, last = counts.rows.get(key, (tile.first + int(rows[0]), 0))
-    counts.rows[key] = (first, max(last, tile.first + int(rows[-1])))
+    first, _ = counts.rows.get(key, (tile.first + int(rows[0]), 0))
+    counts.rows[key] = (first, tile.first + int(rows[-1]))
 
 
 def _correlate(counts: _Counts, tile: Tile, expected: torch.Tensor | None) -> None:
