@@ -5,7 +5,7 @@ trace of ΔW, and too few where ΔW's last values are smaller than the noise. Bu
 modules, or in all of a kind (`query` of every layer): where several end at the same value with a clear step, and none
 goes on beyond it, that is the adapter's rank. Continuous spectra, those of full fine-tunes, end anywhere.
 
-The numbers below were chosen on adapters trained for that purpose; tests/benchmarks/auto_rank.py looks at others.
+The numbers below were chosen on adapters trained for that purpose; docs/auto-rank.md is measured on others.
 """
 
 from __future__ import annotations

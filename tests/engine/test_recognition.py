@@ -107,8 +107,24 @@ def test_matrices_of_one_module_share_its_rank():
     """Stacked experts: the largest end that any is sure of, and never more than there is."""
     experts = [merged("mlp.experts.down_proj", rank, step=20.0) for rank in (8, 8, 8, 4)]
     assert recognise([*experts, merged("q", 8)]).ranks == {"mlp.experts.down_proj": 8, "q": 8}
-    small = [of("a.0.b", 9.0, 9.0, 9.0, limit=3), *(merged(f"a.{at}.b", 5) for at in range(1, 6))]
+    small = [of("a.0.b", 2.0, 2.0, 2.0, limit=3), *(merged(f"a.{at}.b", 5) for at in range(1, 6))]
     assert recognise(small).ranks["a.0.b"] == 3
+
+
+def test_less_than_half_of_the_modules_is_no_merge():
+    """One kind ends together, three do not: nothing is said of any."""
+    evidence = everywhere(
+        lambda target, layer, kind: merged(target, 8) if kind == KINDS[0] else falling(target, 30 + layer)
+    )
+    found = recognise(evidence)
+    assert (found.what, found.ranks, found.shared) == ("unknown", {}, {})
+
+
+def test_of_two_ranks_with_as_many_votes_the_larger_one_is_meant():
+    """Three end at 12, three at 8: those may have hidden ones."""
+    evidence = [merged(path(layer, KINDS[0]), (8, 12)[layer % 2], step=2.0) for layer in range(6)]
+    for each in (evidence, evidence[::-1]):
+        assert recognise(each).ranks == {path(layer, KINDS[0]): 12 for layer in range(6)}
 
 
 def continuous(generator, target):

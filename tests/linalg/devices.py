@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loratools.linalg import _host
 
 CUDA = torch.device("cuda:0")
-USERS = ("_basis", "_dense", "_krylov", "_orth", "_prepare", "_ritz", "_streamed", "_batch")
+USERS = ("_basis", "_dense", "_krylov", "_orth", "_prepare", "_ritz", "_streamed", "_batch", "_one_piece")
 
 
 class Indexing(TorchFunctionMode):

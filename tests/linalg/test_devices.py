@@ -99,8 +99,27 @@ def test_the_merge_arithmetic_stays_on_the_device():
         A, B, W = on_device((4, 30)), on_device((50, 4)), on_device((50, 30)).to(torch.bfloat16)
         found = linalg.low_rank_delta(A, B, 0.5)
         assert found.device == CUDA
+        assert linalg.square_sums(found.double()).device == CUDA
+        assert linalg.exact_product(B.double(), A.double()).device == CUDA
+        assert linalg.inverse_of_positive(A.double().new_zeros(2, 20, 20)).device == CUDA
     assert mode.read == []
     assert W.device == CUDA
+
+
+def test_whether_one_piece_will_do_is_one_wait():
+    """The proof is on the device but for its last lines."""
+    rank, down, up = 4, matrix("gaussian", 4, 30), matrix("gaussian", 50, 4)
+
+    def prepared(A, B):
+        return linalg.LowRankSum.of([(A, B, 0.5)], pieces=None)
+
+    held, record = recorded(lambda: prepared(down, up))
+    found, mode, waits = replayed(lambda: prepared(on_device((rank, 30)), on_device((50, rank))), record)
+    assert mode.read == []
+    assert len(waits) == 1
+    assert held.left_rest is None
+    assert found.left_rest is None
+    assert found.left.device == CUDA
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: run `pytest -m gpu`")

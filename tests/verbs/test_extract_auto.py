@@ -102,26 +102,44 @@ def test_a_full_fine_tune_is_called_one_and_keeps_its_energy(tmp_path, home, tun
     assert any("a full fine-tune" in note for note in report.notes)
 
 
-def test_vectors_decide_where_matrices_do_not(tmp_path, home):
-    """Matrices of which all but two or three directions are below the noise: with unlike norms, a fine-tune."""
+def write_changed(folder, home, change, others=lambda name: False):
+    """MiniLM with something added to its query and key weights, and to the vectors that `others` names: base, tuned."""
     base = models.tensors_of(home / "base")
-    tuned = {name: tensor.clone() for name, tensor in base.items()}
-    names = [name for name in base if "query.weight" in name or "key.weight" in name]
-    for at, name in enumerate(names):
-        decay = 0.5 ** torch.arange(16, dtype=torch.float64)
-        change = (normal(at, 384, 16, dtype=torch.float64) * decay) @ normal(40 + at, 16, 384, dtype=torch.float64)
-        change *= 1e-3 * base[name].double().norm() / change.norm()
-        tuned[name] = (base[name].double() + change).bfloat16()
-    write_checkpoint(tmp_path / "base", base)
-    write_checkpoint(tmp_path / "matrices", tuned)
-    tuned |= {name: tensor + 0.01 for name, tensor in base.items() if "LayerNorm" in name}
-    write_checkpoint(tmp_path / "all", tuned)
-    some, all_of_it = (
-        extract(tmp_path / "base", tmp_path / name, tmp_path / f"out-{name}", rank="auto", max_rank=8)
-        for name in ("matrices", "all")
-    )
-    assert some.totals["recognised"]["what"] == "unknown"
-    assert all_of_it.totals["recognised"]["what"] == "full fine-tune"
+    tuned = {name: tensor + 0.01 if others(name) else tensor for name, tensor in base.items()}
+    for at, name in enumerate(name for name in base if name.endswith(("query.weight", "key.weight"))):
+        tuned[name] = (base[name].double() + base[name].double().norm() * change(at)).bfloat16()
+    return write_checkpoint(folder / "base", base), write_checkpoint(folder / "tuned", tuned)
+
+
+def hardly(at):
+    """A ΔW of rank 16 of which all but a few directions are below the noise."""
+    decay = 0.5 ** torch.arange(16, dtype=torch.float64)
+    change = (normal(at, 384, 16, dtype=torch.float64) * decay) @ normal(40 + at, 16, 384, dtype=torch.float64)
+    return change / change.norm() * 1e-3
+
+
+@pytest.mark.parametrize(
+    ("others", "what"),
+    [
+        (lambda name: False, "unknown"),
+        (lambda name: name.endswith(("query.bias", "key.bias")), "unknown"),
+        (lambda name: "LayerNorm" in name, "full fine-tune"),
+    ],
+    ids=["none", "biases of the same modules", "norms"],
+)
+def test_vectors_decide_where_matrices_do_not(tmp_path, home, others, what):
+    """Norms that changed tell a fine-tune; biases beside a changed matrix may be an adapter's."""
+    report = extract(*write_changed(tmp_path, home, hardly, others), tmp_path / "out", rank="auto")
+    assert report.totals["recognised"]["what"] == what
+    assert any("share" in note for note in report.notes) == (what == "unknown")
+
+
+def test_what_is_left_over_decides_where_little_stands_out(tmp_path, home):
+    """Changes of full rank as small as the noise, of matrices alone: little stands out, but too much is left."""
+    pair = write_changed(tmp_path, home, lambda at: 1e-3 * normal(at, 384, 384, dtype=torch.float64) / 384)
+    report = extract(*pair, tmp_path / "out", rank="auto")
+    assert max(module["above_noise"] for module in report.modules) < 20
+    assert report.totals["recognised"]["what"] == "full fine-tune"
 
 
 # --- by hand, tiny -------------------------------------------------------------------------------------------------
