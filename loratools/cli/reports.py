@@ -68,9 +68,11 @@ def merge(report: MergeReport) -> list[str]:
         ("tensors", counted(report.tensors)),
         ("changed", share),
         _files(report.files),
+        ("receipt", _receipt(report.files)),
     ]
     if "recorded" in report.tensors:
-        return page(f"Wrote a receipt of {count(len(adapters), 'adapter')}.", rows[:3], report.notes)
+        rows = [row for row in rows if row[0] not in {"changed", "weights"}]
+        return page(f"Wrote a receipt of {count(len(adapters), 'adapter')}.", rows, report.notes)
     headline = f"Merged {count(len(adapters), 'adapter')} into the base." if adapters else "Wrote the checkpoint anew."
     return page(headline, rows, report.notes)
 
@@ -196,6 +198,11 @@ def _left_out(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
     for name, reason in reasons.items():
         names.setdefault(reason, []).append(name)
     return [("left out", f"{some(group)}: {reason}") for reason, group in names.items()]
+
+
+def _receipt(files: Sequence[Mapping[str, Any]]) -> str:
+    found = next((file for file in files if file["name"].endswith(".receipt")), None)
+    return f"{size(found['bytes'])}, from which unmerge gives the base back" if found is not None else ""
 
 
 def _files(files: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -18,8 +18,10 @@ from loratools.files._open_checkpoint import open_checkpoint
 from loratools.formats import Contents, codec_named, detect
 from loratools.formats.peft.config import CONFIG_FILE
 from loratools.formats.peft.keys import ADDED_ROWS_FILE
-from loratools.storage.safetensors import open_safetensors
+from loratools.storage.files import ReadOnlyFile
+from loratools.storage.safetensors import open_safetensors, read_safetensors
 from loratools.storage.shards import Weights, open_weights
+from loratools.tensors import ComputedBytes, TensorRef
 
 
 def load_adapter(
@@ -47,16 +49,35 @@ def load_adapter(
 
 
 def contents_of(adapter: Adapter) -> Contents | None:
-    """What the files of an adapter hold, opened anew; None for one that was made in memory.
+    """What the files of an adapter hold, read from those that it has open; None for one that was made in memory.
 
     Raises:
         LoratoolsError: as `load_adapter`.
     """
     if adapter.location is None or not adapter.files:
         return None
-    with locate.readable(adapter.location):
-        path = Path(adapter.location)
-        return _contents(path, open_weights(path, locate.ADAPTER_STEMS), {})
+    held = {file.path: file for update in adapter.values() for ref in update.tensors for file in _files_behind(ref)}
+    found = {
+        path: read_safetensors(held[path] if path in held else ReadOnlyFile(path))
+        for path in adapter.files
+        if path.suffix == ".safetensors"
+    }
+    side = {path.name: file.tensors for path, file in found.items() if path.name == ADDED_ROWS_FILE}
+    weights = [file for path, file in found.items() if path.name not in side]
+    return Contents(
+        tensors={key: ref for file in weights for key, ref in file.tensors.items()},
+        config=dict(adapter.config) or None,
+        metadata=weights[0].metadata if weights else {},
+        side_tensors=side,
+    )
+
+
+def _files_behind(ref: TensorRef) -> list[ReadOnlyFile]:
+    """The files that a tensor is read from, also where it is computed from others."""
+    if isinstance(ref.source, ReadOnlyFile):
+        return [ref.source]
+    inputs = ref.source.inputs if isinstance(ref.source, ComputedBytes) else ()
+    return [file for each in inputs for file in _files_behind(each)]
 
 
 def adapter_of(contents: Contents, format: str, name: str, base: Checkpoint) -> Adapter:

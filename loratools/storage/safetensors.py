@@ -64,10 +64,15 @@ def open_safetensors(path: str | os.PathLike[str]) -> SafetensorsFile:
     """
     file = ReadOnlyFile(path)
     try:
-        header = read_header(file)
+        return read_safetensors(file)
     except BaseException:
         file.close()
         raise
+
+
+def read_safetensors(file: ReadOnlyFile) -> SafetensorsFile:
+    """The same of a file that is open already; raises as `read_header`."""
+    header = read_header(file)
     start = header.data_start
     tensors = {spec.name: TensorRef(spec, file, start + offset) for spec, offset in header.tensors}
     return SafetensorsFile(MappingProxyType(tensors), header.metadata, file, start)

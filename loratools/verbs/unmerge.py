@@ -161,6 +161,7 @@ def _take_out(
     sources |= {source_id(index): adapter for index, adapter in enumerate(rest)}
     planner = MergePlanner(base, changes, sources, None, receipt=taking_out.draft is not None)
     path = Path(output)
+    planning.check_output(path, run, loaded, 0)  # the named ones are read, though no unit does it
     files = planner.files(None, single=path.suffix == ".safetensors", name=path.name)
     work = taking_out.reverting(planner.units(files))
     notes = (*changes.notes, *taking_out.notes)

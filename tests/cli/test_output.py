@@ -220,3 +220,22 @@ def test_names_that_are_not_unicode(shell, workdir):
     done = shell("merge", "base", os.fsdecode(b"caf\xe9"), "-o", "out", "--dry-run")
     assert done.returncode == 0, done.stderr
     assert "caf\\udce9" in done.stdout
+
+
+def test_the_answer_of_diff_on_adapters(run, workdir):
+    """Exit 0 the same, 1 not; more than two are a matrix and exit 0; the plan reads headers only."""
+    assert run("rescale", "adapter", "-o", "twice", "--by", "2").exit_code == 0
+    assert run("rescale", "adapter", "-o", "baked", "--bake").exit_code == 0
+    for arguments, code in ((["adapter", "adapter"], 0), (["adapter", "baked"], 0), (["adapter", "twice"], 1)):
+        result = run("diff", *arguments)
+        assert (result.exit_code, result.stderr) == (code, "")
+        assert json.loads(run("diff", *arguments, "--json").stdout)["same"] is (code == 0)
+    assert "B is A at 2 times its weight." in run("diff", "adapter", "twice").stdout
+    several = run("diff", "adapter", "twice", "baked")
+    assert (several.exit_code, several.stderr) == (0, "")
+    assert json.loads(run("diff", "adapter", "twice", "baked", "--json").stdout)["compared"] == "similarities"
+    plan = run("diff", "adapter", "twice", "--dry-run")
+    assert plan.exit_code == 0
+    assert "writes" not in plan.stdout
+    assert json.loads(run("diff", "adapter", "twice", "--dry-run", "--json").stdout)["schema"] == "loratools/plan/1"
+    assert run("diff", "base", "tuned", "--max-memory", "10MB").exit_code == 71

@@ -21,6 +21,12 @@ def test_extract_then_merge_then_unmerge(run, workdir):
     assert shown.startswith("Merged 1 adapter into the base.")
     assert "out, weight 0.5" in shown
     assert "2 copied, 5 merged" in shown
+    assert re.search(r"receipt +[\d.]+ KiB, from which unmerge gives the base back", shown)
+    (workdir / "merged/loratools.receipt").unlink()
+    again = ("--receipt-for", "merged", "-o", "merged/loratools.receipt")
+    shown = run("merge", "base", "out", "-w", "0.5", *again).stdout
+    assert shown.startswith("Wrote a receipt of 1 adapter.")
+    assert "5 recorded, 2 unchanged" in shown
     shown = run("unmerge", "merged", "out", "--base", "base", "-o", "again").stdout
     assert "bit for bit" in shown
     assert "7, of which 5 held an adapter" in shown

@@ -20,4 +20,5 @@ def home(tmp_path):
     write_checkpoint(tmp_path / "tuned", tuned())
     write_adapter(tmp_path / "a")
     merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "merged")
+    merge(tmp_path / "base", [tmp_path / "a"], tmp_path / "bare", receipt="none")
     return tmp_path

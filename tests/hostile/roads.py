@@ -17,13 +17,13 @@ VERBS = {
     "extract": lambda home, out, **run: extract(home / "base", home / "tuned", out, rank=2, **run),
     "merge": lambda home, out, **run: merge(home / "base", [home / "a"], out, **run),
     "recast": lambda home, out, **run: merge(home / "base", [], out, dtype="fp32", **run),
-    "subtract": lambda home, out, **run: unmerge(home / "merged", out, adapters=[home / "a"], **run),
+    "subtract": lambda home, out, **run: unmerge(home / "bare", out, adapters=[home / "a"], **run),
     "restore": lambda home, out, **run: unmerge(home / "merged", out, base=home / "base", **run),
     "stack": lambda home, out, **run: stack([home / "a", home / "a"], out, **run),
     "rescale": lambda home, out, **run: rescale(home / "a", out, by=2, **run),
 }
 READS = {
-    "extract": "base", "merge": "a", "recast": "base", "subtract": "merged", "restore": "base", "stack": "a",
+    "extract": "base", "merge": "a", "recast": "base", "subtract": "bare", "restore": "base", "stack": "a",
     "rescale": "a",
 }  # fmt: skip
 

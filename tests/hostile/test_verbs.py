@@ -60,10 +60,11 @@ def test_factors_with_numbers_that_are_none(home, side, verb):
     pairs = factors()
     pairs[Q][side].view(-1)[:3] = float("nan")
     bad = write_adapter(home / "bad", lora_tensors(pairs))
-    (home / "merged" / "loratools.json").unlink()
+    for merged in ("merged", "bare"):
+        (home / merged / "loratools.json").unlink()
     run = {
         "merge": lambda: merge(home / "base", [bad], home / "out"),
-        "subtract": lambda: unmerge(home / "merged", home / "out", adapters=[bad]),
+        "subtract": lambda: unmerge(home / "bare", home / "out", adapters=[bad]),
         "restore-named": lambda: unmerge(home / "merged", home / "out", adapters=[bad], base=home / "base"),
         "stack": lambda: stack([home / "a", bad], home / "out", weights=[1, 0.5]),
         "bake": lambda: rescale(bad, home / "out", bake=True),

@@ -156,7 +156,7 @@ def test_an_unmerge_that_contradicts_the_report(home):
     refuses(home, lambda: unmerge(m, out, adapters=[other]), MismatchError, "not merged", "other")
     refuses(home, lambda: unmerge(m, out, adapters=[a, other], base=home / "base"), MismatchError, "other")
     refuses(home, lambda: unmerge(m, out, base=wrong), MismatchError, "not the base", "wrong")
-    refuses(home, lambda: unmerge(m, out), UndecidedError, "merged", "--base")
+    refuses(home, lambda: unmerge(home / "bare", out), UndecidedError, "bare", "--base")
     refuses(home, lambda: unmerge(home / "base", out, base=home / "base"), UndecidedError, "no report")
 
 

@@ -148,9 +148,9 @@ def test_dora_has_no_delta_of_its_own(tmp_path):
     ):
         with pytest.raises(UnsupportedError, match=r"dora.*base"):
             work()
-    case.merged()
+    lt.merge(case.base, [case.adapter], tmp_path / "bare", receipt="none")
     with pytest.raises(UnsupportedError, match="--base"):
-        lt.unmerge(tmp_path / "merged", tmp_path / "x", adapters=[case.adapter])
+        lt.unmerge(tmp_path / "bare", tmp_path / "x", adapters=[case.adapter])
 
 
 def test_dora_magnitudes_under_their_old_key(tmp_path):

@@ -26,6 +26,7 @@ def made(tmp_path, request):
     """A world, its merge, and the names in the directory before a verb runs."""
     found = world(tmp_path, getattr(request, "param", "linear"), "fp32", adapters=2)
     merge(found.base, found.adapters, tmp_path / "merged")
+    merge(found.base, found.adapters, tmp_path / "bare", receipt="none")
     return found
 
 
@@ -35,13 +36,14 @@ def verbs(made, root):
         "extract": lambda out, **how: extract(made.base, root / "merged", out, rank=2, **how),
         "merge": lambda out, **how: merge(made.base, made.adapters, out, **how),
         "unmerge": lambda out, **how: unmerge(root / "merged", out, base=made.base, **how),
-        "subtract": lambda out, **how: unmerge(root / "merged", out, adapters=made.adapters, **how),
+        "receipt": lambda out, **how: unmerge(root / "merged", out, **how),
+        "subtract": lambda out, **how: unmerge(root / "bare", out, adapters=made.adapters, **how),
         "stack": lambda out, **how: stack(made.adapters, out, **how),
         "rescale": lambda out, **how: rescale(made.adapters[0], out, by=2.0, **how),
     }
 
 
-VERBS = ("extract", "merge", "unmerge", "subtract", "stack", "rescale")
+VERBS = ("extract", "merge", "unmerge", "receipt", "subtract", "stack", "rescale")
 
 
 @pytest.mark.parametrize("made", [kind for kind in KINDS if kind not in {"whole", "tied"}], indirect=True)
@@ -60,9 +62,10 @@ def test_inputs_do_not_change_and_nothing_else_appears(made, tmp_path, unchanged
 def test_a_failure_leaves_nothing(made, tmp_path, unchanged, verb, value):
     """A number that is none, found half-way through: an error that says where, no output, no sibling."""
     name = "model.layers.1.mlp.down_proj.weight"
-    (tmp_path / "merged" / "loratools.json").unlink()  # else it knows better than to subtract these adapters
     damage(made.base / "model.safetensors", name, value)
-    damage(tmp_path / "merged" / "model.safetensors", name, -1.0 if verb == "extract" else value)
+    for merged in ("merged", "bare"):
+        (tmp_path / merged / "loratools.json").unlink()  # else it knows better than to subtract these adapters
+        damage(tmp_path / merged / "model.safetensors", name, -1.0 if verb == "extract" else value)
     for adapter in made.adapters:
         damage(
             adapter / "adapter_model.safetensors", "base_model.model.model.layers.1.mlp.down_proj.lora_B.weight", value
@@ -71,7 +74,7 @@ def test_a_failure_leaves_nothing(made, tmp_path, unchanged, verb, value):
     before = {path.name for path in tmp_path.iterdir()}
     with pytest.raises(LoratoolsError) as error:
         verbs(made, tmp_path)[verb](tmp_path / "out")
-    if verb != "unmerge":  # which does not know what to take out
+    if verb not in {"unmerge", "receipt"}:  # which do not know what to take out, or see that a tensor was changed
         assert isinstance(error.value, NonFiniteError)
         assert "down_proj" in str(error.value)
     assert {path.name for path in tmp_path.iterdir()} == before
@@ -113,7 +116,8 @@ def test_overwriting(made, tmp_path):
 def test_the_output_may_not_be_an_input(made, tmp_path, unchanged, verb):
     """Writing over an input is refused, even with --overwrite."""
     unchanged(made.base, *made.adapters, tmp_path / "merged")
-    inputs = {"extract": made.base, "merge": made.base, "unmerge": tmp_path / "merged", "subtract": tmp_path / "merged"}
+    inputs = {"extract": made.base, "merge": made.base, "subtract": tmp_path / "bare"}
+    inputs |= dict.fromkeys(("unmerge", "receipt"), tmp_path / "merged")
     with pytest.raises(LoratoolsError):
         verbs(made, tmp_path)[verb](inputs.get(verb, made.adapters[0]), overwrite=True)
 

@@ -46,7 +46,7 @@ def require_one_winner(place, output, ended):
     assert partials(place) == []
     assert whose(place, output) == WEIGHTS[codes.index(0)]
     names = {name.split("/")[0] for name in outputs(place)}
-    assert names == ({DIRECTORY} if output == DIRECTORY else {FILE, "out.loratools.json"})
+    assert names == ({DIRECTORY} if output == DIRECTORY else {FILE, "out.loratools.json", "out.receipt"})
 
 
 @pytest.mark.parametrize("number", [2, 8])

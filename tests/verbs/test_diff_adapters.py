@@ -2,6 +2,8 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -360,6 +362,34 @@ def test_the_plan_knows_what_forming_takes(tmp_path):
     assert {unit.parameters["how"] for unit in plan_diff(*formed).units} == {"dense"}
     with pytest.raises(MemoryLimitError):
         diff(*formed, max_memory=100 * 2**20)
+
+
+CHILD = """
+import sys, torch
+from loratools.adapters import Adapter
+from loratools.adapters.loha import LoHa
+from loratools.tensors import in_memory
+from loratools.verbs.diff import diff, plan_diff
+
+def adapter(seed):
+    torch.manual_seed(seed)
+    sizes = {"hada_w1_a": (4000, 4), "hada_w1_b": (4, 2500), "hada_w2_a": (4000, 4), "hada_w2_b": (4, 2500)}
+    tensors = {name: in_memory(name, torch.randn(size)) for name, size in sizes.items()}
+    return Adapter({"x": LoHa(**tensors, alpha=2.0)})
+
+sides = [adapter(1), adapter(2)]
+diff(*sides, threads=1)
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(peak * 1024, plan_diff(*sides, threads=1).bounds.peak_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_forming_stays_within_the_plan():
+    """Two matrices of 40 MB in float32, in a process of its own."""
+    done = subprocess.run([sys.executable, "-c", CHILD], capture_output=True, text=True, check=True)
+    peak, planned = map(int, done.stdout.split())
+    assert 0.5 * planned < peak <= planned
 
 
 def test_whole_updates_alone():

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from loratools import rendering
-from loratools.adapters import Adapter
+from loratools.adapters import Adapter, Full, LowRank
+from loratools.tensors import in_memory
 from loratools.verbs.diff import diff
 from tests.benchmarks.findings import GROUPS, Random, adapter, low_rank, merged, model, names, said, sweep, to
 from tests.tiny import DOWN, K, Q, llama, normal, rounded, write_checkpoint
@@ -173,6 +174,27 @@ def test_low_rank(tmp_path):
     assert "low rank" not in found(tmp_path / "noisy", base, noisy, spectrum=True, max_rank=24)
 
 
+def test_what_is_of_low_rank_by_shape_alone(tmp_path):
+    """Rows that were edited, a rank that is a third of all, one entry: no product was added."""
+    random = Random(5)
+    base = to(model(random), BF16)
+    edited = {name: tensor.clone() for name, tensor in base.items()}
+    for name in names(base, "down_proj"):
+        edited[name][:20] = rounded(0.03 * random(20, edited[name].shape[1]), BF16)
+    assert "low rank" not in found(tmp_path / "rows", base, edited, spectrum=True, max_rank=24)
+    chosen = names(base, "q_proj")
+    part = merged(base, BF16, lambda W: torch.cat([low_rank(random, W[:40], 4, 0.1), 0 * W[40:]]), chosen=chosen)
+    assert "low rank" not in found(tmp_path / "part", base, part, spectrum=True, max_rank=24)
+    high = merged(base, BF16, lambda W: low_rank(random, W, 40, 0.1), chosen=chosen)
+    report = diff(*pair(tmp_path / "high", base, high), spectrum=True, max_rank=64)
+    assert {module["spectrum"]["above_noise"] for module in report.modules} == {40}
+    assert [each["name"] for each in report.findings] == ["only modules"]
+    entry = {name: tensor.clone() for name, tensor in base.items()}
+    for name in chosen:
+        entry[name][7, 7] += 1
+    assert "low rank" not in found(tmp_path / "entry", base, entry, spectrum=True, max_rank=24)
+
+
 def test_every_direction(tmp_path):
     """All tensors, and more directions than any low rank; one tensor that stayed, and nothing is said."""
     random = Random(4)
@@ -181,6 +203,13 @@ def test_every_direction(tmp_path):
     (finding,) = found(tmp_path / "all", base, tuned, spectrum=True, max_rank=24).values()
     assert finding["name"] == "every direction"
     assert 0.25 < finding["evidence"]["least"] < 1
+    steep = {
+        name: (tensor.double() + low_rank(random, tensor, 128, 0.02, 2.0)).float()
+        if tensor.dim() > 1
+        else tensor * 2 + 1
+        for name, tensor in base.items()
+    }
+    assert found(tmp_path / "steep", base, steep, spectrum=True, max_rank=24) == {}
     tuned["model.norm.weight"] = base["model.norm.weight"]
     assert found(tmp_path / "but one", base, tuned, spectrum=True, max_rank=24) == {}
 
@@ -196,6 +225,7 @@ def test_the_page_says_what_was_found(tmp_path):
     assert lines[-1] == f"  found: {len(base) - 6} more of the kind, in the JSON document"
 
 
+BIASED = (("A", 2, 6), ("B", 5, 2), ("bias", 5))
 PATHS = ("model.layers.0.q", "model.layers.0.v", "model.layers.1.q", "model.layers.1.v", "x.a", "x.b")
 
 
@@ -220,6 +250,12 @@ def test_an_adapter_at_another_weight():
     assert of(first, adapter(pairs | {PATHS[0]: (pairs[PATHS[0]][0], 2 * pairs[PATHS[0]][1])}, 24.0)) == {}
     more = Adapter({**adapter(pairs, 24.0), "y.c": first[PATHS[0]]})
     assert of(first, more) == {}
+    heads = [Full(replaced={"weight": in_memory("w", normal(seed, 3, 4))}) for seed in (1, 2)]
+    whole = [Adapter({**adapter(pairs, alpha), "head": head}) for alpha, head in zip((16.0, 24.0), heads, strict=True)]
+    assert of(*whole) == {}
+    A, B, bias = (in_memory(name, normal(at, *shape)) for at, (name, *shape) in enumerate(BIASED))
+    biased = [Adapter({"x": LowRank(lora_A=A, lora_B=B, alpha=alpha, bias=bias)}) for alpha in (2.0, 4.0)]
+    assert of(*biased) == {}
 
 
 def test_an_adapter_in_other_factors():

@@ -37,6 +37,17 @@ def test_measures_of_a_matrix(tmp_path, dtypes):
     assert abs(found["estimate"] - participation(change)) < 3 * found["standard_error"] + 1e-3 * found["estimate"]
 
 
+def test_the_largest_change_may_be_downwards(tmp_path):
+    """One entry, and the rows and columns that it lies in."""
+    base = llama(torch.float32)
+    tuned = base | {f"{DOWN}.weight": base[f"{DOWN}.weight"].clone()}
+    tuned[f"{DOWN}.weight"][3, 5:7] -= 2
+    tuned[f"{DOWN}.weight"][4, 5] += 1
+    row = by_name(diff(*pair(tmp_path, base, tuned)).tensors)[f"{DOWN}.weight"]
+    assert row["largest"] == pytest.approx(2, rel=1e-6)
+    assert row["touched"] == [2, 2]
+
+
 def test_small_and_large_numbers(tmp_path):
     """Squares that float32 does not hold."""
     base = llama(torch.float32)
@@ -76,7 +87,7 @@ def test_integers_and_packed_numbers(tmp_path):
         "flags": torch.tensor([True, False]), "eight": normal(2, 4, 4).to(torch.float8_e4m3fn),
     }  # fmt: skip
     tuned = {name: tensor.clone() for name, tensor in base.items()}
-    tuned["big"][0] += 1
+    tuned["big"][0] += 1 + 2**20
     tuned["bits"][3] = 99
     tuned["flags"][1] = True
     tuned["eight"].view(torch.uint8)[0, :2] ^= 1

@@ -100,6 +100,7 @@ def test_some_are_taken_out_and_the_others_are_merged_again(tmp_path, dtype):
     assert models.tensor_hashes(tmp_path / "out") == models.tensor_hashes(tmp_path / "wanted")
     assert (tmp_path / "out" / NAME).read_bytes() == (tmp_path / "wanted" / NAME).read_bytes()
     assert any("a0 (weight 0.5), a2 (weight 2.0)" in note for note in report.notes)
+    assert "Taken out: a1 (weight -1.0)." in report.notes
     assert [each["role"] for each in report.inputs] == ["merged", "adapter", "adapter"]
     assert all(each["sha256"] for each in report.inputs)
     unmerge(tmp_path / "out", tmp_path / "further", adapters=[adapters[2]])

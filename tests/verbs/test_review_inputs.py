@@ -225,7 +225,7 @@ def test_the_plan_counts_what_is_copied_beside_the_weights(tmp_path):
 
 def test_subtraction_names_the_merged_checkpoint_as_such(tmp_path):
     base, adapter = write(tmp_path / "b"), write_adapter(tmp_path / "a")
-    merge(base, [adapter], tmp_path / "m")
+    merge(base, [adapter], tmp_path / "m", receipt="none")
     report = unmerge(tmp_path / "m", tmp_path / "o", adapters=[adapter])
     assert [entry["role"] for entry in report.inputs] == ["merged", "adapter"]
 

@@ -30,14 +30,14 @@ class TakingOut:
         rest: the adapters that stay, in their order.
         weights: one each.
         draft: the receipt of the merge of these; None where none stays.
-        removed: how many are taken out.
+        removed: those that are taken out.
     """
 
     restoration: Restoration
     rest: tuple[Adapter, ...]
     weights: tuple[float, ...]
     draft: Draft | None
-    removed: int
+    removed: tuple[Merged, ...]
 
     @classmethod
     def of(
@@ -67,13 +67,17 @@ class TakingOut:
             contents = tuple(receipt.contents(i) for i in staying)
             hashes = tuple(manifest.adapters[i].sha256 for i in staying)
             draft = Draft(manifest.kind, restoration.base, manifest.config, rest, factors, contents, hashes)
-        return cls(restoration, rest, factors, draft, len(manifest.adapters) - len(rest))
+        removed = tuple(part for i, part in enumerate(manifest.adapters) if i not in staying)
+        return cls(restoration, rest, factors, draft, removed)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Which adapters stay."""
+        """Which adapters are taken out, where some stay, and which stay."""
+        if not self.rest:
+            return ()
+        out = ", ".join(f"{part.name} (weight {part.weight})" for part in self.removed)
         stay = [f"{adapter.name} (weight {weight})" for adapter, weight in zip(self.rest, self.weights, strict=True)]
-        return (f"Merged into the base again: {', '.join(stay)}.",) if stay else ()
+        return f"Taken out: {out}.", f"Merged into the base again: {', '.join(stay)}."
 
     def texts(self, planner: MergePlanner, headers: Sequence[OutputFile]) -> dict[str, str]:
         """Index and configuration; the base's own text where nothing that stays makes it false."""
