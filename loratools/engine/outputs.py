@@ -161,7 +161,7 @@ def matched(
         if not same and part.role == "activations":
             found.append(None)
             continue
-        if not same or not digest:
+        if not same:
             what = "is not named" if digest else "was made in memory, so that no file can be named"
             raise UndecidedError(
                 f"One of the inputs that this was made from {what}.",

@@ -46,11 +46,13 @@ class Hypothesis:
         what: `holds`, one of `FAULTS`, or `scale`.
         policy: how it was rounded.
         detail: which adapters are missing, of `partly`.
+        scale: the multiple of Σ w ΔW, or that of every adapter's, which a fault comes to.
     """
 
     what: str
     policy: str
     detail: tuple[str, ...] = ()
+    scale: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -167,7 +169,7 @@ def _exact(found: Findings, best: Hypothesis) -> Verdict:
     """What explains all entries; where W itself does so too, nobody can tell."""
     if best.what == HOLDS:
         return Verdict(OPEN if found.moved == 0 and found.size > 0 else GOOD, best.policy)
-    return Verdict(best.what, best.policy, _scale(found, best), detail=_detail(best))
+    return Verdict(best.what, best.policy, best.scale, detail=_detail(best))
 
 
 def _nearly(found: Findings, best: Hypothesis, closest: Hypothesis) -> Verdict:
@@ -177,12 +179,7 @@ def _nearly(found: Findings, best: Hypothesis, closest: Hypothesis) -> Verdict:
             return _other(found, closest)
         return Verdict("scale", None, found.along, off, worst)
     verdict = "damaged" if best.what == HOLDS else best.what
-    return Verdict(verdict, best.policy, _scale(found, best), off, worst, _detail(best))
-
-
-def _scale(found: Findings, best: Hypothesis) -> tuple[float, ...]:
-    known = {MISSING: 0.0, "twice": 2.0, "subtracted": -1.0}
-    return (known[best.what],) if best.what in known else found.along if best.what == "partly" else ()
+    return Verdict(verdict, best.policy, best.scale, off, worst, _detail(best))
 
 
 def _detail(best: Hypothesis) -> str:

@@ -7,8 +7,8 @@ import pytest
 from loratools.engine.verdicts import VERDICTS, Findings, Hypothesis, Verdict, judge, together
 
 HOLDS, LATER = Hypothesis("holds", "one-rounding"), Hypothesis("holds", "float32")
-MISSING, TWICE = Hypothesis("missing", "none"), Hypothesis("twice", "float32")
-PARTLY, SCALE = Hypothesis("partly", "float32", ("adapter1",)), Hypothesis("scale", "any")
+MISSING, TWICE = Hypothesis("missing", "none"), Hypothesis("twice", "float32", scale=(2.0,))
+PARTLY, SCALE = Hypothesis("partly", "float32", ("adapter1",), (1.0, 0.0)), Hypothesis("scale", "any")
 ALL_OFF = {HOLDS: 100, LATER: 100, MISSING: 100, TWICE: 100}
 FOUND = Findings(entries=200, moved=100, concerned=100, not_finite=0, size=1.0, off=ALL_OFF, along=(0.3,), alike=0.1)
 
@@ -50,9 +50,7 @@ def test_a_few_entries_off_is_damage():
     assert (told.verdict, told.policy, told.deviating, told.worst) == ("damaged", "float32", 10, 7.0)
     assert verdict(off={LATER: 11}) == "other"
     assert verdict(off={MISSING: 10, HOLDS: 12}) == "missing"
-    assert judge(found(off={PARTLY: 5}, along=(1.0, 0.0))) == Verdict(
-        "partly", "float32", (1.0, 0.0), 5, 0.0, "without adapter1"
-    )
+    assert judge(found(off={PARTLY: 5})) == Verdict("partly", "float32", (1.0, 0.0), 5, 0.0, "without adapter1")
 
 
 def test_few_entries_concerned_allow_no_damage():

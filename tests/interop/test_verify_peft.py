@@ -127,7 +127,7 @@ def test_what_is_wrong_is_named(bases, tmp_path, dtype):
     merged = saved_by_peft(unmerged(base, adapter), tmp_path / "once")
     for safe in (False, True):
         found = verdicts(unmerged(merged, adapter), f"twice-{safe}", safe_merge=safe)
-        assert {verdict for verdict, _ in found.values()} <= {"twice", "scale"}
+        assert {verdict for verdict, _ in found.values()} == {"twice"}
         assert all(scale[0] == pytest.approx(2, abs=0.05) for _, scale in found.values())
         found = verdicts(unmerged(base, adapter, weights=[0.5]), f"half-{safe}", safe_merge=safe)
         assert {verdict for verdict, _ in found.values()} == {"scale"}

@@ -11,16 +11,29 @@ import torch
 
 import loratools as lt
 from loratools.adapters import Adapter
+from loratools.adapters.hra import Hra
+from loratools.adapters.oft import Oft
 from loratools.tensors import in_memory
 from tests import models
-from tests.laws.kinds import EVERY_KIND, Factors, dora, low_rank
+from tests.laws.kinds import EVERY_KIND, OF_TODAY, Factors, dora, low_rank
 from tests.laws.worlds import DTYPES, write_base
 
 EXEMPT = {"fourierft"}
 """Its ΔW is an FFT."""
 SMALL = sorted(name for name, kind in EVERY_KIND.items() if name not in EXEMPT and kind.written)
 
-LARGE = {f"wide-{dtype}": (dtype, low_rank) for dtype in (*DTYPES, "fp64")} | {"wide-dora": ("fp64", dora)}
+
+def rotated(make, out, into, *, rank):
+    """By Cayley's transform, in blocks of 40."""
+    return Oft(oft_R=make(into // 40, 40 * 39 // 2), neumann_terms=None)
+
+
+def reflected(make, out, into, *, rank):
+    return Hra(hra_u=make(into, rank), gram_schmidt=True)
+
+
+LARGE = {f"wide-{dtype}": (dtype, low_rank) for dtype in (*DTYPES, "fp64")}
+LARGE |= {f"wide-{maker.__name__}": ("fp64", maker) for maker in (dora, rotated, reflected)}
 WIDE = {"a.lin.weight": (330, 520), "b.proj.weight": (520, 330)}
 
 SETTINGS = {
@@ -67,9 +80,15 @@ def write_wide(directory, dtype, maker):
         tensor[::3, ::7] = torch.finfo(tensor.dtype).smallest_normal * 0.375
     write_base(directory / "base", tensors, {"dtype": str(models.DTYPES[dtype]).removeprefix("torch.")})
     for index in range(2):
-        make = with_empty_rows(Factors(index, "bf16" if index else "fp32"))
-        updates = {"a.lin": maker(make, 330, 520, rank=24), "b.proj": maker(make, 520, 330, rank=17)}
-        lt.save(Adapter(updates, name=f"wide{index}"), directory / f"adapter{index}")
+        make = Factors(index, "bf16" if index else "fp32")
+        make = with_empty_rows(make) if maker in {low_rank, dora} else make
+        updates = {"a.lin": maker(make, 330, 520, rank=24)}
+        if maker in {low_rank, dora}:  # the others have one rank, or size of a block, for all modules
+            updates["b.proj"] = maker(make, 520, 330, rank=17)
+        lt.save(
+            Adapter(updates, name=f"wide{index}", config=OF_TODAY if maker is rotated else {}),
+            directory / f"adapter{index}",
+        )
 
 
 @pytest.fixture(scope="module")

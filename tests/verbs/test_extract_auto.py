@@ -119,17 +119,18 @@ def hardly(at):
 
 
 @pytest.mark.parametrize(
-    ("others", "what"),
+    ("others", "include", "what"),
     [
-        (lambda name: False, "unknown"),
-        (lambda name: name.endswith(("query.bias", "key.bias")), "unknown"),
-        (lambda name: "LayerNorm" in name, "full fine-tune"),
+        (lambda name: False, (), "unknown"),
+        (lambda name: name.endswith(("query.bias", "key.bias")), ("query", "key"), "unknown"),
+        (lambda name: "LayerNorm" in name, (), "full fine-tune"),
     ],
     ids=["none", "biases of the same modules", "norms"],
 )
-def test_vectors_decide_where_matrices_do_not(tmp_path, home, others, what):
+def test_vectors_decide_where_matrices_do_not(tmp_path, home, others, include, what):
     """Norms that changed tell a fine-tune; biases beside a changed matrix may be an adapter's."""
-    report = extract(*write_changed(tmp_path, home, hardly, others), tmp_path / "out", rank="auto")
+    pair = write_changed(tmp_path, home, hardly, others)
+    report = extract(*pair, tmp_path / "out", rank="auto", include=include)
     assert report.totals["recognised"]["what"] == what
     assert any("share" in note for note in report.notes) == (what == "unknown")
 
@@ -229,3 +230,19 @@ def test_experts_share_the_rank_of_their_stack(tmp_path):
         raw = tuned[module["name"]].double() - base[module["name"]].double()
         left = raw - adapter[module["name"]].delta_weight().double().reshape(raw.shape)
         assert module["residual"] == pytest.approx(float(left.norm() / raw.norm()), rel=1e-4)
+
+
+def test_wide_matrices_go_the_randomised_way(tmp_path):
+    """Rank 6 under 640 and more dimensions; in one of four layers as weak as the noise, decomposed a second time."""
+    base = {f"model.layers.{at}.self_attn.q_proj.weight": normal(at, 704, 640, scale=0.05) for at in range(4)}
+    base = {name: tensor.bfloat16() for name, tensor in base.items()}
+    weak = {"size": 0.01, "decay": 0.3}
+    tuned = {
+        name: (tensor.double() + low_rank(at, 704, 640, rank=6, **weak if at == 3 else {})).bfloat16()
+        for at, (name, tensor) in enumerate(base.items())
+    }
+    pair = (write_checkpoint(tmp_path / side, data) for side, data in (("base", base), ("tuned", tuned)))
+    report = extract(*pair, tmp_path / "out", rank="auto")
+    assert {module["method"] for module in report.modules} == {"block-krylov"}
+    assert [module["rank"] for module in report.modules] == [6] * 4
+    assert [module["above_noise"] < 6 for module in report.modules] == [False, False, False, True]

@@ -103,6 +103,22 @@ def test_a_sum_rounded_by_hand_holds(tmp_path, dtype):
     assert (report.answer, set(report.policies)) == ("holds", {"one-rounding"})
 
 
+@pytest.mark.parametrize("alpha", [3, 4])
+def test_a_product_that_was_rounded_before_it_was_scaled(tmp_path, alpha):
+    """As factors in 16 bits are multiplied on a GPU: B A, then the scaling, then the sum, each rounded; by hand."""
+    tensors, pairs = llama(torch.float32), factors(4, dtype=torch.bfloat16)
+    base = write_checkpoint(tmp_path / "base", tensors)
+    adapter = write_adapter(tmp_path / "a", lora_tensors(pairs), r=4, lora_alpha=alpha)
+    made = dict(tensors)
+    for path in SHAPES:
+        product = rounded(exact(pairs, path, 1.0), torch.bfloat16)
+        change = rounded(product.double() * alpha / 4, torch.bfloat16)
+        made[f"{path}.weight"] = tensors[f"{path}.weight"] + change
+    report = verify(with_tensors(tmp_path, made), base=base, adapters=[adapter])
+    assert report.answer == "holds"
+    assert set(report.policies) == {"product-first bf16" if alpha == 3 else "delta-first bf16"}
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("steps", [-1, 1])
 def test_one_entry_that_is_one_step_off_is_found(tmp_path, dtype, steps):
@@ -157,7 +173,8 @@ def test_each_of_two_adapters_is_measured(tmp_path, dtype):
     merge(base, made[1:], tmp_path / "second")
     report = verify(tmp_path / "second", base=base, adapters=made)
     assert set(verdicts(report).values()) == {"partly"}
-    assert {row["detail"] for row in report.modules} == {"without adapter0"}
+    assert {row["detail"] for row in report.modules} == {"without a0"}
+    assert {row["scale"] for row in report.modules} == {(0.0, 1.0)}
     merge(base, made, tmp_path / "weighted", weights=[0.25, 1.5])
     report = verify(tmp_path / "weighted", base=base, adapters=made)
     assert set(verdicts(report).values()) == {"scale"}
@@ -178,8 +195,10 @@ def test_a_module_that_was_skipped_and_one_of_another_adapter(tmp_path, dtype):
     assert any("Partly merged: 1 of 3" in note for note in report.notes)
 
 
-def test_rows_that_were_left_out_are_named(tmp_path):
-    """As where a fused matrix is merged in its first part only."""
+@pytest.mark.parametrize("entries", [2**18, 32])
+def test_rows_that_were_left_out_are_named(tmp_path, monkeypatch, entries):
+    """As where a fused matrix is merged in its first part only; whatever the tiles."""
+    monkeypatch.setattr("loratools.engine.memory.WIDE_ENTRIES", entries)
     base, made = pair(tmp_path)
     merge(base, made[:1], tmp_path / "merged")
     tensors, before = tensors_of(tmp_path / "merged"), tensors_of(base)
@@ -317,6 +336,20 @@ def test_tied_heads(tmp_path, stored):
     made["lm_head.weight"] = made["model.embed_tokens.weight"] + 1
     report = verify(with_tensors(tmp_path, made, "apart", config), base=base, adapters=[adapter])
     assert {row["name"]: row["verdict"] for row in report.tensors} == {"lm_head.weight": "changed"}
+
+
+def test_a_tied_head_that_only_the_base_stores(tmp_path):
+    """As transformers drops it when it saves the merge: it is the embedding, and not absent."""
+    config = CONFIG | {"tie_word_embeddings": True}
+    tensors = llama(head=False)
+    both = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}
+    base, adapter = write_checkpoint(tmp_path / "base", both, config), write_adapter(tmp_path / "a")
+    merge(base, [adapter], tmp_path / "merged")
+    made = tensors_of(tmp_path / "merged")
+    del made["lm_head.weight"]
+    assert verify(with_tensors(tmp_path, made, config=config), base=base, adapters=[adapter]).answer == "holds"
+    report = verify(with_tensors(tmp_path, made, "untied", CONFIG), base=base, adapters=[adapter])
+    assert {row["name"]: row["verdict"] for row in report.tensors} == {"lm_head.weight": "absent"}
 
 
 def test_a_head_that_comes_apart(tmp_path):

@@ -130,6 +130,15 @@ def test_a_step_in_one_entry_of_a_merge_of_ours(tmp_path, dtype, name):
     assert (row["name"], row["deviating"]) == (name, 1)
 
 
+def test_an_update_below_the_dtypes_steps_is_no_question_of_ours(tmp_path):
+    """Whether anything was added cannot be told; that this is what its inputs make can."""
+    base = write_checkpoint(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "a", lora_tensors(factors(4, scale=1e-9)))
+    lt.merge(base, [adapter], tmp_path / "m")
+    assert verify(tmp_path / "m", [base, adapter]).answer == "holds"
+    assert verify(tmp_path / "m", base=base, adapters=[adapter]).answer == "cannot tell"
+
+
 def test_zeros_of_another_sign_are_other_bytes_in_ours(tmp_path):
     """What nothing touches keeps its bytes."""
     tensors = llama()
@@ -207,6 +216,40 @@ def test_a_receipt_of_another_base(tmp_path):
     assert [(row["name"], row["verdict"]) for row in report.tensors] == [("model.norm.weight", "changed")]
 
 
+def test_a_receipt_that_speaks_of_more_tensors(tmp_path):
+    """One that the base does not have is no receipt of this merge."""
+    base, made = world(tmp_path)
+    larger = write_checkpoint(tmp_path / "larger", llama() | {"more.weight": torch.ones(2, dtype=torch.bfloat16)})
+    lt.merge(base, made, tmp_path / "m")
+    lt.merge(larger, made, tmp_path / "n")
+    shutil.copy(tmp_path / "n" / "loratools.receipt", tmp_path / "m" / "loratools.receipt")
+    document = report_of(tmp_path / "m")
+    for each in document["files"]:
+        each["sha256"] = sha256(tmp_path / "m" / each["name"])
+    (tmp_path / "m" / "loratools.json").write_text(json.dumps(document))
+    report = verify(tmp_path / "m", [base, *made])
+    assert [(row["name"], row["verdict"]) for row in report.tensors] == [("more.weight, in the receipt", "changed")]
+
+
+def test_a_module_that_a_stack_lost_or_found(tmp_path):
+    _, made = world(tmp_path)
+    lt.stack(made, tmp_path / "s")
+    tensors = load_file(tmp_path / "s" / "adapter_model.safetensors")
+    lost = {key: each for key, each in tensors.items() if Q not in key}
+    rewritten(tmp_path / "s", "adapter_model.safetensors", lost)
+    assert [(row["name"], row["verdict"]) for row in verify(tmp_path / "s", made).tensors] == [(Q, "absent")]
+    found = tensors | {key.replace(Q, f"{Q}2"): each.clone() for key, each in tensors.items() if Q in key}
+    config = json.loads((tmp_path / "s" / "adapter_config.json").read_text())
+    config["target_modules"] = [*config["target_modules"], f"{Q}2"]
+    (tmp_path / "s" / "adapter_config.json").write_text(json.dumps(config))
+    rewritten(tmp_path / "s", "adapter_model.safetensors", found)
+    document = report_of(tmp_path / "s")
+    for each in document["files"]:
+        each["sha256"] = sha256(tmp_path / "s" / each["name"])
+    (tmp_path / "s" / "loratools.json").write_text(json.dumps(document))
+    assert [(row["name"], row["verdict"]) for row in verify(tmp_path / "s", made).tensors] == [(f"{Q}2", "extra")]
+
+
 @pytest.mark.parametrize("output", ["extract", "stack", "rescale"])
 def test_a_factor_that_was_changed(tmp_path, output):
     """By a thousandth: the residual is another one, the sum is another one."""
@@ -222,6 +265,24 @@ def test_a_factor_that_was_changed(tmp_path, output):
     if output != "extract":
         (row,) = [row for row in report.modules if row["name"] == Q]
         assert row["scale"] == pytest.approx((1.001,), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "said"),
+    [("lora-bias", "lora_B.bias", "added to the bias"), ("whole", "norm.weight", "weight is none of those given"),
+     ("tokens", "trainable_tokens_delta", "none of those given")],
+)  # fmt: skip
+def test_what_lies_beside_the_update_counts_too(tmp_path, kind, key, said):
+    """Biases, parameters and rows given whole of an adapter that was restated."""
+    adapter = EVERY_KIND[kind].write(tmp_path / "a")
+    lt.rescale(adapter, tmp_path / "r", bake=True)
+    assert verify(tmp_path / "r", [adapter]).answer == "holds"
+    tensors = load_file(tmp_path / "r" / "adapter_model.safetensors")
+    (name,) = [each for each in tensors if each.endswith(key)]
+    rewritten(tmp_path / "r", "adapter_model.safetensors", tensors | {name: tensors[name] * 1.01})
+    report = verify(tmp_path / "r", [adapter])
+    assert report.answer == "does not hold"
+    assert any(said in row["detail"] for row in report.modules)
 
 
 def test_what_an_extraction_stored_whole_left_out_or_said(tmp_path):

@@ -32,7 +32,7 @@ class Product:
     """Σ w·s·B·A of one adapter, the way round in which the weight is stored.
 
     Attributes:
-        source: the adapter.
+        source: the adapter's name.
         left: (rows, R) float64; w·s is in the B of it.
         right: (R, columns) float64; each row's norm is between ½ and 1, so that the norms below are balanced.
         heights: (rows,) norms of left's rows; heights[i]·widths[j] ≥ Σ |left[i]|·|right[:, j]|.
@@ -151,7 +151,9 @@ class Claim:
             scaled = [(each.lora_A, each.lora_B, float(term["weight"]) * each.scale) for each in update.terms]
             held.setdefault(str(term["source"]), []).extend(scaled)
             actions += [] if update.terms else [term]
-        products = tuple(Product.of(key, terms, transposed=transposed) for key, terms in held.items() if terms)
+        products = tuple(
+            Product.of(context.sources[key].name, terms, transposed=transposed) for key, terms in held.items() if terms
+        )
         others = dataclasses.replace(unit, parameters={**unit.parameters, "terms": actions})
         change = Change.of(others, context, torch.float64, expert)
         some = change.wholes or change.patches or change.actions or change.offsets

@@ -1,7 +1,7 @@
 """What one merged matrix can be explained by: counted over its tiles, for `engine.verdicts` to judge.
 
-A matrix is gone through once where our own policy explains every entry. Otherwise all policies and faults are counted
-in a second pass, and where none of them explains it, a multiple of ΔW in a third.
+A matrix is gone through once where our own policy explains every entry, and again where another one does. Otherwise all
+policies and faults are counted, and where none of them explains it, a multiple of ΔW.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ _SCALED_STEPS: Final = 1.5
 """How many steps an entry may be off a multiple of ΔW: two roundings, and the multiple itself."""
 _APART: Final = 6
 """Up to so many adapters, it is tried which one of them is missing."""
+_Asked = tuple[Hypothesis, Policy, tuple[float, ...]]
+"""A hypothesis, how it rounds, and what the parts are multiplied by: nothing, where they are as they are."""
 _ANY: Final = (-math.inf, math.inf)
 _NONE: Final = (math.inf, -math.inf)
 
@@ -54,14 +56,17 @@ def examined(claim: Claim, context: Context, *, ours: bool = False) -> Findings:
     Raises:
         NonFiniteError: the base holds NaN or infinity.
     """
-    counts, whole = _first_pass(claim, context)
-    if whole:
-        return _findings(claim, counts)
-    counts = _second_pass(claim, context, ours=ours)
+    asked = list(_hypotheses(claim, ours=ours))
+    held = [each for each in asked if each[0].what == HOLDS]
+    faults = [each for each in asked if each[0].what != HOLDS]
+    for group in (held[:1], held[1:], faults):
+        if (counts := _explaining(claim, context, group)) is not None:
+            return _findings(claim, counts)
+    counts = _counted(claim, context, asked, ours=ours)
     found = _findings(claim, counts)
     if found.settled or not counts.found_squares:
         return found
-    _third_pass(claim, context, counts, found.along)
+    _multiplied(claim, context, counts, found.along)
     return _findings(claim, counts)
 
 
@@ -81,29 +86,37 @@ def _tiles(claim: Claim, context: Context) -> Iterator[Tile]:
         yield tile
 
 
-def _first_pass(claim: Claim, context: Context) -> tuple[_Counts, bool]:
-    """Our own policy alone, and whether it explains every entry; stops where it does not."""
+def _explaining(claim: Claim, context: Context, asked: Sequence[_Asked]) -> _Counts | None:
+    """Those of some hypotheses that explain every entry, or None; one that leaves an entry out is not asked again."""
     from loratools.linalg import rounded_from
 
-    policy = Policy(ours=True)
-    key, dtype = Hypothesis(HOLDS, policy.name), torch_dtype(claim.merged.dtype)
-    counts = _Counts({key: 0}, {})
-    for tile in _tiles(claim, context):
-        low, high = interval(policy, claim, tile)
-        if not bool(rounded_from(tile.found, low, high, dtype).all()):
-            return counts, False
+    dtype, counts, left = torch_dtype(claim.merged.dtype), _Counts({}, {}), list(asked)
+    for tile in _tiles(claim, context) if left else ():
+        left = [each for each in left if bool(rounded_from(tile.found, *_reals(claim, tile, each), dtype).all())]
+        if not left:
+            return None
         counts.moved += int((tile.found != unmoved(claim, tile)).sum())
         _correlate(counts, tile, None)
-    return counts, True
+    counts.off |= {key: 0 for key, *_ in left}
+    return counts if left else None
 
 
-def _second_pass(claim: Claim, context: Context, *, ours: bool) -> _Counts:
+def _reals(claim: Claim, tile: Tile, asked: _Asked) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a hypothesis leaves for every entry before the last rounding; see `policies.interval`."""
+    _, policy, factors = asked
+    changed = tile.times(factors) if factors else tile
+    if not changed.parts and factors:
+        before = unmoved(claim, tile)
+        return before, before
+    return interval(policy, claim, changed)
+
+
+def _counted(claim: Claim, context: Context, asked: Sequence[_Asked], *, ours: bool) -> _Counts:
     """Every policy, every fault, and which multiples of ΔW explain all entries."""
     import torch
 
     from loratools.linalg import to_grid
 
-    asked = list(_hypotheses(claim, ours=ours))
     counts = _Counts({key: 0 for key, *_ in asked}, {})
     dtype = torch_dtype(claim.merged.dtype)
     for tile in _tiles(claim, context):
@@ -120,16 +133,12 @@ def _second_pass(claim: Claim, context: Context, *, ours: bool) -> _Counts:
         delta, first = total - tile.weight, 0.51 * torch.finfo(dtype).eps
         counts.scales = _narrow(counts.scales, tile, delta, dtype, ours=ours, first=0.0)
         counts.wide = _NONE if ours else _narrow(counts.wide, tile, delta, dtype, ours=False, first=first)
-        for key, policy, factors in asked:
-            changed = tile.times(factors) if factors else tile
-            if factors and not changed.parts:
-                _count(counts, key, tile, (before, before), dtype)
-            else:
-                _count(counts, key, tile, interval(policy, claim, changed), dtype)
+        for each in asked:
+            _count(counts, each[0], tile, _reals(claim, tile, each), dtype)
     return counts
 
 
-def _third_pass(claim: Claim, context: Context, counts: _Counts, along: Sequence[float]) -> None:
+def _multiplied(claim: Claim, context: Context, counts: _Counts, along: Sequence[float]) -> None:
     """The multiples of ΔW that were measured, to within what two roundings leave."""
     from loratools.linalg import grid_step
 
@@ -145,23 +154,24 @@ def _third_pass(claim: Claim, context: Context, counts: _Counts, along: Sequence
         _count(counts, key, tile, (total - slack, total + slack), dtype)
 
 
-def _hypotheses(claim: Claim, *, ours: bool) -> Iterator[tuple[Hypothesis, Policy, tuple[float, ...]]]:
-    """What is held against a matrix, with what the parts are multiplied by: nothing, where they are as they are."""
+def _hypotheses(claim: Claim, *, ours: bool) -> Iterator[_Asked]:
+    """What is held against a matrix."""
     parts = len(claim.sources)
     for policy in [Policy(ours=True)] if ours else policies(claim):
         yield Hypothesis(HOLDS, policy.name), policy, ()
-    yield Hypothesis(MISSING, "none"), Policy(), (0.0,) * parts
+    yield Hypothesis(MISSING, "none", scale=(0.0,)), Policy(), (0.0,) * parts
     after = torch_dtype(claim.merged.dtype)
     for policy in (Policy(), Policy(delta=(after,))):
         for repeated in (False, True):
             how = dataclasses.replace(policy, one_by_one=repeated)
-            yield Hypothesis("twice", how.name), how, (1.0,) * 2 * parts if repeated else (2.0,) * parts
-        yield Hypothesis("subtracted", policy.name), policy, (-1.0,) * parts
+            times = (1.0,) * 2 * parts if repeated else (2.0,) * parts
+            yield Hypothesis("twice", how.name, scale=(2.0,)), how, times
+        yield Hypothesis("subtracted", policy.name, scale=(-1.0,)), policy, (-1.0,) * parts
         if 1 < parts <= _APART:
             for index, source in enumerate(claim.sources):
                 factors = tuple(float(other != index) for other in range(parts))
                 for how in (policy, dataclasses.replace(policy, one_by_one=True)):
-                    yield Hypothesis("partly", how.name, (source,)), how, factors
+                    yield Hypothesis("partly", how.name, (source,), factors), how, factors
 
 
 def _count(
@@ -180,8 +190,8 @@ def _count(
     largest = found.nan_to_num(0.0, 0.0, 0.0).abs().maximum(tile.weight[off].abs())
     counts.worst[key] = max(counts.worst.get(key, 0.0), float((apart / grid_step(largest, dtype)).max()))
     rows = off.any(1).nonzero()
-    first, last = counts.rows.get(key, (tile.first + int(rows[0]), 0))
-    counts.rows[key] = (first, max(last, tile.first + int(rows[-1])))
+    first, _ = counts.rows.get(key, (tile.first + int(rows[0]), 0))
+    counts.rows[key] = (first, tile.first + int(rows[-1]))
 
 
 def _correlate(counts: _Counts, tile: Tile, expected: torch.Tensor | None) -> None:
