@@ -16,7 +16,8 @@ import torch
 from loratools.errors import UnsupportedError
 
 _COUNT: Final = 67  # whole vectors of any width, and a rest
-_FROM: Final = {torch.float64: 2.0**-1060, torch.float32: 2.0**-140, torch.bfloat16: 2.0**-130}
+_INTEGERS: Final = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_FROM: Final = {torch.float64: 1 << 14, torch.float32: 1 << 9, torch.bfloat16: 1 << 3}  # bits: a literal may be flushed
 _CONVERTED: Final = ((torch.float32, 2.0**-140), (torch.bfloat16, 2.0**-130), (torch.float16, 2.0**-20))
 
 
@@ -44,17 +45,15 @@ def gradual_underflow() -> Iterator[None]:
 
 def flushes() -> bool:
     """Whether this thread takes subnormal numbers for zero, as operands, as results, or in a conversion."""
-    return any(_lost(dtype, size) for dtype, size in _FROM.items()) or any(
+    return any(_lost(dtype, bits) for dtype, bits in _FROM.items()) or any(
         _lost_on_the_way(*each) for each in _CONVERTED
     )
 
 
-def _lost(dtype: torch.dtype, size: float) -> bool:
+def _lost(dtype: torch.dtype, bits: int) -> bool:
     """In arithmetic: twice and half of a number and its difference with another, neither of which is normal."""
-    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
-    smallest = torch.ones(_COUNT, dtype=bits).view(dtype)
+    smallest, small = (torch.full((_COUNT,), each, dtype=_INTEGERS[dtype.itemsize]).view(dtype) for each in (1, bits))
     wide = smallest.to(torch.float64) if dtype is not torch.float64 else smallest * 2.0
-    small = torch.full((_COUNT,), size, dtype=torch.float64).to(dtype)
     results = (wide, small * 2.0, small * 0.5, small - small * 0.5)
     return not all(bool((result.to(torch.float64) != 0).all()) for result in results)
 

@@ -1,6 +1,7 @@
 """Products and sums whose bits depend on the numbers alone: not on the order in which anything is added."""
 
 import math
+import runpy
 import threading
 from fractions import Fraction
 
@@ -245,6 +246,13 @@ def test_flushing_is_found_and_switched_off(flushing):
     worker.start()
     worker.join()
     assert found == [True, False, True] * 2
+
+
+def test_a_module_compiled_while_flushing_has_lost_no_constant(flushing):
+    """Python computes constants when it compiles, which is at the first import."""
+    names = runpy.run_path(_underflow.__file__)
+    with names["gradual_underflow"]():
+        assert not names["flushes"]()
 
 
 def test_without_flushing_nothing_is_touched(monkeypatch):
