@@ -31,6 +31,7 @@ class FourierFt(AbstractUpdate):
 
     takes_shape: ClassVar[bool] = True
     span: ClassVar[Span] = "whole"
+    everywhere: ClassVar[bool] = False
 
     spectrum: TensorRef
     seed: int

@@ -77,6 +77,7 @@ class AbstractUpdate(abc.ABC):
         span: the least of the weight that the action can be asked about.
         takes_shape: the tensors do not say how large ΔW is: it takes the shape of the weight that it meets.
         effort: how much more memory its factors take to prepare than those of a product.
+        everywhere: its ΔW has the same bits with every version of torch, on every processor and device.
         replaced: parameters given whole, by their name in the module (`bias`, `weight`, `A_log`).
         added_rows: rows appended to a stored parameter (vocabulary that the base does not have).
         patches: rows of a stored parameter given whole.
@@ -85,6 +86,7 @@ class AbstractUpdate(abc.ABC):
     span: ClassVar[Span] = "piece"
     takes_shape: ClassVar[bool] = False
     effort: ClassVar[int] = 1
+    everywhere: ClassVar[bool] = True
 
     replaced: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)
     added_rows: Mapping[str, TensorRef] = dataclasses.field(default_factory=dict)

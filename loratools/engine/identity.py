@@ -88,7 +88,7 @@ def _digest(document: Any) -> str:
 
 
 def _machine(run: Run) -> dict[str, str]:
-    """What the last bits of an inverse or an FFT depend on."""
+    """What the last bits of an FFT depend on."""
     return {"torch": importlib.metadata.version("torch"), "processor": _processor(), "device": run.device}
 
 

@@ -34,12 +34,14 @@ class Derivation:
         units: the work.
         apart: what headers say, by tensor or module.
         notes: what a user should know.
+        strange: tensors that either the output's receipt knows or the base.
     """
 
     sources: Sources
     units: tuple[Unit, ...]
     apart: Mapping[str, Verdict]
     notes: tuple[str, ...] = ()
+    strange: frozenset[str] = frozenset()
 
 
 def derivation(output: Source, report: OwnReport, inputs: Sequence[Checkpoint | Adapter | None]) -> Derivation:
@@ -71,9 +73,7 @@ def _merged(output: Source, report: OwnReport, base: Checkpoint, adapters: Seque
         return found
     entries = [entry for entry in receipt.manifest.entries if entry.spec.name in base]
     strange = {entry.spec.name for entry in receipt.manifest.entries} ^ set(base)
-    apart = {f"{name}, in the receipt": Verdict("changed") for name in sorted(strange)}
-    units = (*found.units, *_hashed("base", base, entries))
-    return dataclasses.replace(found, units=units, apart={**found.apart, **apart})
+    return dataclasses.replace(found, units=(*found.units, *_hashed("base", base, entries)), strange=frozenset(strange))
 
 
 def _unmerged(output: Source, report: OwnReport, given: Mapping[str, Sequence[Any]]) -> Derivation:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 from loratools.engine.context import Outcome
@@ -28,15 +28,30 @@ class Tally:
         modules: of everything that was computed anew.
         tensors: of all else that is not as it should be.
         same: how many tensors that nothing touches are as they were.
+        receipt: of tensors of which the receipt says what is not so; none of them is counted among tensors.
     """
 
     modules: tuple[Mapping[str, Any], ...]
     tensors: tuple[Mapping[str, Any], ...]
     same: int
+    receipt: tuple[Mapping[str, Any], ...] = ()
 
     @classmethod
-    def of(cls, outcomes: Sequence[Outcome], apart: Mapping[str, Verdict], report: OwnReport | None = None) -> Tally:
-        """Gather them; `report` is the output's own, where that is what is verified."""
+    def of(
+        cls,
+        outcomes: Sequence[Outcome],
+        apart: Mapping[str, Verdict],
+        report: OwnReport | None = None,
+        strange: Collection[str] = (),
+    ) -> Tally:
+        """Gather them.
+
+        Args:
+            outcomes: of all units.
+            apart: what headers say.
+            report: the output's own, where that is what is verified.
+            strange: tensors that either the receipt knows or the base.
+        """
         computed = [
             _told({"name": outcome.target, **outcome.facts}, ours=report is not None)
             for outcome in outcomes
@@ -47,17 +62,21 @@ class Tally:
             *(_extracted(outcomes, report) if report is not None and report.verb == "extract" else ()),
         ]
         others = [row(name, verdict) for name, verdict in apart.items()]
-        compared = [outcome.facts for outcome in outcomes if outcome.operation in {"verify-same", "verify-digest"}]
+        every = [outcome.facts for outcome in outcomes if outcome.operation in {"verify-same", "verify-digest"}]
+        compared = [facts for facts in every if facts["count"]]
         left_out = report.left_out if report is not None else {}
         changed = [each for facts in compared for each in facts["deviating"] if not named(each["name"], left_out)]
         others += [row(each["name"], Verdict("changed", deviating=each["deviating"]), each["entries"])
                    for each in changed]  # fmt: skip
-        return cls(tuple(modules), tuple(others), sum(facts["count"] for facts in compared) - len(changed))
+        same = sum(facts["count"] for facts in compared) - len(changed)
+        unlike = [each["name"] for facts in every if not facts["count"] for each in facts["deviating"]]
+        receipt = [row(f"{name}, in the receipt", Verdict("changed")) for name in sorted((*unlike, *strange))]
+        return cls(tuple(modules), tuple(others), same, tuple(receipt))
 
     @property
     def answer(self) -> str:
         """`holds`, `does not hold` or `cannot tell`."""
-        verdicts = {each["verdict"] for each in (*self.modules, *self.tensors)}
+        verdicts = {each["verdict"] for each in (*self.modules, *self.tensors, *self.receipt)}
         if verdicts - {GOOD, OPEN}:
             return DOES_NOT
         return CANNOT_TELL if OPEN in verdicts else HOLDS
@@ -70,7 +89,7 @@ class Tally:
     @property
     def totals(self) -> dict[str, Any]:
         """Counts."""
-        every = (*self.modules, *self.tensors)
+        every = (*self.modules, *self.tensors, *self.receipt)
         absent = sum(each["verdict"] in {"absent", "reshaped"} for each in self.tensors)
         changed = sum(each["verdict"] == "changed" for each in self.tensors)
         return {

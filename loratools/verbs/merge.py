@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine import fingerprint, layout, planning
-from loratools.engine.changes import Changes, collect, source_id
+from loratools.engine.changes import collect, source_id
 from loratools.engine.execute import Execution, execute
 from loratools.engine.identity import identity
 from loratools.engine.merge_plans import plan_of
@@ -190,7 +190,7 @@ def _prepare(
     options["receipt"] = draft.kind if draft is not None else "none"
     notes = (*checkpoint.notes, *changes.notes, *layout.recast_notes(checkpoint, wanted), *no_receipt)
     plan = plan_of(planner, Path(output), draft, options, notes, run, resume=asked.resume)
-    return _Prepared(plan, sources, checkpoint, run, draft, _resumption(plan, changes, asked.resume, run))
+    return _Prepared(plan, sources, checkpoint, run, draft, _resumption(plan, loaded, asked.resume, run))
 
 
 def _prepare_receipt(
@@ -211,11 +211,13 @@ def _prepare_receipt(
     return _Prepared(plan, sources, base, run, draft)
 
 
-def _resumption(plan: Plan, changes: Changes, resume: str | os.PathLike[str] | None, run: Run) -> Resumption | None:
+def _resumption(
+    plan: Plan, adapters: Sequence[Adapter], resume: str | os.PathLike[str] | None, run: Run
+) -> Resumption | None:
     """The work directory, where one is named; refused if it holds other work."""
     if resume is None:
         return None
-    exact = not any(change.actions for change in changes.tensors.values())
+    exact = all(update.everywhere for adapter in adapters for update in adapter.values())
     resumption = Resumption(plan, identity(plan, run, exact=exact), Path(resume))
     resumption.require_same()
     return resumption

@@ -154,7 +154,7 @@ def _report_claim(output: Source, inputs: list[Source | Checkpoint | Adapter], r
     elif inputs:
         sources = matched(own, [_opened(each) for each in inputs], hashed)
         derivation = rederivation(output, own, sources)
-        tally = Tally.of(_observed(derivation, run), derivation.apart, own)
+        tally = Tally.of(_observed(derivation, run), derivation.apart, own, derivation.strange)
         notes += derivation.notes
     else:
         notes.append("Its files are those of its report. Whether it follows from its inputs was not asked: name them.")
@@ -203,6 +203,6 @@ def _report(tally: Tally, **said: Any) -> VerifyReport:
         totals=tally.totals,
         files=(),
         modules=tally.modules,
-        tensors=tally.tensors,
+        tensors=(*tally.tensors, *tally.receipt),
         **said,
     )

@@ -16,7 +16,7 @@ from loratools.errors import MismatchError, OutputError, StorageError, UsageErro
 from loratools.files import load_adapter
 from loratools.storage.work import JOURNAL, MANIFEST
 from loratools.verbs.merge import merge, plan_merge
-from tests.tiny import factors, llama, lora_tensors, sha256, state, write_adapter, write_checkpoint
+from tests.tiny import factors, llama, lora_tensors, normal, sha256, state, write_adapter, write_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -251,23 +251,42 @@ def test_another_version_is_refused(home, tmp_path, monkeypatch):
         whole(home, tmp_path / "out", resume=tmp_path / "work")
 
 
-def test_what_the_last_bits_depend_on_is_compared_where_they_do(home, tmp_path, monkeypatch):
-    """An FFT or an inverse may differ between versions of torch and processors; products do not."""
-    config = {"peft_type": "C3A", "block_size": 8, "target_modules": ["q_proj"]}
-    kernel = torch.randn(2, 2, 8, generator=torch.Generator().manual_seed(0))
-    name = "base_model.model.model.layers.0.self_attn.q_proj.c3a_kernel"
-    write_adapter(tmp_path / "c3a", {name: kernel}, config)
-    runs = {"c3a": lambda home, out, **more: merge(home / "base", [tmp_path / "c3a"], out, **more), "lora": whole}
-    for key, run in runs.items():
-        place = tmp_path / f"place-{key}"
-        place.mkdir()
-        ended(run, home, place, 3)
-        with monkeypatch.context() as patch:
-            patch.setattr("importlib.metadata.version", lambda name: "0.1")
-            if key == "c3a":
-                with pytest.raises(MismatchError, match="computed with, torch"):
-                    run(home, place / "out", resume=place / "work")
-        went_on(run, home, place)
+SMALL = {"target_modules": ["q_proj"]}
+KINDS = {
+    "fourierft": (
+        {"peft_type": "FOURIERFT", "n_frequency": 9, "scaling": 3.0, "random_loc_seed": 777},
+        {"fourierft_spectrum": (9,)},
+    ),
+    "c3a": ({"peft_type": "C3A", "block_size": 8}, {"c3a_kernel": (2, 2, 8)}),
+    "oft": ({"peft_type": "OFT", "oft_block_size": 4, "use_cayley_neumann": False}, {"oft_R.weight": (4, 6)}),
+    "dora": (
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 5, "use_dora": True},
+        {"lora_A.weight": (2, 16), "lora_B.weight": (16, 2), "lora_magnitude_vector": (16,)},
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_last_bits_depend_on_is_compared_where_they_do(home, tmp_path, monkeypatch, kind):
+    """An FFT may differ between versions of torch and processors; products, rotations and norms do not."""
+    config, shapes = KINDS[kind]
+    path = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{path}.{name}": normal(7, *shape).abs() for name, shape in shapes.items()}
+    write_adapter(tmp_path / "adapter", tensors, SMALL | config)
+
+    def run(home, out, **more):
+        return merge(home / "base", [tmp_path / "adapter"], out, **more)
+
+    ended(run, home, tmp_path, 3)
+    with monkeypatch.context() as patch:
+        patch.setattr("importlib.metadata.version", lambda name: "0.1")
+        if kind == "fourierft":
+            with pytest.raises(MismatchError, match="computed with, torch"):
+                run(home, tmp_path / "out", resume=tmp_path / "work")
+        else:
+            went_on(run, home, tmp_path)
+            return
+    went_on(run, home, tmp_path)
 
 
 def record_of(work):

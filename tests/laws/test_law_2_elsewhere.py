@@ -105,6 +105,13 @@ def inputs(tmp_path_factory):
     return root
 
 
+def test_what_is_exempt_says_so():
+    """The kinds that are left out here are those that a merge goes on with on the same machine alone."""
+    said = {name for name, kind in EVERY_KIND.items()
+            if any(not update.everywhere for update in kind.updates(Factors(1, "fp32")).values())}  # fmt: skip
+    assert said == EXEMPT
+
+
 @pytest.mark.parametrize("names", [FEW, pytest.param(tuple(SETTINGS), marks=pytest.mark.slow)], ids=["few", "all"])
 def test_one_hash_everywhere(tmp_path, inputs, names):
     """Merged, restored, subtracted and stacked, reports and all: the same bytes in every process."""

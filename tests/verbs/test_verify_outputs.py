@@ -213,7 +213,37 @@ def test_a_receipt_of_another_base(tmp_path):
     (tmp_path / "m" / "loratools.json").write_text(json.dumps(document))
     assert verify(tmp_path / "m").answer == "holds"
     report = verify(tmp_path / "m", [base, *made])
-    assert [(row["name"], row["verdict"]) for row in report.tensors] == [("model.norm.weight", "changed")]
+    assert [(row["name"], row["verdict"]) for row in report.tensors] == [
+        ("model.norm.weight, in the receipt", "changed")
+    ]
+    assert counted(report) == COUNTED
+
+
+COUNTED = {"tensors": 17, "same": 14, "changed": 0}
+"""Of the tensors of `llama`, three are merged into."""
+
+
+def counted(report):
+    assert len(llama()) == COUNTED["tensors"]
+    return {key: report.totals[key] for key in COUNTED}
+
+
+def test_every_tensor_is_counted_once(tmp_path):
+    """With a receipt, whose hashes are of the base, as without; and what is not as it was is not among the same."""
+    base, made = world(tmp_path)
+    for receipt in ("full", "lean", "none"):
+        out = tmp_path / receipt
+        lt.merge(base, made, out, receipt=receipt)
+        assert counted(verify(out, [base, *made])) == COUNTED, receipt
+        assert counted(verify(out, base=base, adapters=made)) == COUNTED
+        file = next(path for path in out.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+        tensors = load_file(file)
+        tensors["model.norm.weight"] += 1
+        rewritten(out, file.name, tensors)
+        assert counted(verify(out, [base, *made])) == COUNTED | {"same": 13, "changed": 1}, receipt
+    lt.merge(base, made, tmp_path / "m")
+    lt.unmerge(tmp_path / "m", tmp_path / "u")
+    assert counted(verify(tmp_path / "u", [tmp_path / "m"])) == {"tensors": 17, "same": 17, "changed": 0}
 
 
 def test_a_receipt_that_speaks_of_more_tensors(tmp_path):
@@ -229,6 +259,7 @@ def test_a_receipt_that_speaks_of_more_tensors(tmp_path):
     (tmp_path / "m" / "loratools.json").write_text(json.dumps(document))
     report = verify(tmp_path / "m", [base, *made])
     assert [(row["name"], row["verdict"]) for row in report.tensors] == [("more.weight, in the receipt", "changed")]
+    assert counted(report) == COUNTED
 
 
 def test_a_module_that_a_stack_lost_or_found(tmp_path):
