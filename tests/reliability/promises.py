@@ -98,8 +98,8 @@ PROMISES = (
         "`merge --resume` goes on after an interruption at any moment, and its output is that of an uninterrupted run, "
         "byte for byte; other inputs or options are refused, and what a work directory holds is compared before it is "
         "used.",
-        "Runs end after every unit, at every system call of the writing side (killed, or failing), before every line of "
-        "what keeps the journal, and a real model's at random moments; each is gone on with. Inputs, options, bytes, "
+        "Runs end after every unit, at every system call of the writing side (killed, or failing), before every line "
+        "that keeps the journal, and a real model's at random moments; each is gone on with. Inputs, options, bytes, "
         "records with right checksums, and directories are changed in between.",
         (
             f"{RELIABILITY}/test_resumed.py::test_a_sample_of_calls",
