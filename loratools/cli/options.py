@@ -225,6 +225,7 @@ extraction_rank = _all(
 )
 rescaling = _all(
     click.option("--by", metavar="X", type=float, help="Multiply ΔW; only alpha changes. May be negative."),
+    click.option("--norm", metavar="N", type=float, help="Bring ‖ΔW‖ of every module down to N where it is larger."),
     click.option("--restate-alpha", metavar="A", type=float, help="The same ΔW with this alpha."),
     switch("--bake", help="The same ΔW with alpha = rank, so that every reader agrees on the scaling."),
 )

@@ -150,11 +150,23 @@ def derived(report: DerivedReport) -> list[str]:
         *(("adapter", f"{printable(name)}, weight {weight:g}") for name, weight in weights),
         ("ranks", _ranks([module["rank"] for module in modules])),
         ("alphas", _span([module["alpha"] for module in modules])),
+        ("norms", _norms(modules, report.parameters.get("norm"))),
         *_left_out(report.left_out),
         ("size", size(report.totals["bytes"])),
     ]
     done = "Stacked" if report.verb == "stack" else "Rescaled"
     return page(f"{done} {count(len(inputs), 'adapter')}: {count(len(modules), 'module')}.", rows, report.notes)
+
+
+def _norms(modules: Sequence[Mapping[str, Any]], cap: float | None) -> str:
+    """How many norms a cap brought down, and the largest of them."""
+    known = [module for module in modules if "norm_before" in module]
+    if cap is None or not known:
+        return ""
+    above = sum(module["factor"] != 1 for module in known)
+    largest = max(known, key=lambda module: float(module["norm_before"]))
+    was = f"the largest was {largest['norm_before']:.4g}, of {printable(largest['name'])}"
+    return f"{above:,} of {len(known):,} brought down to {cap:g}; {was}"
 
 
 def push(report: PushReport) -> list[str]:

@@ -20,6 +20,7 @@ from loratools.engine.planning import Run
 from loratools.engine.repeats import repeated
 from loratools.engine.reports import AbstractWrittenReport
 from loratools.engine.sinks import Assembly
+from loratools.engine.strength import NORM_RULE, Strength
 from loratools.errors import UnsupportedError
 from loratools.files.locate import Source, require_directory_name
 from loratools.formats import codec_named
@@ -66,6 +67,7 @@ class Request:
         patterns: (include, exclude).
         format: the dialect, or None.
         options: what the report repeats.
+        strengths: what is done to single modules of the one input instead of its weight.
     """
 
     verb: str
@@ -76,6 +78,15 @@ class Request:
     patterns: tuple[Sequence[str], Sequence[str]]
     format: str | None
     options: Mapping[str, Any]
+    strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)
+
+    def weight(self, index: int, path: str) -> float:
+        """The weight of a module of one input."""
+        return self.strengths[path].weight if path in self.strengths else self.weights[index]
+
+    def asked(self, index: int, path: str) -> float:
+        """The weight to ask with whether the module has such a multiple."""
+        return self.strengths[path].least if path in self.strengths else self.weights[index]
 
 
 def plan_of(request: Request, run: Run) -> Plan:
@@ -117,7 +128,7 @@ def plan_of(request: Request, run: Run) -> Plan:
             "exclude": list(selection.exclude),
             "format": _format(request),
         },
-        rules=RULES,
+        rules={**RULES, **({"norm": NORM_RULE} if request.options.get("norm") is not None else {})},
         notes=(*(note for adapter in request.adapters for note in adapter.notes), *_notes(request)),
     )
 
@@ -147,11 +158,13 @@ def _refuse(request: Request, paths: Sequence[str]) -> None:
     refused: dict[tuple[str, str], list[str]] = {}
     for path in paths:
         held = [
-            (weight, adapter[path])
-            for weight, adapter in zip(request.weights, request.adapters, strict=True)
+            (request.asked(index, path), adapter[path])
+            for index, adapter in enumerate(request.adapters)
             if path in adapter
         ]
         try:
+            if path in request.strengths:
+                request.strengths[path].require(path, held[0][1])
             update = summed(path, held)
             if request.alpha != "keep":
                 require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
@@ -178,6 +191,7 @@ def _products(request: Request, chosen: Collection[str]) -> bool:
 
 def _unit(path: str, request: Request, *, changed: bool, products: bool) -> Unit:
     held = [(index, adapter[path]) for index, adapter in enumerate(request.adapters) if path in adapter]
+    strength = request.strengths.get(path, Strength()) if changed else Strength()
     size = sum(ref.nbytes for _, update in held for ref in update.tensors)
     elements = sum(ref.spec.numel for _, update in held for ref in update.tensors)
     return Unit(
@@ -185,13 +199,14 @@ def _unit(path: str, request: Request, *, changed: bool, products: bool) -> Unit
         path,
         inputs=tuple(Input(source_id(index), path) for index, _ in held),
         parameters={
-            "weights": [request.weights[index] if changed else 1.0 for index, _ in held],
+            "weights": [request.weight(index, path) if changed else 1.0 for index, _ in held],
             "alpha": request.alpha if changed else "keep",
             "products": products,
+            **strength.parameters(),
         },
         read_bytes=size,
         write_bytes=4 * elements + size,
-        peak_bytes=24 * elements,
+        peak_bytes=max([24 * elements, *(strength.peak_bytes(update) for _, update in held)]),
     )
 
 

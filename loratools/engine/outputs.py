@@ -28,6 +28,8 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = MappingP
     }
 )
 """Verbs whose outputs are verified → options and roles that their reports have to name."""
+_OPTIONAL: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({"rescale": ("norm",)})
+"""Options that derive an output anew where the report has them."""
 _WEIGHTS: Final = (".safetensors", ".gguf")
 _LISTED: Final = 3
 
@@ -109,7 +111,10 @@ class OwnReport:
         if not set(needed) <= set(roles):
             raise ValueError(needed)
         parameters = {option: document["parameters"][option] for option in options}
+        parameters |= {option: document["parameters"].get(option) for option in _OPTIONAL.get(verb, ())}
         weights = tuple(map(float, parameters.get("weights", ())))
+        if parameters.get("norm") is not None:
+            parameters["norm"] = float(parameters["norm"])
         if verb != "extract" and len(weights) != roles.count("adapter"):
             raise ValueError(weights)
         left_out = {str(key): str(value) for key, value in document.get("left_out", {}).items()}

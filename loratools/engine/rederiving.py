@@ -146,12 +146,13 @@ def _derived(output: Source, report: OwnReport, adapters: Sequence[Adapter]) -> 
         held = [index for index, adapter in enumerate(adapters) if path in adapter]
         if held:
             factors = [weights[index] if path in chosen else 1.0 for index in held]
-            units.append(_derived_unit(path, own, adapters, held, factors))
+            cap = report.parameters.get("norm") if path in chosen else None
+            units.append(_derived_unit(path, own, adapters, held, {"weights": factors, "cap": cap}))
     return Derivation(sources, tuple(units), apart, tuple(_left(left)))
 
 
 def _derived_unit(
-    path: str, own: Adapter, adapters: Sequence[Adapter], held: Sequence[int], weights: Sequence[float]
+    path: str, own: Adapter, adapters: Sequence[Adapter], held: Sequence[int], how: Mapping[str, Any]
 ) -> Unit:
     every = [own[path], *(adapters[index][path] for index in held)]
     elements = sum(ref.spec.numel for update in every for ref in update.tensors)
@@ -160,7 +161,7 @@ def _derived_unit(
         "verify-derived",
         path,
         inputs=(Input("output", path), *(Input(source_id(index), path) for index in held)),
-        parameters={"weights": list(weights)},
+        parameters=how,
         read_bytes=sum(ref.nbytes for update in every for ref in update.tensors),
         peak_bytes=40 * elements + 64 * min(2**18 + into, out * into),
     )

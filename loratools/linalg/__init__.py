@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._joint import core_bases, joint_cores, principal_angles
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
+    from loratools.linalg._product_norm import product_norm
     from loratools.linalg._rank import (
         rank_above,
         rank_at_knee,
@@ -75,6 +76,7 @@ __all__ = [
     "noise_margin",
     "non_finite_count",
     "principal_angles",
+    "product_norm",
     "rank_above",
     "rank_at_knee",
     "rank_for_cumulative",
@@ -136,6 +138,7 @@ _HOMES: Final = MappingProxyType(
         "core_bases": "_joint",
         "joint_cores": "_joint",
         "principal_angles": "_joint",
+        "product_norm": "_product_norm",
         "input_weights": "_weighted",
         "low_rank_delta": "_addition",
         "non_finite_count": "_rounding",

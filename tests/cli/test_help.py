@@ -24,7 +24,7 @@ SURFACE = {
                 "--save-full", "--only-low-rank", "--seed", "--format", "--base-model",
                 "--device", *selecting, *writing},
     "stack": {"-w", "--method", "--format", "--base", *selecting, *writing},
-    "rescale": {"--by", "--restate-alpha", "--bake", "--format", *selecting, *writing},
+    "rescale": {"--by", "--norm", "--restate-alpha", "--bake", "--format", *selecting, *writing},
     "push": {"--private", "--create-pr", "--revision", "--message", "--dry-run"},
     "pull": {"-o", "--output", "--revision", "--overwrite", "--dry-run"},
     "demo": {"-o", "--output", "--seed"},

@@ -207,3 +207,23 @@ def test_minilm_rescaled_and_taken_apart(minilm, minilm_adapter, tmp_path):
     with pytest.raises(UnsupportedError, match="replaced whole"):
         rescale(minilm_adapter, tmp_path / "by", by=2.0)
     assert not (tmp_path / "by").exists()
+
+
+@pytest.mark.parametrize(("family", "index"), PAIRS)
+def test_a_norm_cap_is_what_peft_loads(worlds, tmp_path, family, index):
+    """PEFT's own ΔW of every module is the old one, shortened to the cap where it was longer; factors stay."""
+    base, adapters = worlds(family)
+    sizes = {path: float(delta.norm()) for path, delta in expected_sum([adapters[index]], [1.0]).items()}
+    cap = sorted(sizes.values())[len(sizes) // 2] * 0.99
+    assert min(sizes.values()) < cap < max(sizes.values())
+    rescale(adapters[index], tmp_path / "capped", norm=cap)
+    before, after = models.factors_of(adapters[index]), models.factors_of(tmp_path / "capped")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    expected = {path: delta * min(1.0, cap / sizes[path])
+                for path, delta in expected_sum([adapters[index]], [1.0]).items()}  # fmt: skip
+    assert_same_deltas(tmp_path / "capped", expected)
+    inputs = layers_of(unmerged(base, adapters[index]))
+    for path, layer in layers_of(load_cleanly(models.load(base), tmp_path / "capped")).items():
+        found, wanted = products(layer), products(inputs[path]) * min(1.0, cap / sizes[path])
+        assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+        assert found.norm() <= cap * (1 + 1e-6)

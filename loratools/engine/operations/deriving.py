@@ -8,6 +8,7 @@ from typing import Any, Final
 from loratools.adapters import AbstractUpdate, LowRank, Sum
 from loratools.adapters.algebra import as_products, finite, summed, without_products
 from loratools.engine.context import Context, Outcome
+from loratools.engine.operations.capping import capped
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
 from loratools.files import scaled_exactly, settled
@@ -17,12 +18,19 @@ LEFT_OUT: Final = "left out"
 
 
 def derive(unit: Unit, context: Context) -> Outcome:
-    """`Σ w ΔW` of the unit's inputs, then `parameters["alpha"]`: keep, bake, or a number to restate it as."""
+    """`Σ w ΔW` of the unit's inputs, then `parameters["alpha"]`: keep, bake, or a number to restate it as.
+
+    With a `cap` the one input's weight is what brings its norm down to that.
+    """
     weights = [float(weight) for weight in unit.parameters["weights"]]
     held = [(weight, context.update(address)) for weight, address in zip(weights, unit.inputs, strict=True)]
     for _, update in held:
         for ref in update.factors:
             finite(ref)
+    said: dict[str, Any] = {}
+    if "cap" in unit.parameters:
+        weight, said = capped(unit, held[0][1], context)
+        held = [(weight, held[0][1])]
     update = summed(unit.target, held)
     if unit.parameters.get("products"):
         update = as_products(update)
@@ -36,7 +44,7 @@ def derive(unit: Unit, context: Context) -> Outcome:
     context.sink.update(unit.target, update)
     context.advance(unit.read_bytes, unit.target)
     facts = {"rank": update.rank or 0, "alpha": getattr(update, "alpha", None), "scaling": update.scaling}
-    return Outcome(unit.target, "derive", update.kind, facts)
+    return Outcome(unit.target, "derive", update.kind, {**facts, **said})
 
 
 def _with_alpha(target: str, update: AbstractUpdate, alpha: float | None, context: Context) -> AbstractUpdate:

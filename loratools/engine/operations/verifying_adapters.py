@@ -12,6 +12,7 @@ from loratools.engine.operations.change import matrices
 from loratools.engine.operations.claims import Claim, Product
 from loratools.engine.operations.tiles import same_bytes
 from loratools.engine.operations.verifying import differing
+from loratools.engine.operations.verifying_caps import weight_under
 from loratools.engine.plan import Input, Unit
 from loratools.engine.verdicts import GOOD, Verdict
 from loratools.tensors import TensorRef
@@ -48,9 +49,14 @@ def verify_extracted(unit: Unit, context: Context) -> Outcome:
 
 
 def verify_derived(unit: Unit, context: Context) -> Outcome:
-    """Whether a module's update is `Σ w ΔW` of others. Inputs: its own, then theirs; `weights` are theirs."""
+    """Whether a module's update is `Σ w ΔW` of others. Inputs: its own, then theirs; `weights` are theirs.
+
+    With a `cap` the weight is what brings the norm of the one input's ΔW down to that, looked for entry by entry.
+    """
     own, *others = [context.update(address) for address in unit.inputs]
     weights = [float(weight) for weight in unit.parameters["weights"]]
+    if unit.parameters.get("cap") is not None:
+        weights = [weight_under(float(unit.parameters["cap"]), update, context) for update in others]
     held = list(zip(weights, others, strict=True))
     verdict = _beside(own, held, context) or _matrix(own, held, context)
     context.advance(unit.read_bytes, unit.target)
