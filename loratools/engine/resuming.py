@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, final
@@ -269,12 +270,14 @@ class Resumption:
         return None if digest is None else (record | {"sha256": digest}, section)
 
     def _keep(self, error: BaseException) -> None:
-        """Record what is done, and say how to go on."""
-        try:
+        """Record what is done, and say how to go on; where nothing is done, keep nothing."""
+        with suppress(StorageError):  # the first error is the one to tell; what is not recorded is done again
             if not self._unhashed and self._pending:
                 self._flush()
-        except StorageError:  # the first error is the one to tell; what is not recorded is done again
-            pass
+        if not self._kept:
+            with suppress(LoratoolsError):
+                self._work.clear()
+            return
         kept = f"{len(self._kept)} of {self._count()} units are kept in {self._named}"
         told = f"{kept}; the same command goes on from there."
         if isinstance(error, KeyboardInterrupt):
