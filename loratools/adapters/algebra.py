@@ -102,7 +102,7 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     first = held[0][1]
     if not terms:  # a module whose only weight is 0 stays, as an update of size zero
         terms = [Term(first.products[0].lora_A, first.products[0].lora_B, 0.0)]
-    bias = _summed_bias(path, held)
+    bias = summed_bias(path, held)
     return Sum(parts=tuple(terms), of=first.layer, parameter=first.target, kernel=first.kernel, bias=bias)
 
 
@@ -202,7 +202,7 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
         )
 
 
-def _summed_bias(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> TensorRef | None:
+def summed_bias(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> TensorRef | None:
     """`Σ weight · scale · bias` of those that have one, computed when it is read."""
     offsets = [(weight, offset) for weight, update in held for offset in update.offsets.values()]
     if not offsets:
@@ -258,7 +258,7 @@ def without_products(path: str, update: AbstractUpdate) -> AbstractUpdate | None
             of=update.layer,
             parameter=update.target,
             kernel=update.kernel,
-            bias=_summed_bias(path, [(1.0, update)]),
+            bias=summed_bias(path, [(1.0, update)]),
             **rest,
         )
     return Full(**rest) if update.gives_whole else None
@@ -284,7 +284,7 @@ def truncated(path: str, update: AbstractUpdate, **rule: Any) -> AbstractUpdate 
         of=update.layer,
         parameter=update.target,
         kernel=update.kernel,
-        bias=_summed_bias(path, [(1.0, update)]),
+        bias=summed_bias(path, [(1.0, update)]),
         replaced=update.replaced,
         added_rows=update.added_rows,
         patches=update.patches,

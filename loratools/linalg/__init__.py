@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         rank_for_fro,
         rank_for_ratio,
     )
+    from loratools.linalg._reduction import Reduced, reduce_low_rank
     from loratools.linalg._reversal import Corrections, corrected, corrections, risky_count
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
@@ -51,6 +52,7 @@ __all__ = [
     "ExactFactor",
     "LowRankSum",
     "RankRules",
+    "Reduced",
     "RoundingNoise",
     "SVDInfo",
     "Spectrum",
@@ -84,6 +86,7 @@ __all__ = [
     "rank_for_error",
     "rank_for_fro",
     "rank_for_ratio",
+    "reduce_low_rank",
     "require_in_range",
     "risky_count",
     "round_to",
@@ -112,6 +115,8 @@ _HOMES: Final = MappingProxyType(
         "noise_edge": "_noise",
         "noise_margin": "_noise",
         "given_rule": "_rules",
+        "Reduced": "_reduction",
+        "reduce_low_rank": "_reduction",
         "grid_step": "_grid",
         "rounded_from": "_grid",
         "rounding_edges": "_grid",
