@@ -153,6 +153,7 @@ class WorkDirectory:
             text = json.dumps({**identity, _MADE: self._made}, indent=1) + "\n"
             write_bytes_durably(self.path / (MANIFEST + _NEW), text.encode("ascii"))
             syscalls.move_new(self.path / (MANIFEST + _NEW), self.path / MANIFEST)
+            syscalls.sync_path(self.path)  # no file of ours is there without it, not even after a power cut
         else:
             self._made = self._made or found.get(_MADE) is True
         if require_regular(self.path / JOURNAL) is None:
@@ -238,6 +239,8 @@ class WorkDirectory:
 
     def _clear(self) -> None:
         for name in reversed(_ours(self._names)):
+            if name == MANIFEST:
+                syscalls.sync_path(self.path)
             remove_left(self.path / name)
         if self._made:
             with suppress(OSError):
