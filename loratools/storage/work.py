@@ -7,6 +7,7 @@ that does not have a name of ours; everything else may lie there and stays.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -205,7 +206,8 @@ class WorkDirectory:
         """Find out now, not after hours of work, whether files can be moved from here to `directory`.
 
         Raises:
-            OutputError: they cannot.
+            OutputError: they cannot: these are two mounts.
+            StorageError: the disk is full or failed.
         """
         probe = self.path / (MANIFEST + _NEW)
         remove_left(probe)
@@ -213,6 +215,8 @@ class WorkDirectory:
         try:
             syscalls.replace(probe, directory / probe.name)
         except StorageError as error:
+            if getattr(error.__cause__, "errno", None) != errno.EXDEV:
+                raise
             raise OutputError(
                 "Files cannot be moved from the work directory to the output.",
                 fix="Name a directory beside the output with --resume.",
