@@ -95,12 +95,16 @@ def test_at_every_call(resumed):
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_before_every_line(resumed):
-    """All lines that keep the journal, as often as they run, by each signal in turn; then the run that goes on."""
+    """All lines that keep the journal: before each runs first, last and halfway; then the run that goes on."""
     swept, failures = {}, []
     for way in WAYS:
-        row = swept[way.name] = collections.Counter(lines=len(resumed.lines(way)))
-        for line in range(1, row["lines"] + 1):
-            number = SIGNALS[line % len(SIGNALS)]
+        moments = collections.defaultdict(list)
+        for number, line in enumerate(resumed.lines(way), 1):
+            moments[line].append(number)
+        chosen = sorted({times[at] for times in moments.values() for at in (0, len(times) // 2, -1)})
+        row = swept[way.name] = collections.Counter(lines=len(moments), moments=len(chosen))
+        for each, line in enumerate(chosen):
+            number = SIGNALS[each % len(SIGNALS)]
             try:
                 reached, found = resumed.attack_line(way, line, number)
             except AssertionError as error:
