@@ -96,12 +96,12 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     terms = [
         Term(term.lora_A, term.lora_B, weight * term.scale)
         for weight, update in held
-        for term in update.terms
+        for term in update.products
         if weight != 0
     ]
     first = held[0][1]
     if not terms:  # a module whose only weight is 0 stays, as an update of size zero
-        terms = [Term(first.terms[0].lora_A, first.terms[0].lora_B, 0.0)]
+        terms = [Term(first.products[0].lora_A, first.products[0].lora_B, 0.0)]
     bias = _summed_bias(path, held)
     return Sum(parts=tuple(terms), of=first.layer, parameter=first.target, kernel=first.kernel, bias=bias)
 
@@ -140,10 +140,10 @@ def _with_tensor(update: AbstractUpdate, field: str, tensor: TensorRef) -> Abstr
 
 def as_products(update: AbstractUpdate) -> AbstractUpdate:
     """The same ΔW as a plain sum of products, where it is one; anything else stays as it is."""
-    if not update.terms or isinstance(update, (LowRank, Sum)):
+    if not update.products or isinstance(update, (LowRank, Sum)):
         return update
     return Sum(
-        parts=update.terms,
+        parts=update.products,
         of=update.layer,
         parameter=update.target,
         replaced=update.replaced,
@@ -176,8 +176,8 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
             fix=f"Exclude these modules, or {_MERGE[alone]}.",
             module=path,
         )
-    others = sorted({update.kind for update in updates if not update.terms})
-    open_ended = sorted({update.kind for update in updates if not update.terms and _can_be_told(update)})
+    others = sorted({update.kind for update in updates if not update.products})
+    open_ended = sorted({update.kind for update in updates if not update.products and _can_be_told(update)})
     if open_ended == others and others and not any(update.depends_on_base for update in updates):
         raise UnsupportedError(
             f"The tensors of an update of kind {', '.join(others)} do not say how large ΔW is, and their sum has to.",
@@ -219,8 +219,8 @@ def concatenated(update: AbstractUpdate) -> tuple[torch.Tensor, torch.Tensor]:
     """`A: (R, in)`, `B: (out, R)` in float64 with `ΔW = B A`; the scale is in B."""
     import torch
 
-    downs = [finite(term.lora_A).double() for term in update.terms]
-    ups = [finite(term.lora_B).double() * term.scale for term in update.terms]
+    downs = [finite(term.lora_A).double() for term in update.products]
+    ups = [finite(term.lora_B).double() * term.scale for term in update.products]
     return torch.cat(downs), torch.cat(ups, dim=1)
 
 
@@ -233,9 +233,9 @@ def inner(path: str, one: AbstractUpdate, other: AbstractUpdate) -> float:
     if one.gives_whole or other.gives_whole:
         raise UnsupportedError("The size of what is given whole depends on the base.", module=path)
     for update in (one, other):
-        if update.changes_weight and not update.terms:
+        if update.changes_weight and not update.products:
             raise UnsupportedError(f"The size of an update of kind {update.kind} is not computed yet.", module=path)
-    if not one.terms or not other.terms:
+    if not one.products or not other.products:
         return 0.0
     if one.shape != other.shape:
         raise MismatchError(f"Shapes differ: {one.shape} and {other.shape}.", module=path)
@@ -268,9 +268,9 @@ def truncated(path: str, update: AbstractUpdate, **rule: Any) -> AbstractUpdate 
     """The best update of lower rank, or None where ΔW is zero; `rule` is one of `linalg.truncate_low_rank`."""
     from loratools.linalg import balanced_factors, truncate_low_rank
 
-    if update.changes_weight and not update.terms:
+    if update.changes_weight and not update.products:
         raise UnsupportedError(f"An update of kind {update.kind} is not truncated yet.", module=path)
-    if not update.terms:
+    if not update.products:
         return update
     down, up = concatenated(update)
     U, S, Vh, _ = truncate_low_rank(down, up, **rule)

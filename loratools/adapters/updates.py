@@ -103,6 +103,15 @@ class AbstractUpdate(abc.ABC):
         return ()
 
     @property
+    def products(self) -> tuple[Term, ...]:
+        """The products whose sum is ΔW as algebra takes them; empty where ΔW has no such form.
+
+        `terms`, or factors that are computed when they are read, of a rank that may be as high as ΔW's shape allows: a
+        merge has a cheaper way then. No factor has more entries than ΔW.
+        """
+        return self.terms
+
+    @property
     def layer(self) -> Layer:
         """What sort of layer the factors address; an embedding's keys differ in most formats."""
         return "linear"

@@ -268,10 +268,10 @@ EVERY_KIND = {
         each(lambda make, out, into: AdaLora(lora_A=make(3, into), lora_B=make(out, 3), lora_E=make(3, 1, around=1.0),
                                              alpha=5.0, ranknum=4)), LINEAR
     ),
-    "loha": Kind(each(loha), LINEAR, sums=False, halves=True),
-    "loha-core": Kind(loha_core, KERNELS, sums=False, halves=True),
-    "lokr": Kind(lokr, LINEAR, sums=False, halves=True),
-    "lokr-kernels": Kind(lokr_kernels, KERNELS, sums=False, halves=True),
+    "loha": Kind(each(loha), LINEAR),
+    "loha-core": Kind(loha_core, KERNELS),
+    "lokr": Kind(lokr, LINEAR),
+    "lokr-kernels": Kind(lokr_kernels, KERNELS),
     "miss": Kind(each(lambda make, out, into: Miss(miss_block=make(3, out))), LINEAR),
     "miss-mini": Kind(
         lambda make: {"b.proj": Miss(miss_block=make(4, 3), mini=True)}, LINEAR

@@ -170,3 +170,20 @@ def test_a_multiple_of_every_kind(tmp_path, name):
     assert found.keys() == one.keys()
     for path, delta in found.items():
         assert (delta + 0.3 * one[path]).norm() <= 1e-6 * one[path].norm(), path
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["loha", "lokr", "adalora", "rslora", "block-diagonal"])
+def test_the_sum_with_plain_lora(tmp_path, name, dtype):
+    """A kind and LoRA, some modules in one only: the file that comes out is plain LoRA with the weighted sum."""
+    one, two = EVERY_KIND[name].adapter(1, dtype), EVERY_KIND["linear"].adapter(2, "fp32")
+    two = two.with_updates({"a.lin": two["a.lin"]})
+    save(one, tmp_path / "one")
+    save(two, tmp_path / "two")
+    stack([tmp_path / "one", tmp_path / "two"], tmp_path / "sum", weights=[0.7, -1.5])
+    found = stored_products(tmp_path / "sum")
+    assert set(found) == {"a.lin", "b.proj"}
+    for path, made in found.items():
+        exact = 0.7 * one[path].delta_weight().double()
+        exact -= 1.5 * two[path].delta_weight().double() if path in two else 0
+        assert (made - exact).norm() <= 1e-6 * exact.norm(), path
