@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
-from loratools.adapters.actions import AbstractAction, AbstractFixedAction, Region
-from loratools.adapters.low_rank import require_alpha
-from loratools.adapters.updates import AbstractUpdate, Layer
+from loratools.adapters.actions import AbstractAction, AbstractFixedAction, Region, everything
+from loratools.adapters.low_rank import require_alpha, with_identity
+from loratools.adapters.sides import core_kernel, require_side, side_factors, side_product, side_shape
+from loratools.adapters.updates import AbstractUpdate, Layer, Term
 from loratools.errors import MismatchError
-from loratools.tensors import TensorRef
+from loratools.tensors import TensorRef, computed
 
 if TYPE_CHECKING:
     import torch
 
     from loratools.linalg import LowRankSum
-
-_MATRIX: Final = 2
-_CORE: Final = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +25,8 @@ class LoHa(AbstractUpdate):
     A convolution's factors are those of its (out, in·k·…) view; or, as in Proposition 3 of FedPara, each side has a
     core t: `side[p, q, k, l] = Σ_ij t[i, j, k, l] · a[i, p] · b[j, q]`.
 
-    The product is as well one of rank r² (its factors' Khatri–Rao products), and so could be `terms`. It is not: that
-    multiplies the cost of a merge by r / 2, and of a sum nothing would be left of what made the adapter small.
+    The product is as well one of rank r² (`products`), and so could be `terms`. It is not: that multiplies the cost of
+    a merge by r / 2.
 
     Attributes:
         hada_w1_a: (out, r), with a core (r, out); hada_w2_a alike.
@@ -69,6 +66,11 @@ class LoHa(AbstractUpdate):
         return "conv" if self.hada_t1 is not None else "linear"
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """See `AbstractUpdate.kernel`; a core's trailing 1 may be one of two dimensions, or stand for one."""
+        return core_kernel(self.hada_t1)
+
+    @property
     def rank(self) -> int:
         """r; ΔW has a rank of up to r²."""
         return self.hada_w1_b.shape[0]
@@ -98,6 +100,33 @@ class LoHa(AbstractUpdate):
         """See `AbstractUpdate.linear_in`."""
         return "hada_w1_a"
 
+    @property
+    def products(self) -> tuple[Term, ...]:
+        """See `AbstractUpdate.products`.
+
+        `B[p, (i, j)] = w1_a[p, i] · w2_a[p, j]`, `A[(i, j), q] = w1_b[i, q] · w2_b[j, q]`: rank r². Where
+        that is no less than out or in, ΔW itself and the identity are smaller.
+        """
+        (out, into), rank = self.shape, self.rank**2
+        if rank < min(out, into):
+            down = computed(
+                f"{self.hada_w1_b.name} by columns", (rank, into), self.factors, lambda: self._khatri_rao(1)
+            )
+            up = computed(f"{self.hada_w1_a.name} by rows", (out, rank), self.factors, lambda: self._khatri_rao(0).T)
+            return (Term(down, up, self.scaling),)
+        whole = computed(f"{self.hada_w1_a.name} multiplied out", self.shape, self.factors, self._whole)
+        return (with_identity(whole, self.scaling),)
+
+    def _khatri_rao(self, axis: int) -> torch.Tensor:
+        """All products of a row of one side's factor with one of the other's; of the left factors (axis 0) turned."""
+        one, other = (side_factors(*side)[axis].double() for side in self._sides())
+        one, other = (one, other) if axis else (one.T, other.T)
+        return (one[:, None] * other[None]).flatten(0, 1)
+
+    def _whole(self) -> torch.Tensor:
+        one, other = (side_product(*side) for side in self._sides())
+        return _Elementwise(one, other, 1.0).delta(everything(self.shape))
+
     def scaled(self, weight: float) -> AbstractUpdate | None:
         """The same factors with another alpha."""
         return dataclasses.replace(self, alpha=self.alpha * weight)
@@ -118,52 +147,3 @@ class _Elementwise(AbstractFixedAction):
         """See `AbstractFixedAction.delta`."""
         one = self._one.piece(region.rows, region.columns)
         return one.mul_(self._other.piece(region.rows, region.columns)).mul_(self._scaling)
-
-
-def require_side(a: TensorRef, b: TensorRef, core: TensorRef | None) -> None:
-    """Refuse a product `a b`, or `Σ core · a · b`, whose shapes do not fit.
-
-    Raises:
-        MismatchError: says the shapes.
-    """
-    rank = b.shape[0] if b.shape else 0
-    wanted = [(rank, None)] if core is not None else [(None, rank)]
-    fits = len(a.shape) == len(b.shape) == _MATRIX and rank > 0
-    fits = fits and all(want in {None, have} for want, have in zip(wanted[0], a.shape, strict=True))
-    if core is not None:
-        fits = fits and len(core.shape) == _CORE and core.shape[:2] == (rank, rank)
-    if not fits:
-        shapes = [ref.shape for ref in (a, b, core) if ref is not None]
-        raise MismatchError(
-            f"Factors of the shapes {', '.join(map(str, shapes))} do not form a product.",
-            fix="They must share their rank.",
-            tensor=a.name,
-        )
-
-
-def side_shape(a: TensorRef, b: TensorRef, core: TensorRef | None) -> tuple[int, int]:
-    """(out, in·k·…) of the product."""
-    if core is None:
-        return a.shape[0], b.shape[1]
-    return a.shape[1], b.shape[1] * math.prod(core.shape[2:])
-
-
-def side_product(a: TensorRef, b: TensorRef, core: TensorRef | None) -> LowRankSum:
-    """`a b`, (out, in), or `Σ_ij core[i, j, k, l] · a[i, p] · b[j, q]` as (p, q·k·l), ready to be evaluated anywhere.
-
-    Raises:
-        NonFiniteError: a factor holds NaN or infinity.
-    """
-    import torch
-
-    from loratools.adapters.algebra import finite
-    from loratools.linalg import LowRankSum, low_rank_delta
-
-    up, down = finite(a), finite(b)
-    if core is None:
-        return LowRankSum.of([(down, up, 1.0)])
-    t = finite(core)
-    rank, _, *kernel = t.shape
-    inner = low_rank_delta(down, t.permute(0, 2, 3, 1).reshape(-1, rank), 1.0, dtype=torch.float64)
-    inner = inner.view(rank, *kernel, -1).permute(0, 3, 1, 2).reshape(rank, -1)
-    return LowRankSum.of([(inner, up.T, 1.0)])

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters.actions import AbstractAction, AbstractFixedAction, Region
-from loratools.adapters.loha import require_side, side_product, side_shape
 from loratools.adapters.low_rank import require_alpha
-from loratools.adapters.updates import AbstractUpdate, Layer
+from loratools.adapters.sides import Side, core_kernel, require_side, side_product
+from loratools.adapters.updates import AbstractUpdate, Layer, Term
 from loratools.errors import MismatchError
-from loratools.tensors import TensorRef
+from loratools.tensors import TensorRef, computed
 
 if TYPE_CHECKING:
     import torch
@@ -74,6 +74,11 @@ class LoKr(AbstractUpdate):
         return "conv" if whole or self.lokr_t2 is not None else "linear"
 
     @property
+    def kernel(self) -> tuple[int, ...]:
+        """See `AbstractUpdate.kernel`, and `core_kernel`."""
+        return core_kernel(self.lokr_t2) if self.lokr_w2 is None else self.lokr_w2.shape[2:]
+
+    @property
     def rank(self) -> int:
         """r; ΔW may have a far higher rank."""
         return self.r
@@ -91,15 +96,8 @@ class LoKr(AbstractUpdate):
     @property
     def shape(self) -> tuple[int, int]:
         """See `AbstractUpdate.shape`."""
-        (a, c), (b, d) = self._shapes()
+        (a, c), (b, d) = (side.shape for side in self._sides())
         return a * b, c * d
-
-    def _shapes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Of w1 and w2, the latter in its (b, d·k·…) view."""
-        return (
-            _shape(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, None),
-            _shape(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
-        )
 
     @property
     def factors(self) -> tuple[TensorRef, ...]:
@@ -113,6 +111,54 @@ class LoKr(AbstractUpdate):
         """See `AbstractUpdate.linear_in`."""
         return "lokr_w1" if self.lokr_w1 is not None else "lokr_w1_a"
 
+    @property
+    def _turned(self) -> bool:
+        """Whether w2 gives the coarse index of channels."""
+        return self.lokr_w2 is not None and len(self.lokr_w2.shape) == _MATRIX + 1
+
+    @property
+    def products(self) -> tuple[Term, ...]:
+        """See `AbstractUpdate.products`: `(B₁ A₁) ⊗ (B₂ A₂) = (B₁ ⊗ B₂)(A₁ ⊗ A₂)`, of the product of the ranks."""
+        (out, into), sides = self.shape, self._sides()
+        rank = math.prod(side.rank for side in sides)
+        down = computed(f"{self.factors[0].name}: A", (rank, into), self.factors, lambda: self._kronecker(1))
+        up = computed(f"{self.factors[0].name}: B", (out, rank), self.factors, lambda: self._kronecker(0))
+        return (Term(down, up, self.scaling),)
+
+    def _sides(self) -> tuple[Side, Side]:
+        """w1, and w2 in its (b, d·k·…) view."""
+        return (
+            Side(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b),
+            Side(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
+        )
+
+    def decomposed(self, **rule: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `AbstractUpdate.decomposed`: from the decompositions of w1 and w2."""
+        from loratools.linalg import truncate_kronecker
+
+        one, other = ((down, up) for up, down in (side.factors() for side in self._sides()))
+        one = (one[0], one[1] * self.scaling)
+        U, S, Vh, _ = truncate_kronecker(*((other, one) if self._turned else (one, other)), **rule)
+        return U, S, self._in_order(Vh)
+
+    def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        """Columns as ΔW has them, where w2 came first: (channels of w2, kernel, channels of w1) as it multiplies."""
+        if not self._turned:
+            return rows
+        assert self.lokr_w2 is not None
+        channels = self._sides()[0].shape[1]
+        return rows.view(len(rows), -1, self.lokr_w2.shape[2], channels).transpose(2, 3).reshape(len(rows), -1)
+
+    def _kronecker(self, axis: int) -> torch.Tensor:
+        """The Kronecker product of the left factors of both sides (axis 0), or of the right ones."""
+        import torch
+
+        one, other = (side.factors()[axis] for side in self._sides())
+        if not self._turned:
+            return torch.kron(one, other)
+        product = torch.kron(other, one)
+        return self._in_order(product) if axis else product
+
     def scaled(self, weight: float) -> AbstractUpdate | None:
         """The same factors with another alpha."""
         return dataclasses.replace(self, alpha=self.alpha * weight)
@@ -121,15 +167,16 @@ class LoKr(AbstractUpdate):
         """See `AbstractUpdate.action`."""
         from loratools.adapters.algebra import finite
 
-        left, right = self._shapes()
-        w1 = _matrix(self.lokr_w1, self.lokr_w1_a, self.lokr_w1_b, left) * self.scaling
-        if self.lokr_w2 is not None and len(self.lokr_w2.shape) == _MATRIX + 1:
+        left, right = self._sides()
+        w1 = left.matrix() * self.scaling
+        if self._turned:
+            assert self.lokr_w2 is not None
             return _Turned(w1, finite(self.lokr_w2).double())
-        if self.lokr_w2 is None and math.prod(right) > _KEPT:
+        if self.lokr_w2 is None and math.prod(right.shape) > _KEPT:
             assert self.lokr_w2_a is not None
             assert self.lokr_w2_b is not None
-            return _Blocks(w1, side_product(self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2), right)
-        return _Kronecker(w1, _matrix(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, right, self.lokr_t2))
+            return _Blocks(w1, side_product(self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2), right.shape)
+        return _Kronecker(w1, right.matrix())
 
 
 class _Kronecker(AbstractFixedAction):
@@ -190,32 +237,6 @@ def _indices(span: slice) -> torch.Tensor:
     import torch
 
     return torch.arange(span.start, span.stop)
-
-
-def _matrix(
-    whole: TensorRef | None,
-    a: TensorRef | None,
-    b: TensorRef | None,
-    shape: tuple[int, int],
-    core: TensorRef | None = None,
-) -> torch.Tensor:
-    from loratools.adapters.algebra import finite
-
-    if whole is not None:
-        return finite(whole).double().view(shape)
-    assert a is not None
-    assert b is not None
-    return side_product(a, b, core).piece(slice(0, shape[0]), slice(0, shape[1]))
-
-
-def _shape(
-    whole: TensorRef | None, a: TensorRef | None, b: TensorRef | None, core: TensorRef | None
-) -> tuple[int, int]:
-    if whole is not None:
-        return whole.shape[0], math.prod(whole.shape[1:])
-    assert a is not None
-    assert b is not None
-    return side_shape(a, b, core)
 
 
 def _require_one(

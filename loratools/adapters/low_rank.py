@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from loratools.adapters.updates import AbstractUpdate, Layer, Offset, Term
 from loratools.errors import MismatchError
-from loratools.tensors import TensorRef
+from loratools.tensors import TensorRef, computed
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,6 +110,20 @@ class Sum(AbstractProducts):
     def offsets(self) -> Mapping[str, Offset]:
         """See `AbstractUpdate.offsets`."""
         return {"bias": Offset(self.bias, 1.0)} if self.bias is not None else {}
+
+
+def with_identity(whole: TensorRef, scale: float) -> Term:
+    """`scale · whole` of any matrix as a product: the identity stands on its shorter side."""
+    out, into = whole.shape
+    size = min(out, into)
+
+    def unit() -> torch.Tensor:
+        import torch
+
+        return torch.eye(size, dtype=torch.float64)
+
+    identity = computed(f"{whole.name}: identity", (size, size), (whole,), unit)
+    return Term(whole, identity, scale) if out <= into else Term(identity, whole, scale)
 
 
 def require_product(lora_A: TensorRef, lora_B: TensorRef) -> None:

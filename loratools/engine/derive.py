@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 from loratools.adapters import Adapter, LowRank, Selection
 from loratools.adapters.adapter import hub_name, merged_config, merged_provenance
 from loratools.adapters.algebra import of_one_kind, summed
-from loratools.engine import planning
+from loratools.engine import expansion, planning
 from loratools.engine.changes import source_id
 from loratools.engine.execute import Execution, execute
 from loratools.engine.operations.deriving import LEFT_OUT, require_alpha
@@ -28,7 +28,8 @@ from loratools.formats import codec_named
 RULES: Final = {
     "keep": "one adapter times a weight keeps its factors' bytes, alpha is multiplied; several are concatenated, "
     "with alpha = r and the scaling in lora_B where scalings differ",
-    "products": "sums of other kinds become plain LoRA where they are products; those of one tensor stay what they are",
+    "products": "sums of other kinds become plain LoRA where they are products, LoHa and LoKr through Khatri–Rao and "
+    "Kronecker products of their factors; those of one tensor stay what they are",
     "bake": "the scaling goes into lora_B and alpha = r",
     "restate": "alpha becomes the given number and lora_B takes the quotient",
     "dtype": "a factor keeps its dtype where the multiplication is exact in it (a power of two), else float32",
@@ -131,7 +132,11 @@ def plan_of(request: Request, run: Run) -> Plan:
             "format": _format(request),
         },
         rules={**RULES, **({"norm": NORM_RULE} if request.options.get("norm") is not None else {})},
-        notes=(*(note for adapter in request.adapters for note in adapter.notes), *_notes(request), *request.notes),
+        notes=(
+            *(note for adapter in request.adapters for note in adapter.notes),
+            *_notes(request, products=products),
+            *request.notes,
+        ),
     )
 
 
@@ -140,7 +145,7 @@ def _format(request: Request) -> str:
     return request.format or (formats.pop() if len(formats) == 1 else "peft")
 
 
-def _notes(request: Request) -> Iterator[str]:
+def _notes(request: Request, *, products: bool) -> Iterator[str]:
     formats = {adapter.format for adapter in request.adapters}
     if request.format is None and len(formats) > 1:
         yield f"The inputs are {', '.join(sorted(formats))}; the output is peft."
@@ -149,6 +154,8 @@ def _notes(request: Request) -> Iterator[str]:
     for adapter in request.adapters:
         if adapter.base_model and not hub_name(adapter.base_model):
             yield f"{adapter.name} names its base by a path, which means nothing elsewhere: it is left out."
+    if products:
+        yield from expansion.notes(update for adapter in request.adapters for update in adapter.values())
 
 
 def _refuse(request: Request, paths: Sequence[str]) -> None:
@@ -195,7 +202,7 @@ def _unit(path: str, request: Request, *, changed: bool, products: bool) -> Unit
     held = [(index, adapter[path]) for index, adapter in enumerate(request.adapters) if path in adapter]
     strength = request.strengths.get(path, Strength()) if changed else Strength()
     size = sum(ref.nbytes for _, update in held for ref in update.tensors)
-    elements = sum(ref.spec.numel for _, update in held for ref in update.tensors)
+    elements = sum(expansion.elements_of(update, products=products) for _, update in held)
     return Unit(
         "derive",
         path,

@@ -11,13 +11,8 @@ from loratools.engine.plan import Unit
 from loratools.engine.receipts.manifest import section_of
 from loratools.errors import InternalError
 
-_COUNTS: Final[Mapping[str, tuple[str, ...]]] = {
-    "copy": ("count",),
-    "cast": (),
-    "add": ("entries",),
-    "merge": ("changed", "entries"),
-}
-"""Operations whose outcomes are kept → facts that have to be there, as counts."""
+_WHAT: Final = {"copy": "copied", "cast": "cast", "add": "added", "merge": "merged"}
+"""Operations whose outcomes are kept → what they say happened."""
 
 
 def packed(outcome: Outcome, section: bytes = b"") -> tuple[dict[str, Any], bytes]:
@@ -26,7 +21,7 @@ def packed(outcome: Outcome, section: bytes = b"") -> tuple[dict[str, Any], byte
     Raises:
         InternalError: an outcome of an operation that is not kept.
     """
-    if outcome.operation not in _COUNTS or outcome.again:
+    if outcome.operation not in _WHAT or outcome.again:
         raise InternalError("This outcome cannot be kept.", operation=outcome.operation, target=outcome.target)
     document = {"what": outcome.what, "facts": dict(outcome.facts), "receipt": outcome.receipt}
     return document, section if "section" in (outcome.receipt or {}) else b""
@@ -34,17 +29,27 @@ def packed(outcome: Outcome, section: bytes = b"") -> tuple[dict[str, Any], byte
 
 def unpacked(unit: Unit, document: object, section: bytes) -> Outcome | None:
     """The outcome of `unit` that `packed` made this of; None where nobody can have."""
-    if not isinstance(document, dict) or unit.operation not in _COUNTS:
+    if not isinstance(document, dict) or unit.operation not in _WHAT:
         return None
-    receipt = document.get("receipt")
-    if not _fits(receipt, unit, section):
+    what, facts, receipt = document.get("what"), document.get("facts"), document.get("receipt")
+    if what != _WHAT[unit.operation] or not isinstance(facts, dict) or not _can_be(facts, unit):
         return None
-    what, facts = document.get("what"), document.get("facts")
-    if not isinstance(what, str) or not isinstance(facts, dict):
-        return None
-    if any(not isinstance(facts.get(name), int) for name in _COUNTS[unit.operation]):
-        return None
-    return Outcome(unit.target, unit.operation, what, facts, receipt=receipt)
+    return Outcome(unit.target, unit.operation, what, facts, receipt=receipt) if _fits(receipt, unit, section) else None
+
+
+def _can_be(facts: Mapping[str, Any], unit: Unit) -> bool:
+    """Whether these are the facts that the unit would tell; its counts cannot be told from here, but their limits."""
+    if unit.operation == "cast":
+        return facts.keys() == {"from", "to"} and facts["to"] == unit.parameters["dtype"]
+    if unit.operation == "copy":
+        return facts == {"count": len(unit.inputs)}
+    if any(type(facts.get(name, 0)) is not int for name in ("changed", "entries")):
+        return False
+    if unit.operation == "add":
+        return facts.keys() == {"entries"} and facts["entries"] >= 0
+    bound = facts.get("bound", 0.0)
+    whole = facts.keys() - {"bound"} == {"changed", "entries"} and isinstance(bound, float) and bound >= 0
+    return whole and min(facts["changed"], facts["entries"]) >= 0
 
 
 def _fits(receipt: object, unit: Unit, section: bytes) -> bool:

@@ -59,7 +59,10 @@ def save(adapter: Adapter, output: locate.Source, format: str = "peft", *, overw
 def _needs_products(adapter: Adapter, format: str) -> bool:
     """Whether the format cannot hold the kinds of an adapter together, and could if they were plain products."""
     changing = [update for update in adapter.values() if update.changes_weight]
-    return all(update.terms for update in changing) and bool(codec_named(format).cannot_hold(adapter))
+    mixed = len({type(update) for update in changing}) > 1
+    return all(update.products if mixed else update.terms for update in changing) and bool(
+        codec_named(format).cannot_hold(adapter)
+    )
 
 
 def files_behind(adapter: Adapter) -> list[Path]:

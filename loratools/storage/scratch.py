@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import final
+from typing import Final, final
 
 from loratools.errors import InternalError
 from loratools.storage import syscalls
 from loratools.storage.files import ReadOnlyFile
 from loratools.tensors import TensorRef, TensorSpec
+
+SCRATCH: Final = re.compile(r"\.scratch-[0-9a-f]{16}")
+"""The name that a scratch file has for a moment; a kill in that moment leaves it."""
 
 
 def write_bytes_durably(path: Path, data: bytes) -> None:

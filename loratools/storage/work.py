@@ -7,10 +7,12 @@ that does not have a name of ours; everything else may lie there and stays.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,7 +22,7 @@ from loratools.errors import AccessError, OutputError, StorageError
 from loratools.storage import syscalls
 from loratools.storage.journal import Journal, Record
 from loratools.storage.left import COPY, open_left, read_at, remove_left, require_regular
-from loratools.storage.scratch import write_bytes_durably
+from loratools.storage.scratch import SCRATCH, write_bytes_durably
 from loratools.storage.strict_json import read_json
 from loratools.storage.targets import absolute, check_inputs, check_parent
 
@@ -43,7 +45,7 @@ def check_work(path: Path, output: Path, inputs: Sequence[Path], names: Sequence
         names: the weights files of the output.
 
     Returns:
-        Bytes on the disk that files of an earlier run take there already.
+        Bytes on the disk that weights of an earlier run take there already.
 
     Raises:
         OutputError: it is a link or no directory, holds something and no work of ours, is tied to the output or an
@@ -95,8 +97,9 @@ def _held(path: Path, names: Sequence[str]) -> int:
         raise OutputError(
             "This directory holds something, and no work that was begun.", fix=_FIX, path=path, holds=others[0].name
         )
-    found = [require_regular(path / name) for name in _ours(names)]
-    return sum(status.st_blocks * _BLOCK for status in found if status is not None)
+    found = {name: require_regular(path / name) for name in _ours(names)}
+    parts = [found[name + PART] for name in names]
+    return sum(status.st_blocks * _BLOCK for status in parts if status is not None)
 
 
 def _ours(names: Sequence[str]) -> list[str]:
@@ -151,15 +154,25 @@ class WorkDirectory:
             text = json.dumps({**identity, _MADE: self._made}, indent=1) + "\n"
             write_bytes_durably(self.path / (MANIFEST + _NEW), text.encode("ascii"))
             syscalls.move_new(self.path / (MANIFEST + _NEW), self.path / MANIFEST)
+            syscalls.sync_path(self.path)  # no file of ours is there without it, not even after a power cut
         else:
             self._made = self._made or found.get(_MADE) is True
         if require_regular(self.path / JOURNAL) is None:
             os.close(syscalls.create(self.path / JOURNAL))
         self._descriptor = open_left(self.path / JOURNAL)
+        self._remove_scratch()
         syscalls.sync_path(self.path)
         seed = hashlib.sha256(json.dumps(identity, sort_keys=True).encode("ascii")).digest()
         self._journal = Journal(self._descriptor, self.path / JOURNAL, seed)
         return self._journal.read()
+
+    def _remove_scratch(self) -> None:
+        """Remove what runs left that were killed before their scratch file had lost its name."""
+        with syscalls.reported("Listing the work directory", self.path):
+            found = [entry for entry in self.path.iterdir() if SCRATCH.fullmatch(entry.name)]
+        for entry in found:
+            if stat.S_ISREG(entry.lstat().st_mode):
+                syscalls.remove(entry)
 
     @property
     def journal(self) -> Journal:
@@ -193,7 +206,8 @@ class WorkDirectory:
         """Find out now, not after hours of work, whether files can be moved from here to `directory`.
 
         Raises:
-            OutputError: they cannot.
+            OutputError: they cannot: these are two mounts.
+            StorageError: the disk is full or failed.
         """
         probe = self.path / (MANIFEST + _NEW)
         remove_left(probe)
@@ -201,6 +215,8 @@ class WorkDirectory:
         try:
             syscalls.replace(probe, directory / probe.name)
         except StorageError as error:
+            if getattr(error.__cause__, "errno", None) != errno.EXDEV:
+                raise
             raise OutputError(
                 "Files cannot be moved from the work directory to the output.",
                 fix="Name a directory beside the output with --resume.",
@@ -218,8 +234,17 @@ class WorkDirectory:
                 syscalls.replace(self.part(name), directory / name)
 
     def clear(self) -> None:
-        """Remove what is ours, the manifest last; and the directory, if this run made it and nothing is left in it."""
+        """Remove what is ours, the manifest last; and the directory, if a run made it and nothing is left in it."""
+        try:
+            self._clear()
+        except KeyboardInterrupt:  # a second Ctrl-C must not leave behind what a first one would have removed
+            self._clear()
+            raise
+
+    def _clear(self) -> None:
         for name in reversed(_ours(self._names)):
+            if name == MANIFEST:
+                syscalls.sync_path(self.path)
             remove_left(self.path / name)
         if self._made:
             with suppress(OSError):

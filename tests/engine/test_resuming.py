@@ -12,27 +12,21 @@ import torch
 from loratools.engine import resuming
 from loratools.engine.operations import OPERATIONS
 from loratools.engine.outcomes import unpacked
-from loratools.errors import MismatchError, OutputError, StorageError, UsageError
+from loratools.errors import (
+    InputMissingError,
+    MemoryLimitError,
+    MismatchError,
+    NonFiniteError,
+    OutputError,
+    StorageError,
+    UsageError,
+)
 from loratools.files import load_adapter
 from loratools.storage.work import JOURNAL, MANIFEST
 from loratools.verbs.merge import merge, plan_merge
-from tests.tiny import factors, llama, lora_tensors, normal, sha256, state, write_adapter, write_checkpoint
+from tests.tiny import Q, factors, llama, lora_tensors, normal, sha256, state, write_adapter, write_checkpoint
 
-
-@pytest.fixture(autouse=True)
-def every_unit(monkeypatch):
-    """Each unit is recorded as soon as it is done."""
-    monkeypatch.setattr(resuming, "BATCH_SECONDS", 0)
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory):
-    home = tmp_path_factory.mktemp("home")
-    write_checkpoint(home / "base", llama(torch.float32), shards=3, companions={"tokenizer.json": b"{}"})
-    write_checkpoint(home / "one", llama())
-    write_adapter(home / "a")
-    write_adapter(home / "b", lora_tensors(factors(3, 2)), r=3)
-    return home
+pytestmark = pytest.mark.usefixtures("every_unit")
 
 
 def whole(home, out, **options):
@@ -107,7 +101,7 @@ def test_going_on_after_any_unit_gives_the_bytes_of_an_uninterrupted_run(home, t
     run(home, tmp_path / "plain" / "out")
     wanted, number = state(tmp_path / "plain"), units_of(run, home)
     assert number > 3
-    for after in range(number):
+    for after in range(1, number):
         place = tmp_path / str(after)
         place.mkdir()
         first, error = ended(run, home, place, after, threads=1)
@@ -118,6 +112,70 @@ def test_going_on_after_any_unit_gives_the_bytes_of_an_uninterrupted_run(home, t
         assert len(first) + len(second) == number
         assert state(place) == wanted
         assert f"{after} of {number} units were taken over from work." in report.notes
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StorageError("The disk failed.", fix="Check it.")])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_run_that_ends_before_anything_is_done_keeps_nothing(home, tmp_path, error, there):
+    """No work directory, or it is as empty as it was; and it does not promise to go on from there."""
+    if there:
+        (tmp_path / "work").mkdir()
+    _, raised = ended(whole, home, tmp_path, 0, error)
+    assert "kept" not in str(raised)
+    assert list(state(tmp_path)) == (["work"] if there else [])
+
+
+def test_an_adapter_with_nan_leaves_no_work_directory(home, tmp_path):
+    """Where the first unit is refused; what is refused before any unit makes none either."""
+    write_checkpoint(tmp_path / "base", {f"{Q}.weight": normal(1, 16, 16)})
+    tensors = lora_tensors(factors(2, 2, modules={Q: (16, 16)}))
+    for tensor in tensors.values():
+        tensor[0] = float("nan")
+    write_adapter(tmp_path / "nan", tensors, r=2)
+    before = state(tmp_path)
+    for error, adapters, more in (
+        (NonFiniteError, [tmp_path / "nan"], {}),
+        (MemoryLimitError, [tmp_path / "nan"], {"max_memory": 1}),
+        (InputMissingError, [tmp_path / "none"], {}),
+    ):
+        with pytest.raises(error):
+            merge(tmp_path / "base", adapters, tmp_path / "out", resume=tmp_path / "work", threads=1, **more)
+        assert state(tmp_path) == before
+
+
+def test_scratch_files_of_killed_runs_go(home, tmp_path):
+    """They have a name for a moment only; what is called like them and is no file of ours stays."""
+    whole(home, tmp_path / "plain")
+    ended(whole, home, tmp_path, 3)
+    work = tmp_path / "work"
+    (work / f".scratch-{'0123456789abcdef'}").write_bytes(b"left")
+    went_on(whole, home, tmp_path)
+    assert not work.exists()
+    ended(recast, home, tmp_path, 3, overwrite=True)
+    others = [work / ".scratch-1", work / f".scratch-{'0' * 16}.txt"]
+    for other in others:
+        other.write_bytes(b"theirs")
+    (work / f".scratch-{'1' * 16}").symlink_to(tmp_path / "plain" / "loratools.json")
+    (work / f".scratch-{'2' * 16}").mkdir()
+    went_on(recast, home, tmp_path, overwrite=True)
+    assert sorted(path.name for path in work.iterdir()) == sorted(
+        [*(other.name for other in others), f".scratch-{'1' * 16}", f".scratch-{'2' * 16}"]
+    )
+
+
+def test_room_counts_what_is_there(home, tmp_path, monkeypatch):
+    """Weights of an earlier run lie on the disk already; the journal beside them makes no room."""
+    ended(whole, home, tmp_path, 8)
+    asked = []
+    monkeypatch.setattr("loratools.engine.planning.OutputDirectory.check", lambda *args: asked.append(args[-1]))
+    work = tmp_path / "work"
+    (work / JOURNAL).write_bytes((work / JOURNAL).read_bytes() + bytes(1_000_000))
+    parts = sum(path.stat().st_blocks * 512 for path in work.glob("*.part"))
+    for resume in (None, tmp_path / "work"):
+        plan_merge(home / "base", [home / "a", home / "b"], tmp_path / "out", weights=[1, -0.5], resume=resume)
+    weights = sum(tensor.nbytes for tensor in llama(torch.float32).values())
+    assert parts > 0
+    assert asked[0] - asked[1] == min(parts, weights)
 
 
 def test_it_may_end_again_and_again(home, tmp_path):

@@ -16,6 +16,7 @@ from loratools.verbs.rescale import rescale
 from loratools.verbs.stack import stack
 from tests import models
 from tests.interop.extraction import stored_products
+from tests.laws.dense import changes
 from tests.laws.kinds import EVERY_KIND
 
 MODULES = {"a.lin": (6, 4), "b.lin": (3, 8), "lin": (4, 4), "c.embed": (5, 9)}
@@ -119,21 +120,6 @@ def test_truncation_is_near_the_best(a, b, rank):
             assert short[name].scaling == 1
 
 
-def changes(adapter, base):
-    """Module path → ΔW in float64 of every update, experts one by one."""
-    found = {}
-    for path, update in adapter.items():
-        parts = [update.part(expert) for expert in range(update.experts)] if hasattr(update, "experts") else [update]
-        for index, part in enumerate(parts):
-            weight = base.get(f"{path}.weight")
-            if weight is not None:
-                weight = weight.double().flatten(1)
-                out = (part.shape or (weight.shape[0],))[0]
-                weight = weight if part.fits(tuple(weight.shape)) or out == weight.shape[0] else weight.T
-            found[path, index] = part.delta_weight(weight).double()
-    return found
-
-
 @pytest.mark.parametrize("name", EVERY_KIND)
 def test_stack_is_the_sum_of_every_kind(tmp_path, name):
     """Two adapters of a kind: ΔW of the file that comes out is the weighted sum, or the kind is refused by name."""
@@ -170,3 +156,20 @@ def test_a_multiple_of_every_kind(tmp_path, name):
     assert found.keys() == one.keys()
     for path, delta in found.items():
         assert (delta + 0.3 * one[path]).norm() <= 1e-6 * one[path].norm(), path
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("name", ["loha", "lokr", "adalora", "rslora", "block-diagonal"])
+def test_the_sum_with_plain_lora(tmp_path, name, dtype):
+    """A kind and LoRA, some modules in one only: the file that comes out is plain LoRA with the weighted sum."""
+    one, two = EVERY_KIND[name].adapter(1, dtype), EVERY_KIND["linear"].adapter(2, "fp32")
+    two = two.with_updates({"a.lin": two["a.lin"]})
+    save(one, tmp_path / "one")
+    save(two, tmp_path / "two")
+    stack([tmp_path / "one", tmp_path / "two"], tmp_path / "sum", weights=[0.7, -1.5])
+    found = stored_products(tmp_path / "sum")
+    assert set(found) == {"a.lin", "b.proj"}
+    for path, made in found.items():
+        exact = 0.7 * one[path].delta_weight().double()
+        exact -= 1.5 * two[path].delta_weight().double() if path in two else 0
+        assert (made - exact).norm() <= 1e-6 * exact.norm(), path

@@ -122,6 +122,7 @@ class Warm:
         place = scratch / "warming"
         place.mkdir()
         commands = [scene.command(home, "--overwrite") for scene in SCENES]
+        commands += [[*command, "--resume", "work"] for command in commands if command[0] == "merge"]
         self._ask({"warm": [*commands, ["inspect", str(home / "base"), "--json"]], "place": str(place)})
         shutil.rmtree(place)
 

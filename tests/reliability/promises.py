@@ -98,16 +98,27 @@ PROMISES = (
         "`merge --resume` goes on after an interruption at any moment, and its output is that of an uninterrupted run, "
         "byte for byte; other inputs or options are refused, and what a work directory holds is compared before it is "
         "used.",
-        "Runs end after every unit, by every signal and at system calls of every kind, and are gone on with; inputs, "
-        "options, bytes, journals and directories are changed in between.",
+        "Runs end after every unit, at every system call of the writing side (killed, or failing), before every line "
+        "that keeps the journal, and a real model's at random moments; each is gone on with. Inputs, options, bytes, "
+        "records with right checksums, and directories are changed in between.",
         (
+            f"{RELIABILITY}/test_resumed.py::test_a_sample_of_calls",
+            f"{RELIABILITY}/test_resumed.py::test_at_every_call",
+            f"{RELIABILITY}/test_resumed.py::test_before_some_lines",
+            f"{RELIABILITY}/test_resumed.py::test_before_every_line",
+            f"{RELIABILITY}/test_resumed_models.py::test_minilm_killed_three_times",
+            f"{RELIABILITY}/test_resumed_models.py::test_minilm_at_many_moments",
             "tests/engine/test_resuming.py::test_going_on_after_any_unit_gives_the_bytes_of_an_uninterrupted_run",
             "tests/engine/test_resuming.py::test_an_input_that_changed_is_refused_by_name",
             "tests/engine/test_resuming.py::test_other_options_are_refused_by_name",
             "tests/engine/test_resuming.py::test_bytes_that_are_not_as_recorded_are_done_again_and_it_is_said",
+            "tests/engine/test_resuming_forged.py::test_records_that_cannot_be",
+            "tests/engine/test_resuming_forged.py::test_weights_that_are_not_what_was_recorded",
+            "tests/engine/test_resuming_forged.py::test_another_base_of_the_same_shapes",
             "tests/storage/test_journal.py::test_any_changed_byte_ends_the_reading",
             "tests/storage/test_work.py::test_what_is_no_regular_file_is_refused_and_stays",
         ),
+        ("resumed_crashes", "resumed_lines", "resumed_models"),
     ),
     Promise(
         "P8",

@@ -165,7 +165,7 @@ class Lines:
         assert ended.code == 0, ended
         self.new = outputs(place)
         shutil.rmtree(place)
-        self.number = json.loads(self.log.read_text())["lines"]
+        self.number = len(json.loads(self.log.read_text())["lines"])
 
     def run(self, place, **how):
         return self.warm.run(place, self.scene.command(self.home), log=str(self.log), **how)

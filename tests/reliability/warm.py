@@ -90,24 +90,31 @@ def take_turns():
             module.ThreadPoolExecutor = Turns
 
 
-def interrupt_before_line(wanted, number, log):
-    """Raise a signal before the main thread's `wanted`-th line of the writing side; without one, count them all."""
-    count = [0]
+def interrupt_before_line(wanted, number, log, files=None):
+    """Raise a signal before the main thread's `wanted`-th line of the writing side; without one, tell them all.
+
+    With `files`, the lines of these are meant, whichever thread runs them.
+    """
+    seen, kept = [], threading.Lock()
 
     def on_line(frame, event, argument):
         if event == "line":
-            count[0] += 1
-            if count[0] == wanted:
+            with kept:
+                seen.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+                reached = len(seen) == wanted
+            if reached:
                 sys.settrace(None)
-                Path(log).write_text(f"{frame.f_code.co_filename}:{frame.f_lineno}", encoding="ascii")
+                Path(log).write_text(seen[-1], encoding="ascii")
                 signal.raise_signal(number)
         return on_line
 
     def on_call(frame, event, argument):
-        return on_line if frame.f_code.co_filename.endswith(LINES) else None
+        return on_line if frame.f_code.co_filename.endswith(tuple(files or LINES)) else None
 
+    if files:
+        threading.settrace(on_call)
     sys.settrace(on_call)
-    return count
+    return seen
 
 
 def entry_point(arguments):
@@ -138,20 +145,20 @@ def child(request, barrier, pipe):
             os.setgroups([])
             os.setresgid(user, user, user)
             os.setresuid(user, user, user)
-        count, threads = [0], []
+        lines, threads = [], []
         if request.get("strace"):
             take_turns()
             threads = number_threads(request["thread"], pipe)
             if not request["thread"]:
                 wait_for_tracer(pipe)
         if "line" in request:
-            count = interrupt_before_line(request["line"], request["signal"], request["log"])
+            lines = interrupt_before_line(request["line"], request["signal"], request["log"], request.get("files"))
         code = entry_point(request["arguments"])
         sys.settrace(None)
         sys.stdout.flush()
         sys.stderr.flush()
         if request.get("survey"):  # the last thing: what comes after the log was opened is no call of the command
-            Path(request["log"]).write_text(json.dumps({"threads": threads, "lines": count[0]}), encoding="ascii")
+            Path(request["log"]).write_text(json.dumps({"threads": threads, "lines": lines}), encoding="ascii")
     finally:
         os._exit(code)
 
@@ -209,6 +216,9 @@ def warm_up(commands, place):
     """Run commands here, so that everything is imported; then forget what they set."""
     import torch
 
+    from loratools.engine import resuming
+
+    resuming.BATCH_SECONDS = 0  # so that small runs record every unit
     torch.set_num_threads(1)
     os.chdir(place)
     devnull = os.open(os.devnull, os.O_WRONLY)

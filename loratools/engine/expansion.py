@@ -1,0 +1,35 @@
+"""Updates whose ΔW becomes a product larger than what they are stored as (LoHa, LoKr): what that takes; a note."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from loratools.adapters import AbstractUpdate
+
+
+def expands(update: AbstractUpdate) -> bool:
+    """Whether its products are computed, and are not what it is stored as."""
+    return bool(update.products) and not update.terms
+
+
+def elements_of(update: AbstractUpdate, *, products: bool) -> int:
+    """Entries of all its tensors; where it becomes a product, of the factors of that beside them."""
+    stored = sum(ref.spec.numel for ref in update.tensors)
+    if not products or not expands(update):
+        return stored
+    return stored + sum(ref.spec.numel for term in update.products for ref in (term.lora_A, term.lora_B))
+
+
+def notes(updates: Iterable[AbstractUpdate]) -> Iterator[str]:
+    """For every kind that becomes plain LoRA, at what rank."""
+    ranks: dict[str, list[int]] = {}
+    for update in updates:
+        if expands(update):
+            ranks.setdefault(update.kind, []).append(sum(term.rank for term in update.products))
+    for kind, found in sorted(ranks.items()):
+        least, most = min(found), max(found)
+        count = "1 update" if len(found) == 1 else f"{len(found)} updates"
+        yield (
+            f"The output is plain LoRA: {count} of kind {kind} enter as exact products, "
+            f"of rank {least if least == most else f'{least} to {most}'}."
+        )
