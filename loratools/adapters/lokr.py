@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters.actions import AbstractAction, AbstractFixedAction, Region
 from loratools.adapters.low_rank import require_alpha
@@ -132,6 +132,23 @@ class LoKr(AbstractUpdate):
             Side(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
         )
 
+    def decomposed(self, **rule: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `AbstractUpdate.decomposed`: from the decompositions of w1 and w2."""
+        from loratools.linalg import truncate_kronecker
+
+        one, other = ((down, up) for up, down in (side.factors() for side in self._sides()))
+        one = (one[0], one[1] * self.scaling)
+        U, S, Vh, _ = truncate_kronecker(*((other, one) if self._turned else (one, other)), **rule)
+        return U, S, self._in_order(Vh)
+
+    def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        """Columns as ΔW has them, where w2 came first: (channels of w2, kernel, channels of w1) as it multiplies."""
+        if not self._turned:
+            return rows
+        assert self.lokr_w2 is not None
+        channels = self._sides()[0].shape[1]
+        return rows.view(len(rows), -1, self.lokr_w2.shape[2], channels).transpose(2, 3).reshape(len(rows), -1)
+
     def _kronecker(self, axis: int) -> torch.Tensor:
         """The Kronecker product of the left factors of both sides (axis 0), or of the right ones."""
         import torch
@@ -140,11 +157,7 @@ class LoKr(AbstractUpdate):
         if not self._turned:
             return torch.kron(one, other)
         product = torch.kron(other, one)
-        if not axis:
-            return product
-        assert self.lokr_w2 is not None
-        kernel, channels = self.lokr_w2.shape[2], one.shape[1]
-        return product.view(len(product), -1, kernel, channels).transpose(2, 3).reshape(len(product), -1)
+        return self._in_order(product) if axis else product
 
     def scaled(self, weight: float) -> AbstractUpdate | None:
         """The same factors with another alpha."""

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._joint import core_bases, joint_cores, principal_angles
     from loratools.linalg._magnitude_threshold import magnitude_threshold
+    from loratools.linalg._kronecker import truncate_kronecker
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._product_norm import product_norm
     from loratools.linalg._rank import (
@@ -120,6 +121,7 @@ __all__ = [
     "subtract_low_rank",
     "ties",
     "to_grid",
+    "truncate_kronecker",
     "truncate_low_rank",
     "truncated_svd",
     "truncated_svd_batch",
@@ -182,6 +184,7 @@ _HOMES: Final = MappingProxyType(
         "require_in_range": "_rules",
         "round_to": "_rounding",
         "subtract_low_rank": "_addition",
+        "truncate_kronecker": "_kronecker",
         "truncate_low_rank": "_core",
         "truncated_svd": "_truncated_svd",
         "truncated_svd_batch": "_batch",
