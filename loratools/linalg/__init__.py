@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._joint import core_bases, joint_cores, principal_angles
-    from loratools.linalg._magnitude_threshold import magnitude_threshold
     from loratools.linalg._kronecker import truncate_kronecker
+    from loratools.linalg._magnitude_threshold import magnitude_threshold
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._product_norm import product_norm
     from loratools.linalg._rank import (
