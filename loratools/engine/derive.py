@@ -42,7 +42,7 @@ class Request:
     """What is asked for.
 
     Attributes:
-        verb: `stack` or `rescale`.
+        verb: `stack`, `resize` or `rescale`.
         adapters: the inputs.
         output: where to.
         weights: one per input.
@@ -51,6 +51,7 @@ class Request:
         format: the dialect, or None.
         options: what the report repeats.
         strengths: what is done to single modules of the one input instead of its weight.
+        notes: what deciding that had to say.
         rule: what is done to the ranks of the modules that the patterns choose; None: nothing.
     """
 
@@ -63,6 +64,7 @@ class Request:
     format: str | None
     options: Mapping[str, Any]
     strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     rule: Reduction | None = None
 
     @property
@@ -125,6 +127,7 @@ def plan_of(request: Request, run: Run) -> Plan:
             *(note for adapter in request.adapters for note in adapter.notes),
             *_notes(request, products=products),
             *lowered.notes,
+            *request.notes,
         ),
     )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank, Sum
 from loratools.adapters.algebra import as_products, finite, summed, without_products
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.capping import capped
+from loratools.engine.operations.one_factor import in_factors
 from loratools.engine.operations.reducing import reduced
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
@@ -21,24 +23,24 @@ LEFT_OUT: Final = "left out"
 def derive(unit: Unit, context: Context) -> Outcome:
     """`Σ w ΔW` of the unit's inputs, then `parameters["alpha"]`: keep, bake, or a number to restate it as.
 
-    With a `cap` the one input's weight is what brings its norm down to that; with an `svd` the sum is truncated so.
+    With a `cap` the one input's weight is what brings its norm down to that; with a `factor` that takes it, not alpha.
+    With an `svd` the sum is truncated so.
     """
     weights = [float(weight) for weight in unit.parameters["weights"]]
     held = [(weight, context.update(address)) for weight, address in zip(weights, unit.inputs, strict=True)]
     for _, update in held:
         for ref in update.factors:
             finite(ref)
-    said: dict[str, Any] = {}
+    said = dict(unit.parameters.get("said", {}))
     if "cap" in unit.parameters:
-        weight, said = capped(unit, held[0][1], context)
-        held = [(weight, held[0][1])]
-    update = summed(unit.target, held)
-    if unit.parameters.get("products"):
-        update = as_products(update)
+        weight, found = capped(unit, held[0][1], context)
+        held, said = [(weight, held[0][1])], {**said, **found}
+    update, found = _combined(unit, held, context)
+    said |= found
     rest = without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update
     if rest is not None and "svd" in unit.parameters:
-        lowered, said = reduced(unit, rest, context)
-        rest = lowered or without_products(unit.target, rest)
+        rest, found = reduced(unit, rest, context)
+        said |= found
     if rest is None:
         context.advance(unit.read_bytes, unit.target)
         return Outcome(unit.target, "derive", LEFT_OUT, {"rank": 0, "alpha": None, "scaling": None, **said})
@@ -50,6 +52,19 @@ def derive(unit: Unit, context: Context) -> Outcome:
     context.advance(unit.read_bytes, unit.target)
     facts = {"rank": update.rank or 0, "alpha": getattr(update, "alpha", None), "scaling": update.scaling}
     return Outcome(unit.target, "derive", update.kind, {**facts, **said})
+
+
+def _combined(
+    unit: Unit, held: Sequence[tuple[float, AbstractUpdate]], context: Context
+) -> tuple[AbstractUpdate, dict[str, Any]]:
+    """`Σ w ΔW`, with what a report says of how it came about."""
+    factor, said = unit.parameters.get("factor"), dict[str, Any]()
+    if factor is not None:
+        (weight, one), *_ = held
+        update, said = in_factors(unit.target, one, weight, str(factor), context)
+    else:
+        update = summed(unit.target, held)
+    return as_products(update) if unit.parameters.get("products") else update, said
 
 
 def _with_alpha(target: str, update: AbstractUpdate, alpha: float | None, context: Context) -> AbstractUpdate:
