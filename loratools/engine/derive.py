@@ -123,12 +123,7 @@ def plan_of(request: Request, run: Run) -> Plan:
             "format": _format(request),
         },
         rules=_rules(request),
-        notes=(
-            *(note for adapter in request.adapters for note in adapter.notes),
-            *_notes(request, products=products),
-            *lowered.notes,
-            *request.notes,
-        ),
+        notes=(*_notes(request, products=products), *lowered.notes, *request.notes),
     )
 
 
@@ -149,6 +144,7 @@ def _format(request: Request) -> str:
 
 
 def _notes(request: Request, *, products: bool) -> Iterator[str]:
+    yield from (note for adapter in request.adapters for note in adapter.notes)
     formats = {adapter.format for adapter in request.adapters}
     if request.format is None and len(formats) > 1:
         yield f"The inputs are {', '.join(sorted(formats))}; the output is peft."
