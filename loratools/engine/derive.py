@@ -69,6 +69,7 @@ class Request:
         format: the dialect, or None.
         options: what the report repeats.
         strengths: what is done to single modules of the one input instead of its weight.
+        notes: what deciding that had to say.
     """
 
     verb: str
@@ -80,6 +81,7 @@ class Request:
     format: str | None
     options: Mapping[str, Any]
     strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def weight(self, index: int, path: str) -> float:
         """The weight of a module of one input."""
@@ -130,7 +132,11 @@ def plan_of(request: Request, run: Run) -> Plan:
             "format": _format(request),
         },
         rules={**RULES, **({"norm": NORM_RULE} if request.options.get("norm") is not None else {})},
-        notes=(*(note for adapter in request.adapters for note in adapter.notes), *_notes(request, products=products)),
+        notes=(
+            *(note for adapter in request.adapters for note in adapter.notes),
+            *_notes(request, products=products),
+            *request.notes,
+        ),
     )
 
 
