@@ -226,11 +226,11 @@ def test_computed_products_have_angles():
         assert row["how"] == how
         assert row["apart"] == pytest.approx(float((b - a).norm()), rel=1e-5)
         if how == "cores":
-            (space,) = row["spaces"]
             bases = [torch.linalg.svd(each, full_matrices=False) for each in (a, b)]
-            U, V = (basis[0][:, :rank] for basis, rank in zip(bases, space["ranks"], strict=True))
+            U, V = (basis[0][:, :rank] for basis, rank in zip(bases, row["ranks"], strict=True))
             cosines = torch.linalg.svdvals(U.T @ V).clamp(max=1)
-            assert [math.cos(angle) for angle in space["columns"]] == pytest.approx(cosines.tolist(), abs=1e-5)
+            found = [math.cos(math.radians(angle)) for angle in row["angles"]["columns"]]
+            assert found == pytest.approx(cosines.tolist(), abs=1e-5)
 
 
 def test_shapes_that_differ():
