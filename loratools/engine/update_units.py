@@ -10,14 +10,17 @@ from typing import Final, Literal
 
 from loratools.adapters import AbstractUpdate, Adapter, Selection
 from loratools.adapters.experts import Stacked
+from loratools.adapters.sides import AbstractSided
 from loratools.engine import memory
 from loratools.engine.binding import reconcile
+from loratools.engine.expansion import elements_of
 from loratools.engine.plan import Input, Unit
 
 How = Literal["cores", "experts", "dense", "bytes", "whole", "reshaped"]
 HOW: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "cores": "both are products of factors: measured through these, and ΔW is never formed",
+        "cores": "both are products of factors, of ranks that add up to half of the shorter side where factors are "
+        "computed (LoHa, LoKr): measured through these, and ΔW is never formed",
         "experts": "the same for every expert",
         "dense": "ΔW is formed, since it is no product of two factors",
         "whole": "parameters are given whole and compared by their bytes",
@@ -97,11 +100,18 @@ def _how(updates: Sequence[AbstractUpdate]) -> How:
         return "whole"
     if any(update.takes_shape and not update.terms for update in changing) or stacks:
         return "bytes"
-    if len({(update.shape, update.layer, update.target, update.kernel) for update in changing}) > 1:
+    known = [each for each in changing if not (isinstance(each, AbstractSided) and each.vague)]
+    if len({(each.shape, each.target) for each in changing}) > 1 or len({(e.layer, e.kernel) for e in known}) > 1:
         return "reshaped"
     if len(changing) < len(updates) or any(update.depends_on_base for update in updates):
         return "bytes"
-    return "cores" if all(update.terms for update in updates) else "dense"
+    return "cores" if all(update.terms for update in updates) or _few(updates) else "dense"
+
+
+def _few(updates: Sequence[AbstractUpdate]) -> bool:
+    """Whether products are so small, also those that are larger than what is stored, that cores take less than ΔW."""
+    ranks = [sum(term.rank for term in update.products) for update in updates]
+    return all(ranks) and 2 * sum(ranks) <= min(updates[0].shape or (0,))
 
 
 def _peak(how: How, updates: Sequence[AbstractUpdate]) -> int:
@@ -112,8 +122,8 @@ def _peak(how: How, updates: Sequence[AbstractUpdate]) -> int:
         return computed + entries * (_DENSE + 4 * len(updates))
     if how not in {"cores", "experts"}:
         return computed + sum(ref.nbytes for update in updates for ref in update.factors)
-    elements = sum(ref.spec.numel for update in updates for ref in update.factors)
-    rank = sum(update.rank or 0 for update in updates)
+    elements = sum(elements_of(update, products=how == "cores") for update in updates)
+    rank = sum(sum(term.rank for term in update.products) or update.rank or 0 for update in updates)
     kept = sum(update.kept_bytes for update in updates if isinstance(update, Stacked))
     sizes = [update.matrix if isinstance(update, Stacked) else update.shape or (0, 0) for update in updates]
     core = min(rank, sizes[0][0]) * min(rank, sizes[0][1]) * 8
