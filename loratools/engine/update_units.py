@@ -46,8 +46,10 @@ class UpdateComparison:
     notes: tuple[str, ...]
 
 
-def update_comparison(adapters: Mapping[str, Adapter], selection: Selection, *, spectrum: bool) -> UpdateComparison:
-    """Pair the modules of all adapters by the names of the first.
+def update_comparison(
+    adapters: Mapping[str, Adapter], selection: Selection, *, spectrum: bool, many: bool = False
+) -> UpdateComparison:
+    """Pair the modules of all adapters by the names of the first; `many`: for a matrix, not for two side by side.
 
     Raises:
         UsageError: a pattern matches no module of any.
@@ -64,11 +66,11 @@ def update_comparison(adapters: Mapping[str, Adapter], selection: Selection, *, 
             named.setdefault(renaming.apply(path), {})[source] = path
     chosen = selection.selected(list(named))
     return UpdateComparison(
-        tuple(_unit(path, named[path], adapters, spectrum=spectrum) for path in chosen), tuple(notes)
+        tuple(_unit(path, named[path], adapters, spectrum=spectrum, many=many) for path in chosen), tuple(notes)
     )
 
 
-def _unit(path: str, held: Mapping[str, str], adapters: Mapping[str, Adapter], *, spectrum: bool) -> Unit:
+def _unit(path: str, held: Mapping[str, str], adapters: Mapping[str, Adapter], *, spectrum: bool, many: bool) -> Unit:
     updates = [adapters[source][name] for source, name in held.items()]
     how = _how(updates)
     tensors = sum(ref.nbytes for update in updates for ref in update.tensors)
@@ -76,7 +78,7 @@ def _unit(path: str, held: Mapping[str, str], adapters: Mapping[str, Adapter], *
         "compare-updates",
         path,
         inputs=tuple(Input(source, name) for source, name in held.items()),
-        parameters={"how": how, "spectrum": spectrum, "sources": list(held)},
+        parameters={"how": how, "spectrum": spectrum, "sources": list(held), "many": many},
         read_bytes=tensors,
         peak_bytes=_peak(how, updates) + 2 * memory.TILE_BYTES,
     )
