@@ -28,8 +28,9 @@ def notes(modules: Iterable[Sequence[AbstractUpdate]]) -> Iterator[str]:
         modules: all updates of one module, for every module.
     """
     ranks: dict[str, list[int]] = {}
-    vague = set()
+    vague, large = set(), 0
     for held in modules:
+        large += _no_smaller(held)
         for update in held:
             if expands(update):
                 ranks.setdefault(update.kind, []).append(sum(term.rank for term in update.products))
@@ -42,8 +43,19 @@ def notes(modules: Iterable[Sequence[AbstractUpdate]]) -> Iterator[str]:
             f"The output is plain LoRA: {count} of kind {kind} enter as exact products, "
             f"of rank {least if least == most else f'{least} to {most}'}."
         )
+    if large:
+        yield f"In {large} modules these factors take no fewer numbers than ΔW itself."
     if vague:
         yield (
             f"The factors of kind {', '.join(sorted(vague))} do not tell a convolution from a Linear, and the output "
             "has them as Linear: where they are for convolutions, name the base (--base)."
         )
+
+
+def _no_smaller(held: Sequence[AbstractUpdate]) -> bool:
+    """Whether the factors of a module's sum are no smaller than ΔW, where some are computed."""
+    terms = [term for update in held for term in update.products]
+    if not any(expands(update) for update in held):
+        return False
+    size = terms[0].lora_B.shape[0] * terms[0].lora_A.shape[1]
+    return sum(ref.spec.numel for term in terms for ref in (term.lora_A, term.lora_B)) >= size
