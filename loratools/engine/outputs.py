@@ -25,6 +25,7 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = MappingP
         "extract": ((), ("base", "tuned")),
         "stack": (("weights", "include", "exclude"), ("adapter",)),
         "rescale": (("weights", "include", "exclude"), ("adapter",)),
+        "resize": (("weights", "include", "exclude"), ("adapter",)),
     }
 )
 """Verbs whose outputs are verified → options and roles that their reports have to name."""

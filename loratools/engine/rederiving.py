@@ -149,7 +149,8 @@ def _derived(output: Source, report: OwnReport, adapters: Sequence[Adapter]) -> 
         if held:
             factors = [blocks.get(path, weights[index]) if path in chosen else 1.0 for index in held]
             cap = report.parameters.get("norm") if path in chosen else None
-            units.append(_derived_unit(path, own, adapters, held, {"weights": factors, "cap": cap}))
+            told = report.modules.get(path, {}).get("residual")
+            units.append(_derived_unit(path, own, adapters, held, {"weights": factors, "cap": cap, "residual": told}))
     return Derivation(sources, tuple(units), apart, tuple(_left(left)))
 
 

@@ -30,11 +30,11 @@ DECIDED: Final = {
     "uniform-rank": "every module gets the largest rank that all can have within the budget, with zeros",
 }
 _UNTOLD: Final = frozenset({"sigma2", "products"})
-_ROW: Final = 48
+_ROW: Final = 112
 """Working bytes per entry of the concatenated factors: in float64, balanced, their QR and what that works on."""
 _CORE: Final = 64
 """And per entry of the core: itself, its singular vectors, and what their decomposition works on."""
-_OUT: Final = 56
+_OUT: Final = 72
 """And per entry of the new factors: in float64 and float32, and what rounding changed."""
 
 

@@ -78,7 +78,7 @@ def verify(
     """Answer whether a checkpoint is `base + Σ w ΔW`, or an output of ours what its report says; nothing is written.
 
     Args:
-        output: the merged checkpoint, or an output of merge, unmerge, extract, stack or rescale with its report.
+        output: the merged checkpoint, or an output of merge, unmerge, extract, stack, resize or rescale, with a report.
         inputs: all that the report names as inputs, in any order: the output is derived from them anew. None: only its
             files are held against their hashes.
         base: what it should have been merged into.

@@ -2,14 +2,19 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from loratools.errors import UnsupportedError, UsageError
+from loratools.errors import MismatchError, UnsupportedError, UsageError
 from loratools.files import load_adapter
+from loratools.linalg import input_weights
 from loratools.verbs.resize import plan_resize, resize
 from loratools.verbs.stack import plan_stack, stack
+from loratools.verbs.verify import verify
 from tests.tiny import (
     DOWN,
     PREFIX,
@@ -226,3 +231,69 @@ def test_the_plan(tmp_path, two):
     assert plan.bounds.write_bytes <= 2000
     assert plan_resize(two[0], tmp_path / "out", rank=2).bounds.write_bytes == 2 * 4 * sum(map(sum, SHAPES.values()))
     assert not (tmp_path / "out").exists()
+
+
+def test_verify_holds_it_to_its_residual(tmp_path, two):
+    """Derived anew by another way; a factor that was tampered with, or a report that says too little, is found."""
+    resize(two[0], tmp_path / "one", rank=2, include=["q_proj"])
+    stack(two, tmp_path / "both", weights=[0.7, -1.3], budget=2600)
+    rms = {f"{path}": normal(5 + i, into).abs() + 0.1 for i, (path, (_, into)) in enumerate(SHAPES.items())}
+    save_file(rms, tmp_path / "rms.safetensors")
+    stack(two, tmp_path / "weighted", rank=2, activations=tmp_path / "rms.safetensors")
+    for name, inputs in (("one", two[:1]), ("both", two), ("weighted", [*two, tmp_path / "rms.safetensors"])):
+        assert verify(tmp_path / name, inputs).answer == "holds"
+        document = report_of(tmp_path / name)
+        row = next(each for each in document["modules"] if each["name"] == Q)
+        row["residual"] *= 0.9
+        (tmp_path / name / "loratools.json").write_text(json.dumps(document))
+        assert verify(tmp_path / name, inputs).answer == "does not hold"
+
+
+def test_activations_weigh_what_is_left(tmp_path, two):
+    """Best in the norm of the inputs, held to a dense SVD of ΔW·diag(x); worse there without them."""
+    rms = {path: normal(5 + i, into).abs() ** 3 + 1e-3 for i, (path, (_, into)) in enumerate(SHAPES.items())}
+    file = tmp_path / "rms.safetensors"
+    save_file(rms, file)
+    report = resize(two[0], tmp_path / "weighted", rank=2, activations=file)
+    resize(two[0], tmp_path / "plain", rank=2)
+    source = load_adapter(two[0])
+    made, plain = load_adapter(tmp_path / "weighted"), load_adapter(tmp_path / "plain")
+    for row in report.modules:
+        x = input_weights(rms[row["name"]])
+        exact = dense(source, row["name"])
+        left = float(((exact - dense(made, row["name"])) * x).norm())
+        assert left <= 1.001 * best(exact * x, 2)
+        assert left < float(((exact - dense(plain, row["name"])) * x).norm())
+        assert row["weighted_residual"] == pytest.approx(left / float((exact * x).norm()), rel=1e-6)
+        plainly = float((exact - dense(made, row["name"])).norm() / exact.norm())
+        assert row["residual"] == pytest.approx(plainly, rel=1e-6)
+    assert any("3 of 3 modules are weighted" in note for note in report.notes)
+    foreign = tmp_path / "foreign.safetensors"
+    save_file({path: torch.ones(into + 1) for path, (_, into) in SHAPES.items()}, foreign)
+    other = tmp_path / "other.safetensors"
+    save_file({"x.y": torch.ones(3)}, other)
+    before = state(tmp_path)
+    for given, error in ((foreign, MismatchError), (other, MismatchError)):
+        with pytest.raises(error):
+            resize(two[0], tmp_path / "no", rank=2, activations=given)
+        assert state(tmp_path) == before
+    with pytest.raises(UsageError, match="budget"):
+        resize(two[0], tmp_path / "no", budget=3000, activations=file)
+
+
+def test_the_peak_stays_below_the_plan(tmp_path):
+    """In a process of its own, two wide adapters of rank 64."""
+    shapes = {f"model.layers.{layer}.mlp.down_proj": (3000, 8000) for layer in range(3)}
+    for seed in (1, 2):
+        write_adapter(tmp_path / str(seed), lora_tensors(factors(64, seed, torch.bfloat16, shapes)), r=64)
+    inputs = [tmp_path / "1", tmp_path / "2"]
+    for rule in ({"rank": 64}, {"budget": 6_000_000}):
+        bound = plan_stack(inputs, tmp_path / "x", threads=1, **rule).bounds.peak_bytes
+        code = (
+            "import resource, sys; from loratools.verbs.stack import stack;"
+            f"stack({[str(each) for each in inputs]!r}, {str(tmp_path / 'out')!r}, threads=1, overwrite=True,"
+            f"**{rule!r});"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert 0.4 * bound < int(done.stdout) <= bound

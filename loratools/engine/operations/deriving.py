@@ -27,7 +27,8 @@ def derive(unit: Unit, context: Context) -> Outcome:
     With an `svd` the sum is truncated so.
     """
     weights = [float(weight) for weight in unit.parameters["weights"]]
-    held = [(weight, context.update(address)) for weight, address in zip(weights, unit.inputs, strict=True)]
+    addresses = unit.inputs[: len(weights)]  # what follows are the activations
+    held = [(weight, context.update(address)) for weight, address in zip(weights, addresses, strict=True)]
     for _, update in held:
         for ref in update.factors:
             finite(ref)

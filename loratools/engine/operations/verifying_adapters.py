@@ -13,6 +13,7 @@ from loratools.engine.operations.claims import Claim, Product
 from loratools.engine.operations.tiles import same_bytes
 from loratools.engine.operations.verifying import differing
 from loratools.engine.operations.verifying_caps import weight_under
+from loratools.engine.operations.verifying_truncated import residual_as_told
 from loratools.engine.plan import Input, Unit
 from loratools.engine.verdicts import GOOD, Verdict
 from loratools.tensors import TensorRef
@@ -51,14 +52,19 @@ def verify_extracted(unit: Unit, context: Context) -> Outcome:
 def verify_derived(unit: Unit, context: Context) -> Outcome:
     """Whether a module's update is `Σ w ΔW` of others. Inputs: its own, then theirs; `weights` are theirs.
 
-    With a `cap` the weight is what brings the norm of the one input's ΔW down to that, looked for entry by entry.
+    With a `cap` the weight is what brings the norm of the one input's ΔW down to that, looked for entry by entry. With
+    a `residual` it is the sum truncated, and that is what has to be left of it.
     """
     own, *others = [context.update(address) for address in unit.inputs]
     weights = [float(weight) for weight in unit.parameters["weights"]]
     if unit.parameters.get("cap") is not None:
         weights = [weight_under(float(unit.parameters["cap"]), update, context) for update in others]
     held = list(zip(weights, others, strict=True))
-    verdict = _beside(own, held, context) or _matrix(own, held, context)
+    told = unit.parameters.get("residual")
+    if told is not None:
+        verdict = _beside(own, held, context) or residual_as_told(own, held, float(told), context)
+    else:
+        verdict = _beside(own, held, context) or _matrix(own, held, context)
     context.advance(unit.read_bytes, unit.target)
     facts: dict[str, Any] = dataclasses.asdict(verdict) | {"entries": _entries(own)}
     return Outcome(unit.target, "verify-derived", verdict.verdict, facts)
