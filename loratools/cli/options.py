@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from loratools.cli.output import Output
-from loratools.cli.values import listed, local_output, rank, ranks, size, work_directory
+from loratools.cli.values import listed, local_output, rank, ranks_of_patterns, size, work_directory
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -193,10 +193,7 @@ kept_output = click.option(
 )
 
 # Rules for ranks, and for scalings.
-extraction_rank = _all(
-    click.option(
-        "--rank", metavar="N", type=rank, help="This rank for every module (16 if no rule is given), or auto."
-    ),
+_rank_rules: Decorator[Any] = _all(
     click.option("--energy", metavar="E", type=float, help="The least rank that captures this share of ‖ΔW‖²."),
     click.option("--error", metavar="E", type=float, help="The least rank whose relative residual is at most this."),
     click.option(
@@ -219,9 +216,19 @@ extraction_rank = _all(
         "--rank-pattern",
         metavar="PATTERN=N",
         multiple=True,
-        callback=ranks,
+        callback=ranks_of_patterns,
         help="This rank for these modules, whatever the rule. Repeatable; the first that matches decides.",
     ),
+)
+extraction_rank = _all(
+    click.option(
+        "--rank", metavar="N", type=rank, help="This rank for every module (16 if no rule is given), or auto."
+    ),
+    _rank_rules,
+)
+ranks = _all(
+    click.option("--rank", metavar="N", type=int, help="This rank for every module; less where no more exists."),
+    _rank_rules,
 )
 rescaling = _all(
     click.option("--by", metavar="X", type=float, help="Multiply ΔW; only alpha changes. May be negative."),

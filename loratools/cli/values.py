@@ -56,7 +56,7 @@ def listed(context: click.Context, parameter: click.Parameter, value: tuple[floa
     return list(value) or None
 
 
-def ranks(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
+def ranks_of_patterns(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
     """`PATTERN=N`, in order."""
     del context, parameter
     found: dict[str, int] = {}

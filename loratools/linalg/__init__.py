@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         rank_for_fro,
         rank_for_ratio,
     )
+    from loratools.linalg._reduction import Reduced, reduce_low_rank
     from loratools.linalg._reversal import Corrections, corrected, corrections, risky_count
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
@@ -67,6 +68,7 @@ __all__ = [
     "Largest",
     "LowRankSum",
     "RankRules",
+    "Reduced",
     "RoundingNoise",
     "SVDInfo",
     "Sampled",
@@ -111,6 +113,7 @@ __all__ = [
     "rank_for_error",
     "rank_for_fro",
     "rank_for_ratio",
+    "reduce_low_rank",
     "require_in_range",
     "risky_count",
     "round_to",
@@ -144,6 +147,8 @@ _HOMES: Final = MappingProxyType(
         "noise_edge": "_noise",
         "noise_margin": "_noise",
         "given_rule": "_rules",
+        "Reduced": "_reduction",
+        "reduce_low_rank": "_reduction",
         "grid_step": "_grid",
         "rounded_from": "_grid",
         "rounding_edges": "_grid",

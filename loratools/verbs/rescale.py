@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from loratools.adapters import Adapter
-from loratools.engine.derive import DerivedReport, Request, plan_of, run_of
+from loratools.engine.derive import Request, plan_of, run_of
+from loratools.engine.derived_report import DerivedReport
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions, weights_for
 from loratools.engine.strength import Strength

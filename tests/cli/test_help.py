@@ -12,6 +12,8 @@ from loratools.cli.main import COMMANDS, main
 from_nothing = {"--json", "-q", "--debug", "--version"}
 writing = {"-o", "--output", "--overwrite", "--dry-run", "--max-memory", "--threads"}
 selecting = {"--include", "--exclude"}
+ranks = {"--rank", "--energy", "--error", "--sv-ratio", "--sv-cumulative", "--sv-fro", "--knee", "--budget",
+         "--uniform-rank", "--rank-pattern", "--max-rank", "--activations"}  # fmt: skip
 SURFACE = {
     "inspect": {"--modules", *selecting},
     "graph": {"--as", "--depth", *selecting},
@@ -23,7 +25,8 @@ SURFACE = {
                 "--budget", "--uniform-rank", "--rank-pattern", "--max-rank", "--preset", "--activations",
                 "--save-full", "--only-low-rank", "--seed", "--format", "--base-model",
                 "--device", *selecting, *writing},
-    "stack": {"-w", "--method", "--format", "--base", *selecting, *writing},
+    "stack": {"-w", "--method", *ranks, "--format", "--base", *selecting, *writing},
+    "resize": {*ranks, "--format", "--base", *selecting, *writing},
     "rescale": {"--by", "--norm", "--restate-alpha", "--bake", "--format", *selecting, *writing},
     "push": {"--private", "--create-pr", "--revision", "--message", "--dry-run"},
     "pull": {"-o", "--output", "--revision", "--overwrite", "--dry-run"},
@@ -32,7 +35,8 @@ SURFACE = {
 ARGUMENTS = {
     "inspect": ["source"], "graph": ["model"], "diff": ["a", "b", "others"],
     "verify": ["output", "inputs"], "merge": ["base", "adapters"], "unmerge": ["merged", "adapters"],
-    "extract": ["base", "tuned"], "stack": ["adapters"], "rescale": ["adapter"], "push": ["path", "repo_id"],
+    "extract": ["base", "tuned"], "stack": ["adapters"], "resize": ["adapter"],
+    "rescale": ["adapter"], "push": ["path", "repo_id"],
     "pull": ["repo_id"], "demo": ["story"],
 }  # fmt: skip
 

@@ -9,6 +9,7 @@ from loratools.adapters import AbstractUpdate, LowRank, Sum
 from loratools.adapters.algebra import as_products, finite, summed, without_products
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.capping import capped
+from loratools.engine.operations.reducing import reduced
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
 from loratools.files import scaled_exactly, settled
@@ -20,7 +21,7 @@ LEFT_OUT: Final = "left out"
 def derive(unit: Unit, context: Context) -> Outcome:
     """`Σ w ΔW` of the unit's inputs, then `parameters["alpha"]`: keep, bake, or a number to restate it as.
 
-    With a `cap` the one input's weight is what brings its norm down to that.
+    With a `cap` the one input's weight is what brings its norm down to that; with an `svd` the sum is truncated so.
     """
     weights = [float(weight) for weight in unit.parameters["weights"]]
     held = [(weight, context.update(address)) for weight, address in zip(weights, unit.inputs, strict=True)]
@@ -35,8 +36,12 @@ def derive(unit: Unit, context: Context) -> Outcome:
     if unit.parameters.get("products"):
         update = as_products(update)
     rest = without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update
+    if rest is not None and "svd" in unit.parameters:
+        lowered, said = reduced(unit, rest, context)
+        rest = lowered or without_products(unit.target, rest)
     if rest is None:
-        return Outcome(unit.target, "derive", LEFT_OUT, {"rank": 0, "alpha": None, "scaling": None})
+        context.advance(unit.read_bytes, unit.target)
+        return Outcome(unit.target, "derive", LEFT_OUT, {"rank": 0, "alpha": None, "scaling": None, **said})
     update = settled(unit.target, rest, context.sink.keep)
     alpha = unit.parameters["alpha"]
     if alpha != "keep":
