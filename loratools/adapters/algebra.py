@@ -152,6 +152,18 @@ def as_products(update: AbstractUpdate) -> AbstractUpdate:
     )
 
 
+def combinable(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[float, AbstractUpdate]]:
+    """The updates of one module, each a sum of products, of one shape: what a method of combination works on.
+
+    Raises:
+        MismatchError: shapes or layers differ.
+        UnsupportedError: an update is no sum of products, or gives parameters whole.
+    """
+    held = _of_known_shape(held)
+    _require_summable(path, [update for _, update in held])
+    return held
+
+
 def _of_known_shape(held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[float, AbstractUpdate]]:
     """Tell updates that do not know the shape of the weight what others of the same module know."""
     known = next((update.shape for _, update in held if update.shape is not None), None)

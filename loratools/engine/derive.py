@@ -11,17 +11,18 @@ from loratools.adapters import AbstractUpdate, Adapter, LowRank, Selection
 from loratools.adapters.adapter import hub_name, merged_config, merged_provenance
 from loratools.adapters.algebra import of_one_kind, summed
 from loratools.checkpoints import Checkpoint
-from loratools.engine import expansion, planning, reductions
+from loratools.engine import combining, expansion, planning, reductions
 from loratools.engine.changes import source_id
 from loratools.engine.derived_report import Report, report_of
 from loratools.engine.execute import execute
+from loratools.engine.methods import Method
 from loratools.engine.operations.deriving import require_alpha
 from loratools.engine.plan import Input, Plan, Unit
 from loratools.engine.planning import Run
 from loratools.engine.reductions import Reduction
 from loratools.engine.sinks import Assembly
 from loratools.engine.strength import NORM_RULE, Strength
-from loratools.errors import UnsupportedError
+from loratools.errors import InputDataError, MismatchError, UnsupportedError
 from loratools.files.locate import Source, require_directory_name
 from loratools.formats import codec_named
 
@@ -52,6 +53,7 @@ class Request:
         options: what the report repeats.
         strengths: what is done to single modules of the one input instead of its weight.
         rule: what is done to the ranks of the modules that the patterns choose; None: nothing.
+        method: how the inputs are combined; None: summed.
     """
 
     verb: str
@@ -64,6 +66,7 @@ class Request:
     options: Mapping[str, Any]
     strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)
     rule: Reduction | None = None
+    method: Method | None = None
 
     @property
     def keeps(self) -> bool:
@@ -72,11 +75,16 @@ class Request:
 
     def weight(self, index: int, path: str) -> float:
         """The weight of a module of one input."""
-        return self.strengths[path].weight if path in self.strengths else self.weights[index]
+        return self.strengths[path].weight if path in self.strengths else self._multiplier(index, path)
 
     def asked(self, index: int, path: str) -> float:
         """The weight to ask with whether the module has such a multiple."""
-        return self.strengths[path].least if path in self.strengths else self.weights[index]
+        return self.strengths[path].least if path in self.strengths else self._multiplier(index, path)
+
+    def _multiplier(self, index: int, path: str) -> float:
+        """Of a module: what is given whole has no share in a method."""
+        changing = any(adapter[path].changes_weight for adapter in self.adapters if path in adapter)
+        return (combining.weights_of(self.method, self.weights) if changing else self.weights)[index]
 
 
 def plan_of(request: Request, run: Run) -> Plan:
@@ -92,6 +100,7 @@ def plan_of(request: Request, run: Run) -> Plan:
     paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
     selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))
     chosen = set(selection.selected(paths))
+    _require_method(request, [path for path in paths if path in chosen])
     sums = _sums(request, [path for path in paths if path in chosen])
     products = request.rule is not None or _products(request, chosen)
     units = [
@@ -100,7 +109,7 @@ def plan_of(request: Request, run: Run) -> Plan:
         if path in chosen or request.keeps
         for unit in [_unit(path, request, changed=path in chosen, products=products)]
     ]
-    lowered = reductions.planned(units, request.rule, sums)
+    lowered = combining.planned(units, request.rule, sums, request.method, request.weights)
     work = planning.hash_units(sources) + list(lowered.units)
     planning.check_output(path, run, sources.values(), lowered.written + lowered.scratch)
     return Plan(
@@ -129,6 +138,12 @@ def plan_of(request: Request, run: Run) -> Plan:
     )
 
 
+def _require_method(request: Request, paths: Sequence[str]) -> None:
+    """See `combining.require_common`."""
+    if request.method is not None:
+        combining.require_common(request.method, request.adapters, paths)
+
+
 def _sources(request: Request) -> dict[str, Checkpoint | Adapter]:
     """The inputs by the ids that units use."""
     given = reductions.sources(request.rule)
@@ -137,7 +152,8 @@ def _sources(request: Request) -> dict[str, Checkpoint | Adapter]:
 
 def _rules(request: Request) -> dict[str, str]:
     norm = {"norm": NORM_RULE} if request.options.get("norm") is not None else {}
-    return {**RULES, **norm, **(reductions.DECIDED if request.rule is not None else {})}
+    method = {"method": combining.RULES[request.method.way]} if request.method is not None else {}
+    return {**RULES, **norm, **method, **(reductions.DECIDED if request.rule is not None else {})}
 
 
 def _format(request: Request) -> str:
@@ -162,9 +178,10 @@ def _sums(request: Request, paths: Sequence[str]) -> dict[str, AbstractUpdate]:
     """`Σ w ΔW` of every module, unread; refuse what cannot be done, with all modules that the same reason holds for.
 
     Raises:
-        UnsupportedError: a sum, a multiple or another alpha that a kind of update does not have.
+        UnsupportedError: a sum, a multiple, another alpha or a method that a kind of update does not have.
+        MismatchError: shapes differ.
     """
-    refused: dict[tuple[str, str], list[str]] = {}
+    refused: dict[tuple[type[InputDataError], str, str], list[str]] = {}
     sums = {}
     for path in paths:
         held = [
@@ -176,16 +193,19 @@ def _sums(request: Request, paths: Sequence[str]) -> dict[str, AbstractUpdate]:
             if path in request.strengths:
                 request.strengths[path].require(path, held[0][1])
             update = sums[path] = summed(path, held)
+            if request.method is not None:
+                updates = [(index, adapter[path]) for index, adapter in enumerate(request.adapters) if path in adapter]
+                combining.require_held(path, request.method, updates, request.weights)
             if request.rule is not None:
                 reductions.require_products(path, update)
             if request.alpha != "keep":
                 require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
-        except UnsupportedError as error:
-            refused.setdefault((error.what, error.fix), []).append(path)
-    for (what, fix), modules in refused.items():
+        except (UnsupportedError, MismatchError) as error:
+            refused.setdefault((type(error), error.what, error.fix), []).append(path)
+    for (kind, what, fix), modules in refused.items():
         first, more = ", ".join(modules[:_NAMED]), len(modules) - _NAMED
         where = {"modules": f"{first} and {more} more"} if more > 0 else {"modules": first}
-        raise UnsupportedError(what, fix=fix, **({"module": first} if len(modules) == 1 else where))
+        raise kind(what, fix=fix, **({"module": first} if len(modules) == 1 else where))
     return sums
 
 

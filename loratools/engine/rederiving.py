@@ -10,6 +10,8 @@ from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
 from loratools.engine.binding import Renaming
 from loratools.engine.changes import Changes, collect, source_id
+from loratools.engine.combining import weights_of
+from loratools.engine.methods import METHODS, Method
 from loratools.engine.outputs import OwnReport
 from loratools.engine.plan import Input, Unit
 from loratools.engine.receipts.manifest import Entry
@@ -133,7 +135,7 @@ def _measuring(unit: Unit) -> Unit:
 
 
 def _derived(output: Source, report: OwnReport, adapters: Sequence[Adapter]) -> Derivation:
-    own, weights = load_adapter(output), report.weights
+    own, weights = load_adapter(output), _weights(report)
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter))
     patterns = (tuple(report.parameters["include"]), tuple(report.parameters["exclude"]))
     chosen = set(Selection(*patterns).selected(paths))
@@ -149,6 +151,21 @@ def _derived(output: Source, report: OwnReport, adapters: Sequence[Adapter]) -> 
             cap = report.parameters.get("norm") if path in chosen else None
             units.append(_derived_unit(path, own, adapters, held, {"weights": factors, "cap": cap}))
     return Derivation(sources, tuple(units), apart, tuple(_left(left)))
+
+
+def _weights(report: OwnReport) -> list[float]:
+    """What multiplies ΔW of every adapter.
+
+    Raises:
+        UndecidedError: the method of a stack is not one that is derived anew.
+    """
+    method = report.parameters.get("method", "sum")
+    if method not in METHODS or METHODS[method].way != "sum":
+        raise UndecidedError(
+            f"What {method} makes of adapters is not derived anew.",
+            fix="Stack the same adapters with the parameters of the report, and compare both with diff.",
+        )
+    return weights_of(Method(method, {}), report.weights)
 
 
 def _derived_unit(

@@ -58,6 +58,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PRESETS",
     "WHOLE_SPECTRUM",
+    "AbstractPruning",
     "Allotment",
     "ChunkedRows",
     "Corrections",
@@ -201,6 +202,7 @@ _HOMES: Final = MappingProxyType(
         "knots": "_combine_knots",
         "model_stock_ratio": "_combine_model_stock",
         "Deltas": "_combine_rows",
+        "AbstractPruning": "_combine_rows",
         "Dropped": "_combine_rows",
         "Largest": "_combine_rows",
         "Sampled": "_combine_rows",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank, Sum
 from loratools.adapters.algebra import as_products, finite, summed, without_products
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.capping import capped
+from loratools.engine.operations.combining import combined
 from loratools.engine.operations.reducing import reduced
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
@@ -21,7 +23,8 @@ LEFT_OUT: Final = "left out"
 def derive(unit: Unit, context: Context) -> Outcome:
     """`Σ w ΔW` of the unit's inputs, then `parameters["alpha"]`: keep, bake, or a number to restate it as.
 
-    With a `cap` the one input's weight is what brings its norm down to that; with an `svd` the sum is truncated so.
+    With a `cap` the one input's weight is what brings its norm down to that; with a `method` that says what stands in
+    place of the sum; with an `svd` the outcome is truncated so.
     """
     weights = [float(weight) for weight in unit.parameters["weights"]]
     held = [(weight, context.update(address)) for weight, address in zip(weights, unit.inputs, strict=True)]
@@ -32,13 +35,13 @@ def derive(unit: Unit, context: Context) -> Outcome:
     if "cap" in unit.parameters:
         weight, said = capped(unit, held[0][1], context)
         held = [(weight, held[0][1])]
-    update = summed(unit.target, held)
-    if unit.parameters.get("products"):
-        update = as_products(update)
-    rest = without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update
-    if rest is not None and "svd" in unit.parameters:
-        lowered, said = reduced(unit, rest, context)
-        rest = lowered or without_products(unit.target, rest)
+    if "method" in unit.parameters:
+        rest, said = combined(unit, held, context)
+    else:
+        rest = _summed(unit, held)
+    if rest is not None and "svd" in unit.parameters and "residual" not in said:
+        lowered, figures = reduced(unit, rest, context)
+        rest, said = lowered or without_products(unit.target, rest), {**said, **figures}
     if rest is None:
         context.advance(unit.read_bytes, unit.target)
         return Outcome(unit.target, "derive", LEFT_OUT, {"rank": 0, "alpha": None, "scaling": None, **said})
@@ -50,6 +53,14 @@ def derive(unit: Unit, context: Context) -> Outcome:
     context.advance(unit.read_bytes, unit.target)
     facts = {"rank": update.rank or 0, "alpha": getattr(update, "alpha", None), "scaling": update.scaling}
     return Outcome(unit.target, "derive", update.kind, {**facts, **said})
+
+
+def _summed(unit: Unit, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate | None:
+    """`Σ w ΔW`; None where nothing is left of it."""
+    update = summed(unit.target, held)
+    if unit.parameters.get("products"):
+        update = as_products(update)
+    return without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update
 
 
 def _with_alpha(target: str, update: AbstractUpdate, alpha: float | None, context: Context) -> AbstractUpdate:
