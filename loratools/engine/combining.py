@@ -39,26 +39,23 @@ RULES: Final[Mapping[str, str]] = {
 }
 
 
-def require_held(
-    path: str, method: Method, held: Sequence[tuple[int, AbstractUpdate]], weights: Sequence[float]
-) -> None:
+def require_held(path: str, method: Method | None, held: Sequence[tuple[float, AbstractUpdate]]) -> None:
     """Refuse a module that the method cannot combine.
 
     Args:
         path: the module.
-        method: not `sum`.
-        held: the adapters that have it, by number, and their updates of it.
-        weights: of all adapters.
+        method: None: a sum.
+        held: the updates of those adapters that have it, and their weights.
 
     Raises:
         UnsupportedError: parameters given whole, or biases, that the method does not cover; a kind without factors.
         MismatchError: shapes differ; slerp without two ΔW.
     """
-    if method.way == "sum" or not any(update.changes_weight for _, update in held):
+    if method is None or method.way == "sum" or not any(update.changes_weight for _, update in held):
         return
-    if method.name == "slerp" and len(held) != len(weights):
+    if method.name == "slerp" and len(held) < METHODS[method.name].least:
         raise MismatchError("slerp needs the module in both adapters.", fix="Exclude these modules.", module=path)
-    updates = [update for _, update in combinable(path, [(weights[index], update) for index, update in held])]
+    updates = [update for _, update in combinable(path, held)]
     if method.way in {"core", "rows"} and any(update.offsets for update in updates):
         raise UnsupportedError(
             f"{method.name} is for matrices, and these modules add to a bias too.",
@@ -67,13 +64,13 @@ def require_held(
         )
 
 
-def require_common(method: Method, adapters: Sequence[Adapter], chosen: Sequence[str]) -> None:
+def require_common(method: Method | None, adapters: Sequence[Adapter], chosen: Sequence[str]) -> None:
     """Refuse adapters that change different modules throughout: there is nothing to combine.
 
     Raises:
         MismatchError: says so.
     """
-    if method.way == "sum" or len(adapters) == 1:
+    if method is None or method.way == "sum" or len(adapters) == 1:
         return
     if not any(sum(path in adapter for adapter in adapters) > 1 for path in chosen):
         raise MismatchError(

@@ -43,7 +43,7 @@ class Request:
     """What is asked for.
 
     Attributes:
-        verb: `stack` or `rescale`.
+        verb: `stack`, `resize` or `rescale`.
         adapters: the inputs.
         output: where to.
         weights: one per input.
@@ -52,6 +52,7 @@ class Request:
         format: the dialect, or None.
         options: what the report repeats.
         strengths: what is done to single modules of the one input instead of its weight.
+        notes: what deciding that had to say.
         rule: what is done to the ranks of the modules that the patterns choose; None: nothing.
         method: how the inputs are combined; None: summed.
     """
@@ -65,6 +66,7 @@ class Request:
     format: str | None
     options: Mapping[str, Any]
     strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     rule: Reduction | None = None
     method: Method | None = None
 
@@ -100,7 +102,6 @@ def plan_of(request: Request, run: Run) -> Plan:
     paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
     selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))
     chosen = set(selection.selected(paths))
-    _require_method(request, [path for path in paths if path in chosen])
     sums = _sums(request, [path for path in paths if path in chosen])
     products = request.rule is not None or _products(request, chosen)
     units = [
@@ -130,18 +131,8 @@ def plan_of(request: Request, run: Run) -> Plan:
             "format": _format(request),
         },
         rules=_rules(request),
-        notes=(
-            *(note for adapter in request.adapters for note in adapter.notes),
-            *_notes(request, products=products),
-            *lowered.notes,
-        ),
+        notes=(*_notes(request, products=products), *lowered.notes, *request.notes),
     )
-
-
-def _require_method(request: Request, paths: Sequence[str]) -> None:
-    """See `combining.require_common`."""
-    if request.method is not None:
-        combining.require_common(request.method, request.adapters, paths)
 
 
 def _sources(request: Request) -> dict[str, Checkpoint | Adapter]:
@@ -162,6 +153,7 @@ def _format(request: Request) -> str:
 
 
 def _notes(request: Request, *, products: bool) -> Iterator[str]:
+    yield from (note for adapter in request.adapters for note in adapter.notes)
     formats = {adapter.format for adapter in request.adapters}
     if request.format is None and len(formats) > 1:
         yield f"The inputs are {', '.join(sorted(formats))}; the output is peft."
@@ -179,8 +171,9 @@ def _sums(request: Request, paths: Sequence[str]) -> dict[str, AbstractUpdate]:
 
     Raises:
         UnsupportedError: a sum, a multiple, another alpha or a method that a kind of update does not have.
-        MismatchError: shapes differ.
+        MismatchError: shapes differ, or a method finds nothing in common.
     """
+    combining.require_common(request.method, request.adapters, paths)
     refused: dict[tuple[type[InputDataError], str, str], list[str]] = {}
     sums = {}
     for path in paths:
@@ -193,9 +186,7 @@ def _sums(request: Request, paths: Sequence[str]) -> dict[str, AbstractUpdate]:
             if path in request.strengths:
                 request.strengths[path].require(path, held[0][1])
             update = sums[path] = summed(path, held)
-            if request.method is not None:
-                updates = [(index, adapter[path]) for index, adapter in enumerate(request.adapters) if path in adapter]
-                combining.require_held(path, request.method, updates, request.weights)
+            combining.require_held(path, request.method, held)
             if request.rule is not None:
                 reductions.require_products(path, update)
             if request.alpha != "keep":

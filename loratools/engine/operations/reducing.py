@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 from loratools.adapters import AbstractUpdate, LowRank
-from loratools.adapters.algebra import concatenated, summed_bias
+from loratools.adapters.algebra import concatenated, summed_bias, without_products
 from loratools.engine.context import Context
 from loratools.engine.operations.weighting import share, weights_of
 from loratools.engine.plan import Unit
 from loratools.tensors import TensorRef
 
 
-def reduced(unit: Unit, update: AbstractUpdate, context: Context) -> tuple[LowRank | None, dict[str, Any]]:
-    """The update truncated by the unit's `svd` (None: its products come to rank 0), and what a report says of it.
+def reduced(unit: Unit, update: AbstractUpdate, context: Context) -> tuple[AbstractUpdate | None, dict[str, Any]]:
+    """The update truncated by the unit's `svd` (None: nothing is left of it), and what a report says of it.
 
     captured, residual and certificate are those of the float32 factors.
     """
@@ -41,7 +41,7 @@ def reduced(unit: Unit, update: AbstractUpdate, context: Context) -> tuple[LowRa
         **(share([bound]) if bound is not info else {}),
     }
     if not info.rank:
-        return None, facts
+        return without_products(unit.target, update), facts
     bias = summed_bias(unit.target, [(1.0, update)])
     return LowRank(
         lora_A=context.sink.keep(f"{unit.target}.lora_A", found.lora_A),
