@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from loratools.adapters.low_rank import LowRank, Sum
+from loratools.adapters.sides import AbstractSided
 from loratools.adapters.updates import AbstractUpdate, Full, Term
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
 from loratools.tensors import TensorRef, computed, in_memory
@@ -91,7 +92,7 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
         native = scaled or held[0][1].joined(held) or of_one_kind(path, held)
         if native is not None:
             return native
-    held = _of_known_shape(held)
+    held = _told(held)
     _require_summable(path, [update for _, update in held])
     terms = [
         Term(term.lora_A, term.lora_B, weight * term.scale)
@@ -102,6 +103,7 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     first = held[0][1]
     if not terms:  # a module whose only weight is 0 stays, as an update of size zero
         terms = [Term(first.products[0].lora_A, first.products[0].lora_B, 0.0)]
+    require_kernel(first, path)
     bias = summed_bias(path, held)
     return Sum(parts=tuple(terms), of=first.layer, parameter=first.target, kernel=first.kernel, bias=bias)
 
@@ -139,13 +141,19 @@ def _with_tensor(update: AbstractUpdate, field: str, tensor: TensorRef) -> Abstr
 
 
 def as_products(update: AbstractUpdate) -> AbstractUpdate:
-    """The same ΔW as a plain sum of products, where it is one; anything else stays as it is."""
+    """The same ΔW as a plain sum of products, where it is one; anything else stays as it is.
+
+    Raises:
+        UnsupportedError: see `require_kernel`.
+    """
     if not update.products or isinstance(update, (LowRank, Sum)):
         return update
+    require_kernel(update)
     return Sum(
         parts=update.products,
         of=update.layer,
         parameter=update.target,
+        kernel=update.kernel,
         replaced=update.replaced,
         added_rows=update.added_rows,
         patches=update.patches,
@@ -159,17 +167,37 @@ def combinable(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> list[
         MismatchError: shapes or layers differ.
         UnsupportedError: an update is no sum of products, or gives parameters whole.
     """
-    held = _of_known_shape(held)
+    held = _told(held)
     _require_summable(path, [update for _, update in held])
     return held
 
 
-def _of_known_shape(held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[float, AbstractUpdate]]:
-    """Tell updates that do not know the shape of the weight what others of the same module know."""
-    known = next((update.shape for _, update in held if update.shape is not None), None)
-    if known is None:
-        return list(held)
-    return [(weight, update.of_shape(known) if update.takes_shape else update) for weight, update in held]
+def require_kernel(update: AbstractUpdate, path: str = "") -> None:
+    """Refuse to take a convolution for a plain product whose kernel is not known.
+
+    Raises:
+        UnsupportedError: names the kind.
+    """
+    if update.layer == "conv" and not update.kernel:
+        raise UnsupportedError(
+            f"The cores of an update of kind {update.kind} do not tell a kernel (k,) from (k, 1), and a LoRA has to.",
+            fix="Name the base (--base).",
+            **({"module": path} if path else {}),
+        )
+
+
+def _told(held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[float, AbstractUpdate]]:
+    """Tell updates that do not know the shape of the weight, or what layer it is of, what others of the module know."""
+    shape = next((update.shape for _, update in held if update.shape is not None), None)
+    changing = [update for _, update in held if update.changes_weight]
+    known = [each for each in changing if not (isinstance(each, AbstractSided) and each.vague)]
+    told = []
+    for weight, each in held:
+        update = each.of_shape(shape) if each.takes_shape and shape is not None else each
+        if known and isinstance(update, AbstractSided):
+            update = update.of_layer(known[0].layer, known[0].kernel)
+        told.append((weight, update))
+    return told
 
 
 def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters.actions import AbstractAction, AbstractFixedAction, Region
 from loratools.adapters.low_rank import require_alpha
-from loratools.adapters.sides import Side, core_kernel, require_side, side_product
+from loratools.adapters.sides import AbstractSided, Side, core_kernel, require_side, side_product
 from loratools.adapters.updates import AbstractUpdate, Layer, Term
 from loratools.errors import MismatchError
 from loratools.tensors import TensorRef, computed
@@ -24,7 +24,7 @@ _KEPT: Final = 2**18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKr(AbstractUpdate):
+class LoKr(AbstractSided):
     """`ΔW = alpha / r · w1 ⊗ w2`, `w1 = w1_a w1_b` and `w2 = w2_a w2_b` where not whole (`peft/tuners/lokr/layer.py`).
 
     A convolution's w2 carries the kernel: (b, d, k, l), or (b, d·k·l) of low rank, or with a core t2 as in `LoHa`. For
@@ -68,15 +68,16 @@ class LoKr(AbstractUpdate):
         return "lokr"
 
     @property
-    def layer(self) -> Layer:
-        """See `AbstractUpdate.layer`; low-rank factors without a core do not tell a convolution."""
-        whole = self.lokr_w2 is not None and len(self.lokr_w2.shape) > _MATRIX
-        return "conv" if whole or self.lokr_t2 is not None else "linear"
+    def own_layer(self) -> tuple[Layer, tuple[int, ...]]:
+        """See `AbstractSided.own_layer`; low-rank factors without a core do not tell a convolution."""
+        if self.lokr_w2 is not None:
+            return "conv" if len(self.lokr_w2.shape) > _MATRIX else "linear", self.lokr_w2.shape[2:]
+        return "conv" if self.lokr_t2 is not None else "linear", core_kernel(self.lokr_t2)
 
     @property
-    def kernel(self) -> tuple[int, ...]:
-        """See `AbstractUpdate.kernel`, and `core_kernel`."""
-        return core_kernel(self.lokr_t2) if self.lokr_w2 is None else self.lokr_w2.shape[2:]
+    def vague(self) -> bool:
+        """See `AbstractSided.vague`; a whole w2 has the kernel in its shape."""
+        return self.lokr_w2 is None and super().vague
 
     @property
     def rank(self) -> int:

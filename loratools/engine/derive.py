@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, Adapter, LowRank, Selection
 from loratools.adapters.adapter import hub_name, merged_config, merged_provenance
-from loratools.adapters.algebra import of_one_kind, summed
+from loratools.adapters.algebra import as_products, of_one_kind, summed
 from loratools.checkpoints import Checkpoint
 from loratools.engine import combining, expansion, planning, reductions
 from loratools.engine.changes import source_id
@@ -102,8 +102,8 @@ def plan_of(request: Request, run: Run) -> Plan:
     paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
     selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))
     chosen = set(selection.selected(paths))
-    sums = _sums(request, [path for path in paths if path in chosen])
     products = request.rule is not None or _products(request, chosen)
+    sums = _sums(request, [path for path in paths if path in chosen], products=products)
     units = [
         unit
         for path in paths
@@ -163,10 +163,12 @@ def _notes(request: Request, *, products: bool) -> Iterator[str]:
         if adapter.base_model and not hub_name(adapter.base_model):
             yield f"{adapter.name} names its base by a path, which means nothing elsewhere: it is left out."
     if products:
-        yield from expansion.notes(update for adapter in request.adapters for update in adapter.values())
+        paths = dict.fromkeys(path for adapter in request.adapters for path in adapter)
+        held = [[adapter[path] for adapter in request.adapters if path in adapter] for path in paths]
+        yield from expansion.notes(held)
 
 
-def _sums(request: Request, paths: Sequence[str]) -> dict[str, AbstractUpdate]:
+def _sums(request: Request, paths: Sequence[str], *, products: bool) -> dict[str, AbstractUpdate]:
     """`Σ w ΔW` of every module, unread; refuse what cannot be done, with all modules that the same reason holds for.
 
     Raises:
@@ -183,14 +185,7 @@ def _sums(request: Request, paths: Sequence[str]) -> dict[str, AbstractUpdate]:
             if path in adapter
         ]
         try:
-            if path in request.strengths:
-                request.strengths[path].require(path, held[0][1])
-            update = sums[path] = summed(path, held)
-            combining.require_held(path, request.method, held)
-            if request.rule is not None:
-                reductions.require_products(path, update)
-            if request.alpha != "keep":
-                require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
+            sums[path] = _sum(request, path, held, products=products)
         except (UnsupportedError, MismatchError) as error:
             refused.setdefault((type(error), error.what, error.fix), []).append(path)
     for (kind, what, fix), modules in refused.items():
@@ -198,6 +193,21 @@ def _sums(request: Request, paths: Sequence[str]) -> dict[str, AbstractUpdate]:
         where = {"modules": f"{first} and {more} more"} if more > 0 else {"modules": first}
         raise kind(what, fix=fix, **({"module": first} if len(modules) == 1 else where))
     return sums
+
+
+def _sum(
+    request: Request, path: str, held: Sequence[tuple[float, AbstractUpdate]], *, products: bool
+) -> AbstractUpdate:
+    """See `_sums`; of one module."""
+    if path in request.strengths:
+        request.strengths[path].require(path, held[0][1])
+    update = as_products(summed(path, held)) if products else summed(path, held)
+    combining.require_held(path, request.method, held)
+    if request.rule is not None:
+        reductions.require_products(path, update)
+    if request.alpha != "keep":
+        require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
+    return update
 
 
 def _products(request: Request, chosen: Collection[str]) -> bool:

@@ -69,7 +69,7 @@ def require_norm(path: str, update: AbstractUpdate) -> None:
     Raises:
         UnsupportedError: names the kind.
     """
-    if update.changes_weight and not update.terms and not isinstance(update, Stacked):
+    if update.changes_weight and not update.products and not isinstance(update, Stacked):
         why = "depends on the base" if update.depends_on_base else "is not computed from its tensors"
         raise UnsupportedError(
             f"The norm of an update of kind {update.kind} {why}.",
@@ -80,7 +80,8 @@ def require_norm(path: str, update: AbstractUpdate) -> None:
 
 def norm_bytes(update: AbstractUpdate) -> int:
     """Working bytes of ‖ΔW‖ through the factors: both in float64, scaled, and what their QR works on."""
-    elements = sum(ref.spec.numel for ref in update.factors)
+    elements = sum(term.lora_A.spec.numel + term.lora_B.spec.numel for term in update.products)
     if isinstance(update, Stacked):
-        return 16 * elements // update.experts + 8 * update.lora_B.spec.numel + update.kept_bytes
+        elements = sum(ref.spec.numel for ref in update.factors)
+        return 40 * elements // update.experts + 8 * update.lora_B.spec.numel + update.kept_bytes
     return 40 * elements

@@ -172,3 +172,20 @@ def test_memory_is_predicted(tmp_path, source):
     with pytest.raises(MemoryLimitError):
         rescale(source, tmp_path / "out", norm=1, max_memory=2**20)
     assert not (tmp_path / "out").exists()
+
+
+def test_loha_has_a_norm_through_its_products(tmp_path):
+    """A kind that enters algebra as products is capped through these; alpha says it, and PEFT's tensors stay."""
+    tensors = {f"{PREFIX}{Q}.hada_{name}": normal(i, *shape) for i, (name, shape) in enumerate(
+        {"w1_a": (16, 2), "w1_b": (2, 16), "w2_a": (16, 2), "w2_b": (2, 16)}.items())}  # fmt: skip
+    config = '{"peft_type": "LOHA", "r": 2, "alpha": 3, "target_modules": ["q_proj"]}'
+    source = write_adapter(tmp_path / "loha", tensors, config)
+    report = rescale(source, tmp_path / "out", norm=0.5)
+    left, right = ({name: tensors[f"{PREFIX}{Q}.hada_{name}"].double() for name in pair}
+                   for pair in (("w1_a", "w1_b"), ("w2_a", "w2_b")))  # fmt: skip
+    full = 1.5 * (left["w1_a"] @ left["w1_b"]) * (right["w2_a"] @ right["w2_b"])
+    assert report.modules[0]["norm_before"] == pytest.approx(float(full.norm()), rel=1e-6)
+    became = tensors_of(tmp_path / "out")
+    assert all(equal_bits(became[key], tensor) for key, tensor in tensors.items())
+    assert float(load_adapter(tmp_path / "out")[Q].delta_weight().norm()) == pytest.approx(0.5, rel=1e-6)
+    assert verify(tmp_path / "out", [source]).answer == "holds"
