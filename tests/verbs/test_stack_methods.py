@@ -147,6 +147,42 @@ def test_the_seed_decides_and_threads_do_not(tmp_path, three):
     assert not any(torch.equal(one[key], other[key]) for key in one)
 
 
+def test_the_seed_is_that_of_the_sketch_too(tmp_path):
+    """Where ΔW is too large for a dense decomposition; what is kept is the same to the tolerance of the kernel."""
+    given = [write_adapter(tmp_path / name, lora_tensors(factors(3, seed, modules={Q: (330, 290)})), r=3)
+             for name, seed in (("a", 1), ("b", 2))]  # fmt: skip
+    found = {}
+    for seed in (0, 0, 1):
+        report = stack(given, tmp_path / "out", method="magnitude", density=0.3, rank=2, seed=seed, overwrite=True)
+        found.setdefault(seed, []).append((tensors_of(tmp_path / "out"), report.modules[0]["residual"]))
+    (one, left), (again, _) = found[0]
+    ((other, near),) = found[1]
+    assert all(equal_bits(one[key], again[key]) for key in one)
+    assert not any(torch.equal(one[key], other[key]) for key in one)
+    assert near == pytest.approx(left, rel=1e-3)
+
+
+def test_tsv_shares_the_singular_values_among_all(tmp_path, three):
+    """Of a module that one of three has, a third of min(out, in) values take part."""
+    more = write_adapter(tmp_path / "more", lora_tensors(factors(4, 9, modules={Q: (20, 14), S: (6, 9)})))
+    stack([more, *three[:2]], tmp_path / "out", method="tsv")
+    assert load_adapter(tmp_path / "out")[S].rank == 2
+    found, whole = dense(load_adapter(tmp_path / "out"), S), dense(load_adapter(more), S)
+    assert float((whole - found).norm()) == pytest.approx(float(torch.linalg.svdvals(whole)[2:].norm()), rel=1e-5)
+
+
+def test_a_weight_of_zero_is_as_if_not_there(tmp_path, three):
+    """In the bases of core-space, in the count of model-stock, in the ranks that memory is predicted from."""
+    for name in ("core-space", "knots", "ties", "model-stock", "karcher"):
+        stack(three, tmp_path / f"{name}-3", method=name, weights=[1, 0, 2], **options(name))
+        stack([three[0], three[2]], tmp_path / f"{name}-2", method=name, weights=[1, 2], **options(name))
+        one, two = load_adapter(tmp_path / f"{name}-3"), load_adapter(tmp_path / f"{name}-2")
+        for path in MODULES:
+            assert torch.allclose(dense(one, path), dense(two, path), atol=1e-6), name
+    report = stack(three, tmp_path / "none", method="ties", weights=0, rank=4)
+    assert set(report.left_out) == set(MODULES)
+
+
 def test_weights_are_multiples_of_the_changes(tmp_path, three):
     """TIES of 2ΔW is TIES of an adapter with twice the alpha."""
     twice = write_adapter(tmp_path / "twice", tensors_of(three[0]), lora_alpha=16)

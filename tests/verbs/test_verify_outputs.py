@@ -573,3 +573,6 @@ def test_a_stack_by_another_method(tmp_path):
     lt.stack([one, two], tmp_path / "tsv", method="tsv")
     with pytest.raises(UndecidedError, match="tsv makes"):
         verify(tmp_path / "tsv", [one, two])
+    lt.stack([one, two], tmp_path / "few", rank=3)
+    with pytest.raises(UndecidedError, match="rank leaves"):
+        verify(tmp_path / "few", [one, two])
