@@ -24,7 +24,7 @@ _PART: Final = 48
 _PASSES: Final = 13
 """How often the rows are formed at most: two to find a size, eleven to decompose."""
 _LISTED: Final = 5
-_TERA: Final = 1e12
+_UNITS: Final = {"Tflop": 1e12, "Gflop": 1e9, "Mflop": 1e6}
 _ALL: Final = Reduction(SvdOptions(rank=None, energy=1.0, error=None, max_rank=2**30, preset="default", seed=0))
 """Every rank that there is: what is made of cores is written as it is."""
 
@@ -168,4 +168,7 @@ def _work(update: AbstractUpdate, method: Method) -> float:
 
 
 def _flop(work: float) -> str:
-    return f"{work / 1e12:,.1f} Tflop" if work >= _TERA else f"{work / 1e9:,.1f} Gflop"
+    for unit, size in _UNITS.items():
+        if work >= size:
+            break
+    return f"{work / size:,.1f} {unit}"
