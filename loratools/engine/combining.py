@@ -168,7 +168,5 @@ def _work(update: AbstractUpdate, method: Method) -> float:
 
 
 def _flop(work: float) -> str:
-    for unit, size in _UNITS.items():
-        if work >= size:
-            break
-    return f"{work / size:,.1f} {unit}"
+    unit = next((unit for unit, size in _UNITS.items() if work >= size), "Mflop")
+    return f"{work / _UNITS[unit]:,.1f} {unit}"
