@@ -181,7 +181,20 @@ weights = click.option(
     callback=listed,
     help="Multiplies ΔW: none, one for all, or one per adapter. Repeatable.",
 )
-method = click.option("--method", metavar="NAME", default="sum", show_default=True, help="sum: Σ w ΔW, exact.")
+method = _all(
+    click.option(
+        "--method",
+        metavar="NAME",
+        default="sum",
+        show_default=True,
+        help="sum, linear, slerp, karcher, model-stock; ties, dare, della, magnitude, which need an option for ranks; "
+        "knots, core-space, tsv, iso-c.",
+    ),
+    click.option("--density", metavar="D", type=float, help="The share of entries that is kept, in (0, 1]."),
+    click.option("--epsilon", metavar="E", type=float, help="della: keep with probabilities D ± E/2; default 0.3."),
+    click.option("--t", metavar="T", type=float, help="slerp: how far from the first to the second; default 0.5."),
+    click.option("--seed", metavar="N", type=int, help="Of ties, dare, della, magnitude: decides whatever is random."),
+)
 preset = click.option(
     "--preset",
     type=click.Choice(("fast", "default", "certified", "exact")),

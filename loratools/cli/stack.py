@@ -15,6 +15,7 @@ from loratools.cli.progress import bytes_done
     loratools stack style/ character/ -o both/
     loratools stack style/ character/ -w 0.7 -w -0.3 -o both/
     loratools stack style/ character/ --rank 16 -o both/
+    loratools stack maths/ code/ chat/ --method ties --density 0.3 --rank 32 -o all/
     """,
 )
 @options.adapters
@@ -29,7 +30,7 @@ from loratools.cli.progress import bytes_done
 def command(out: Output, adapters: tuple[str, ...], output: str, *, dry_run: bool, **asked: Any) -> None:
     """Write the adapter whose ΔW is Σ w ΔW of the given ones: ranks are concatenated, nothing is lost.
 
-    With one of the options for ranks, the best approximation of that instead.
+    With one of the options for ranks, the best approximation of that instead; with --method, what that makes of them.
     """
     from loratools.verbs.stack import plan_stack, stack
 

@@ -11,17 +11,18 @@ from loratools.adapters import AbstractUpdate, Adapter, LowRank, Selection
 from loratools.adapters.adapter import hub_name, merged_config, merged_provenance
 from loratools.adapters.algebra import as_products, of_one_kind, summed
 from loratools.checkpoints import Checkpoint
-from loratools.engine import expansion, planning, reductions
+from loratools.engine import combining, expansion, planning, reductions
 from loratools.engine.changes import source_id
 from loratools.engine.derived_report import Report, report_of
 from loratools.engine.execute import execute
+from loratools.engine.methods import Method
 from loratools.engine.operations.deriving import require_alpha
 from loratools.engine.plan import Input, Plan, Unit
 from loratools.engine.planning import Run
 from loratools.engine.reductions import Reduction
 from loratools.engine.sinks import Assembly
 from loratools.engine.strength import NORM_RULE, Strength
-from loratools.errors import UnsupportedError
+from loratools.errors import InputDataError, MismatchError, UnsupportedError
 from loratools.files.locate import Source, require_directory_name
 from loratools.formats import codec_named
 
@@ -53,6 +54,7 @@ class Request:
         strengths: what is done to single modules of the one input instead of its weight.
         notes: what deciding that had to say.
         rule: what is done to the ranks of the modules that the patterns choose; None: nothing.
+        method: how the inputs are combined; None: summed.
     """
 
     verb: str
@@ -66,6 +68,7 @@ class Request:
     strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
     rule: Reduction | None = None
+    method: Method | None = None
 
     @property
     def keeps(self) -> bool:
@@ -74,11 +77,16 @@ class Request:
 
     def weight(self, index: int, path: str) -> float:
         """The weight of a module of one input."""
-        return self.strengths[path].weight if path in self.strengths else self.weights[index]
+        return self.strengths[path].weight if path in self.strengths else self._multiplier(index, path)
 
     def asked(self, index: int, path: str) -> float:
         """The weight to ask with whether the module has such a multiple."""
-        return self.strengths[path].least if path in self.strengths else self.weights[index]
+        return self.strengths[path].least if path in self.strengths else self._multiplier(index, path)
+
+    def _multiplier(self, index: int, path: str) -> float:
+        """Of a module: what is given whole has no share in a method."""
+        changing = any(adapter[path].changes_weight for adapter in self.adapters if path in adapter)
+        return (combining.weights_of(self.method, self.weights) if changing else self.weights)[index]
 
 
 def plan_of(request: Request, run: Run) -> Plan:
@@ -102,7 +110,7 @@ def plan_of(request: Request, run: Run) -> Plan:
         if path in chosen or request.keeps
         for unit in [_unit(path, request, changed=path in chosen, products=products)]
     ]
-    lowered = reductions.planned(units, request.rule, sums)
+    lowered = combining.planned(units, request.rule, sums, request.method, request.weights)
     work = planning.hash_units(sources) + list(lowered.units)
     planning.check_output(path, run, sources.values(), lowered.written + lowered.scratch)
     return Plan(
@@ -135,7 +143,8 @@ def _sources(request: Request) -> dict[str, Checkpoint | Adapter]:
 
 def _rules(request: Request) -> dict[str, str]:
     norm = {"norm": NORM_RULE} if request.options.get("norm") is not None else {}
-    return {**RULES, **norm, **(reductions.DECIDED if request.rule is not None else {})}
+    method = {"method": combining.RULES[request.method.way]} if request.method is not None else {}
+    return {**RULES, **norm, **method, **(reductions.DECIDED if request.rule is not None else {})}
 
 
 def _format(request: Request) -> str:
@@ -163,9 +172,11 @@ def _sums(request: Request, paths: Sequence[str], *, products: bool) -> dict[str
     """`Σ w ΔW` of every module, unread; refuse what cannot be done, with all modules that the same reason holds for.
 
     Raises:
-        UnsupportedError: a sum, a multiple or another alpha that a kind of update does not have.
+        UnsupportedError: a sum, a multiple, another alpha or a method that a kind of update does not have.
+        MismatchError: shapes differ, or a method finds nothing in common.
     """
-    refused: dict[tuple[str, str], list[str]] = {}
+    combining.require_common(request.method, request.adapters, paths)
+    refused: dict[tuple[type[InputDataError], str, str], list[str]] = {}
     sums = {}
     for path in paths:
         held = [
@@ -174,20 +185,29 @@ def _sums(request: Request, paths: Sequence[str], *, products: bool) -> dict[str
             if path in adapter
         ]
         try:
-            if path in request.strengths:
-                request.strengths[path].require(path, held[0][1])
-            update = sums[path] = as_products(summed(path, held)) if products else summed(path, held)
-            if request.rule is not None:
-                reductions.require_products(path, update)
-            if request.alpha != "keep":
-                require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
-        except UnsupportedError as error:
-            refused.setdefault((error.what, error.fix), []).append(path)
-    for (what, fix), modules in refused.items():
+            sums[path] = _sum(request, path, held, products=products)
+        except (UnsupportedError, MismatchError) as error:
+            refused.setdefault((type(error), error.what, error.fix), []).append(path)
+    for (kind, what, fix), modules in refused.items():
         first, more = ", ".join(modules[:_NAMED]), len(modules) - _NAMED
         where = {"modules": f"{first} and {more} more"} if more > 0 else {"modules": first}
-        raise UnsupportedError(what, fix=fix, **({"module": first} if len(modules) == 1 else where))
+        raise kind(what, fix=fix, **({"module": first} if len(modules) == 1 else where))
     return sums
+
+
+def _sum(
+    request: Request, path: str, held: Sequence[tuple[float, AbstractUpdate]], *, products: bool
+) -> AbstractUpdate:
+    """See `_sums`; of one module."""
+    if path in request.strengths:
+        request.strengths[path].require(path, held[0][1])
+    update = as_products(summed(path, held)) if products else summed(path, held)
+    combining.require_held(path, request.method, held)
+    if request.rule is not None:
+        reductions.require_products(path, update)
+    if request.alpha != "keep":
+        require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
+    return update
 
 
 def _products(request: Request, chosen: Collection[str]) -> bool:

@@ -166,13 +166,16 @@ def require_products(path: str, update: AbstractUpdate) -> None:
         )
 
 
-def planned(units: Sequence[Unit], rule: Reduction | None, updates: Mapping[str, AbstractUpdate]) -> Lowered:
+def planned(
+    units: Sequence[Unit], rule: Reduction | None, updates: Mapping[str, AbstractUpdate], *, full: bool = False
+) -> Lowered:
     """The units with the rule in those of `updates`, what closes them, and upper bounds of what is written.
 
     Args:
         units: of all modules.
         rule: None: nothing is truncated.
         updates: the modules whose rank is lowered, as they are added up.
+        full: what is truncated may have as many ranks as its shape allows, whatever those of the updates.
 
     Raises:
         UsageError: a pattern for ranks matches no module; headers show that a budget is too small.
@@ -183,7 +186,9 @@ def planned(units: Sequence[Unit], rule: Reduction | None, updates: Mapping[str,
         return Lowered(tuple(units), (), written, written)
     found = {path: update for path, update in updates.items() if update.products}
     rule.svd.require_matches(list(found))
-    begun = [_lowered(unit, rule.svd, found[unit.target]) if unit.target in found else unit for unit in units]
+    begun = [
+        _lowered(unit, rule.svd, found[unit.target], full=full) if unit.target in found else unit for unit in units
+    ]
     notes: tuple[str, ...] = ()
     if rule.activations is not None:
         weighing = weigh_updates(begun, found, rule.activations)
@@ -198,11 +203,11 @@ def planned(units: Sequence[Unit], rule: Reduction | None, updates: Mapping[str,
     return Lowered(tuple(begun), (closing,), min(written, pool.budget), written, notes)
 
 
-def _lowered(unit: Unit, svd: SvdOptions, update: AbstractUpdate) -> Unit:
+def _lowered(unit: Unit, svd: SvdOptions, update: AbstractUpdate, *, full: bool) -> Unit:
     """A unit whose update is truncated, with what that takes."""
     assert update.shape is not None
     out, into = update.shape
-    held = sum(term.rank for term in update.products)
+    held = min(out, into) if full else sum(term.rank for term in update.products)
     own = svd.of_module(unit.target)
     rank = min(held, own.limit(out, into))
     least = min(out, into, held)

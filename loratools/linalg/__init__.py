@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loratools.linalg._combine_karcher import karcher_coefficients
     from loratools.linalg._combine_knots import knots
     from loratools.linalg._combine_model_stock import model_stock_ratio
-    from loratools.linalg._combine_rows import Deltas, Dropped, Largest, Sampled, combined_rows, combining_bytes
+    from loratools.linalg._combine_rows import Deltas, Dropped, Largest, Sampled, combined_rows
     from loratools.linalg._combine_slerp import slerp_coefficients
     from loratools.linalg._combine_ties import ties
     from loratools.linalg._combine_tsv import tsv
@@ -53,11 +53,12 @@ if TYPE_CHECKING:
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
     from loratools.linalg._underflow import flushes, gradual_underflow
     from loratools.linalg._weighted import input_weights, truncated_svd_weighted
-    from loratools.linalg._workspace import PRESETS, noise_bytes, workspace_bytes
+    from loratools.linalg._workspace import PRESETS, combining_bytes, noise_bytes, workspace_bytes
 
 __all__ = [
     "PRESETS",
     "WHOLE_SPECTRUM",
+    "AbstractPruning",
     "Allotment",
     "ChunkedRows",
     "Corrections",
@@ -201,11 +202,12 @@ _HOMES: Final = MappingProxyType(
         "knots": "_combine_knots",
         "model_stock_ratio": "_combine_model_stock",
         "Deltas": "_combine_rows",
+        "AbstractPruning": "_combine_rows",
         "Dropped": "_combine_rows",
         "Largest": "_combine_rows",
         "Sampled": "_combine_rows",
         "combined_rows": "_combine_rows",
-        "combining_bytes": "_combine_rows",
+        "combining_bytes": "_workspace",
         "slerp_coefficients": "_combine_slerp",
         "ties": "_combine_ties",
         "tsv": "_combine_tsv",

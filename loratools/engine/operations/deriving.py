@@ -10,6 +10,7 @@ from loratools.adapters import AbstractUpdate, LowRank, Sum
 from loratools.adapters.algebra import as_products, finite, summed, without_products
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.capping import capped
+from loratools.engine.operations.combining import combined
 from loratools.engine.operations.one_factor import in_factors
 from loratools.engine.operations.reducing import reduced
 from loratools.engine.plan import Unit
@@ -24,7 +25,7 @@ def derive(unit: Unit, context: Context) -> Outcome:
     """`Σ w ΔW` of the unit's inputs, then `parameters["alpha"]`: keep, bake, or a number to restate it as.
 
     With a `cap` the one input's weight is what brings its norm down to that; with a `factor` that takes it, not alpha.
-    With an `svd` the sum is truncated so.
+    With a `method` that says what stands in place of the sum. With an `svd` the outcome is truncated so.
     """
     weights = [float(weight) for weight in unit.parameters["weights"]]
     addresses = unit.inputs[: len(weights)]  # what follows are the activations
@@ -36,10 +37,10 @@ def derive(unit: Unit, context: Context) -> Outcome:
     if "cap" in unit.parameters:
         weight, found = capped(unit, held[0][1], context)
         held, said = [(weight, held[0][1])], {**said, **found}
-    update, found = _combined(unit, held, context)
+    make = combined if "method" in unit.parameters else _summed
+    rest, found = make(unit, held, context)
     said |= found
-    rest = without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update
-    if rest is not None and "svd" in unit.parameters:
+    if rest is not None and "svd" in unit.parameters and "residual" not in found:
         rest, found = reduced(unit, rest, context)
         said |= found
     if rest is None:
@@ -55,17 +56,19 @@ def derive(unit: Unit, context: Context) -> Outcome:
     return Outcome(unit.target, "derive", update.kind, {**facts, **said})
 
 
-def _combined(
+def _summed(
     unit: Unit, held: Sequence[tuple[float, AbstractUpdate]], context: Context
-) -> tuple[AbstractUpdate, dict[str, Any]]:
-    """`Σ w ΔW`, with what a report says of how it came about."""
+) -> tuple[AbstractUpdate | None, dict[str, Any]]:
+    """`Σ w ΔW`, with what a report says of how it came about; None where nothing is left of it."""
     factor, said = unit.parameters.get("factor"), dict[str, Any]()
     if factor is not None:
         (weight, one), *_ = held
         update, said = in_factors(unit.target, one, weight, str(factor), context)
     else:
         update = summed(unit.target, held)
-    return as_products(update) if unit.parameters.get("products") else update, said
+    if unit.parameters.get("products"):
+        update = as_products(update)
+    return without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update, said
 
 
 def _with_alpha(target: str, update: AbstractUpdate, alpha: float | None, context: Context) -> AbstractUpdate:
