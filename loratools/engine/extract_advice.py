@@ -15,7 +15,8 @@ from loratools.engine import low_rank_forms
 from loratools.engine.context import Outcome
 from loratools.engine.pairing import Pairing
 
-_ALL: Final = 1 - 1e-9
+_ALL: Final = 1 - 1e-7
+"""What is left after all ranks is the rounding of energies that are measured in float32."""
 _FAINT: Final = 0.5
 
 

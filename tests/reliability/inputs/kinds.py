@@ -16,8 +16,8 @@ SCALED = READ | {"stack": NO_SUM, "rescale": YES}
 MERGED = READ | {"stack": NO_SUM, "rescale": NO_SUM}
 SUMMED = READ | {"stack": YES, "rescale": YES}
 WORKS: dict[str, dict[str, Accepted | Refused]] = {
-    "LOHA": SCALED,
-    "LOKR": SCALED,
+    "LOHA": SUMMED,
+    "LOKR": SUMMED,
     "ADALORA": SUMMED,
     "VERA": SUMMED,
     "MISS": SUMMED,
