@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
-from loratools.adapters import algebra
+from loratools.adapters import algebra, measures, truncation
 from loratools.adapters.updates import AbstractUpdate
 from loratools.errors import MismatchError, UsageError
 
@@ -80,12 +81,21 @@ class Adapter(Mapping[str, AbstractUpdate]):
         return dataclasses.replace(self, updates=MappingProxyType(dict(updates)), files=(), location=None)
 
     def inner(self, other: Adapter) -> float:
-        """⟨ΔW, ΔW'⟩ summed over modules; through (r × r) Gram matrices, in float64."""
-        return sum(algebra.inner(path, self[path], other[path]) for path in self if path in other)
+        """⟨ΔW, ΔW'⟩ summed over the modules of both; through (r × r) Gram matrices, in float64.
+
+        Raises:
+            UnsupportedError: ΔW of one depends on the base, or its tensors do not say how large it is.
+            MismatchError: the shapes of a module differ.
+        """
+        return sum(measures.inner(path, self[path], other[path]) for path in self if path in other)
 
     def norm(self) -> float:
-        """‖ΔW‖_F over all modules."""
-        return float(max(self.inner(self), 0.0) ** 0.5)
+        """‖ΔW‖_F over all modules.
+
+        Raises:
+            UnsupportedError: as for `inner`.
+        """
+        return math.hypot(*(measures.norm(path, update) for path, update in self.items()))
 
     def cosine(self, other: Adapter) -> float:
         """⟨ΔW, ΔW'⟩ / (‖ΔW‖ ‖ΔW'‖).
@@ -97,6 +107,21 @@ class Adapter(Mapping[str, AbstractUpdate]):
         if size == 0:
             raise UsageError("The cosine with a zero adapter is not defined.")
         return self.inner(other) / size
+
+    def principal_angles(self, other: Adapter) -> dict[str, measures.PrincipalAngles]:
+        """Module path → the angles between the spaces of both ΔW, in radians; of the modules of both.
+
+        Of stacked experts `path.e` → those of expert e. O((m + n) R² + R³) per module.
+
+        Raises:
+            UnsupportedError: as for `inner`; or an update is no product of factors.
+            MismatchError: the shapes of a module differ.
+        """
+        found: dict[str, measures.PrincipalAngles] = {}
+        for path in self:
+            if path in other:
+                found |= measures.angles(path, self[path], other[path])
+        return found
 
     def truncate(
         self,
@@ -114,13 +139,14 @@ class Adapter(Mapping[str, AbstractUpdate]):
 
         Raises:
             UsageError: none, several, or one out of its range.
+            UnsupportedError: an update is no product of factors.
         """
         from loratools.linalg import given_rule
 
         if given_rule({"rank": rank, "energy": energy, "error": error, **others}) is None:
             raise UsageError("truncate takes exactly one rule: rank, energy, error, or another.")
         shortened = {
-            path: algebra.truncated(path, update, rank=rank, energy=energy, error=error, max_rank=max_rank, **others)
+            path: truncation.truncated(path, update, rank=rank, energy=energy, error=error, max_rank=max_rank, **others)
             for path, update in self.items()
         }
         return self.with_updates({path: update for path, update in shortened.items() if update is not None})

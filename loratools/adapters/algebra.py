@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from loratools.adapters.low_rank import LowRank, Sum
+from loratools.adapters.sides import AbstractSided
 from loratools.adapters.updates import AbstractUpdate, Full, Term
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
 from loratools.tensors import TensorRef, computed, in_memory
@@ -91,7 +92,7 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
         native = scaled or held[0][1].joined(held) or of_one_kind(path, held)
         if native is not None:
             return native
-    held = _of_known_shape(held)
+    held = _told(held)
     _require_summable(path, [update for _, update in held])
     terms = [
         Term(term.lora_A, term.lora_B, weight * term.scale)
@@ -102,7 +103,8 @@ def summed(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractU
     first = held[0][1]
     if not terms:  # a module whose only weight is 0 stays, as an update of size zero
         terms = [Term(first.products[0].lora_A, first.products[0].lora_B, 0.0)]
-    bias = _summed_bias(path, held)
+    require_kernel(first, path)
+    bias = summed_bias(path, held)
     return Sum(parts=tuple(terms), of=first.layer, parameter=first.target, kernel=first.kernel, bias=bias)
 
 
@@ -139,30 +141,51 @@ def _with_tensor(update: AbstractUpdate, field: str, tensor: TensorRef) -> Abstr
 
 
 def as_products(update: AbstractUpdate) -> AbstractUpdate:
-    """The same ΔW as a plain sum of products, where it is one; anything else stays as it is."""
+    """The same ΔW as a plain sum of products, where it is one; anything else stays as it is.
+
+    Raises:
+        UnsupportedError: see `require_kernel`.
+    """
     if not update.products or isinstance(update, (LowRank, Sum)):
         return update
+    require_kernel(update)
     return Sum(
         parts=update.products,
         of=update.layer,
         parameter=update.target,
+        kernel=update.kernel,
         replaced=update.replaced,
         added_rows=update.added_rows,
         patches=update.patches,
     )
 
 
-def _of_known_shape(held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[float, AbstractUpdate]]:
-    """Tell updates that do not know the shape of the weight what others of the same module know."""
-    known = next((update.shape for _, update in held if update.shape is not None), None)
-    if known is None:
-        return list(held)
-    return [(weight, update.of_shape(known) if update.takes_shape else update) for weight, update in held]
+def require_kernel(update: AbstractUpdate, path: str = "") -> None:
+    """Refuse to take a convolution for a plain product whose kernel is not known.
+
+    Raises:
+        UnsupportedError: names the kind.
+    """
+    if update.layer == "conv" and not update.kernel:
+        raise UnsupportedError(
+            f"The cores of an update of kind {update.kind} do not tell a kernel (k,) from (k, 1), and a LoRA has to.",
+            fix="Name the base (--base).",
+            **({"module": path} if path else {}),
+        )
 
 
-def _can_be_told(update: AbstractUpdate) -> bool:
-    """Whether the shape of the weight is all that the update lacks to be a sum of products."""
-    return update.takes_shape and type(update).of_shape is not AbstractUpdate.of_shape
+def _told(held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[float, AbstractUpdate]]:
+    """Tell updates that do not know the shape of the weight, or what layer it is of, what others of the module know."""
+    shape = next((update.shape for _, update in held if update.shape is not None), None)
+    changing = [update for _, update in held if update.changes_weight]
+    known = [each for each in changing if not (isinstance(each, AbstractSided) and each.vague)]
+    told = []
+    for weight, each in held:
+        update = each.of_shape(shape) if each.takes_shape and shape is not None else each
+        if known and isinstance(update, AbstractSided):
+            update = update.of_layer(known[0].layer, known[0].kernel)
+        told.append((weight, update))
+    return told
 
 
 def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
@@ -176,21 +199,9 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
             fix=f"Exclude these modules, or {_MERGE[alone]}.",
             module=path,
         )
-    others = sorted({update.kind for update in updates if not update.products})
-    open_ended = sorted({update.kind for update in updates if not update.products and _can_be_told(update)})
-    if open_ended == others and others and not any(update.depends_on_base for update in updates):
-        raise UnsupportedError(
-            f"The tensors of an update of kind {', '.join(others)} do not say how large ΔW is, and their sum has to.",
-            fix="Name the base (--base), or merge into it one adapter at a time.",
-            module=path,
-        )
+    others = [update for update in updates if not update.products]
     if others:
-        what = "A multiple of an update" if alone else "A weighted sum with an update"
-        why = "depends on the base" if any(update.depends_on_base for update in updates) else "is not formed yet"
-        merge = _MERGE[alone]
-        raise UnsupportedError(
-            f"{what} of kind {', '.join(others)} {why}.", fix=f"{merge[0].upper()}{merge[1:]}.", module=path
-        )
+        _refuse_kinds(path, others, alone=alone)
     shapes = {(update.shape, update.layer, update.target, update.kernel) for update in updates}
     if len(shapes) != 1:
         listed = ", ".join(f"{layer} {target} {shape} {kernel or ''}".rstrip()
@@ -202,7 +213,26 @@ def _require_summable(path: str, updates: Sequence[AbstractUpdate]) -> None:
         )
 
 
-def _summed_bias(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> TensorRef | None:
+def _refuse_kinds(path: str, others: Sequence[AbstractUpdate], *, alone: bool) -> NoReturn:
+    """Refuse to add updates that are no products."""
+    kinds = ", ".join(sorted({update.kind for update in others}))
+    if all(update.told_products for update in others):
+        raise UnsupportedError(
+            f"The tensors of an update of kind {kinds} do not say how large ΔW is, and their sum has to.",
+            fix="Name the base (--base), or merge into it one adapter at a time.",
+            module=path,
+        )
+    if any(update.depends_on_base for update in others):
+        why = "depends on the base"
+    elif any(update.changes_weight and not update.linear_in for update in others):
+        why = "is formed only where all lie in their files in one layout"
+    else:
+        why = "has as a rule the full rank: factors of it would be larger than itself"
+    what, merge = "A multiple of an update" if alone else "A weighted sum with an update", _MERGE[alone]
+    raise UnsupportedError(f"{what} of kind {kinds} {why}.", fix=f"{merge[0].upper()}{merge[1:]}.", module=path)
+
+
+def summed_bias(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> TensorRef | None:
     """`Σ weight · scale · bias` of those that have one, computed when it is read."""
     offsets = [(weight, offset) for weight, update in held for offset in update.offsets.values()]
     if not offsets:
@@ -224,26 +254,6 @@ def concatenated(update: AbstractUpdate) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat(downs), torch.cat(ups, dim=1)
 
 
-def inner(path: str, one: AbstractUpdate, other: AbstractUpdate) -> float:
-    """⟨ΔW, ΔW'⟩_F = tr((BᵀB')(A'Aᵀ)), in float64.
-
-    Raises:
-        UnsupportedError: one of them gives parameters or rows whole.
-    """
-    if one.gives_whole or other.gives_whole:
-        raise UnsupportedError("The size of what is given whole depends on the base.", module=path)
-    for update in (one, other):
-        if update.changes_weight and not update.products:
-            raise UnsupportedError(f"The size of an update of kind {update.kind} is not computed yet.", module=path)
-    if not one.products or not other.products:
-        return 0.0
-    if one.shape != other.shape:
-        raise MismatchError(f"Shapes differ: {one.shape} and {other.shape}.", module=path)
-    down, up = concatenated(one)
-    other_down, other_up = concatenated(other)
-    return float(((up.T @ other_up) * (down @ other_down.T)).sum())
-
-
 def without_products(path: str, update: AbstractUpdate) -> AbstractUpdate | None:
     """What is left of an update whose ΔW is zero: what it gives whole, or adds to a bias; else None."""
     import torch
@@ -258,34 +268,7 @@ def without_products(path: str, update: AbstractUpdate) -> AbstractUpdate | None
             of=update.layer,
             parameter=update.target,
             kernel=update.kernel,
-            bias=_summed_bias(path, [(1.0, update)]),
+            bias=summed_bias(path, [(1.0, update)]),
             **rest,
         )
     return Full(**rest) if update.gives_whole else None
-
-
-def truncated(path: str, update: AbstractUpdate, **rule: Any) -> AbstractUpdate | None:
-    """The best update of lower rank, or None where ΔW is zero; `rule` is one of `linalg.truncate_low_rank`."""
-    from loratools.linalg import balanced_factors, truncate_low_rank
-
-    if update.changes_weight and not update.products:
-        raise UnsupportedError(f"An update of kind {update.kind} is not truncated yet.", module=path)
-    if not update.products:
-        return update
-    down, up = concatenated(update)
-    U, S, Vh, _ = truncate_low_rank(down, up, **rule)
-    if S.numel() == 0:
-        return without_products(path, update)
-    lora_A, lora_B = balanced_factors(U, S, Vh)
-    return LowRank(
-        lora_A=in_memory(f"{path}.lora_A", lora_A.float()),
-        lora_B=in_memory(f"{path}.lora_B", lora_B.float()),
-        alpha=float(S.numel()),
-        of=update.layer,
-        parameter=update.target,
-        kernel=update.kernel,
-        bias=_summed_bias(path, [(1.0, update)]),
-        replaced=update.replaced,
-        added_rows=update.added_rows,
-        patches=update.patches,
-    )

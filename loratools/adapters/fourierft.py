@@ -27,6 +27,7 @@ class FourierFt(AbstractUpdate):
         spectrum: (n,).
         seed: of the permutation.
         factor: the scaling.
+        size: (out, in), where it is known (see `of_shape`).
     """
 
     takes_shape: ClassVar[bool] = True
@@ -36,6 +37,7 @@ class FourierFt(AbstractUpdate):
     spectrum: TensorRef
     seed: int
     factor: float
+    size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if len(self.spectrum.shape) != 1 or not self.spectrum.spec.numel:
@@ -61,6 +63,20 @@ class FourierFt(AbstractUpdate):
     def fits(self, shape: tuple[int, ...]) -> bool:
         """See `AbstractUpdate.fits`."""
         return len(shape) == _MATRIX and shape[0] * shape[1] >= self.spectrum.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """See `AbstractUpdate.shape`; None as long as it is not known."""
+        return self.size
+
+    def of_shape(self, shape: tuple[int, int]) -> AbstractUpdate:
+        """See `AbstractUpdate.of_shape`."""
+        if not self.fits(shape):
+            raise MismatchError(
+                f"A spectrum of {self.spectrum.shape[0]} entries does not fit a weight of shape {shape}.",
+                tensor=self.spectrum.name,
+            )
+        return dataclasses.replace(self, size=shape)
 
     @property
     def linear_in(self) -> str:

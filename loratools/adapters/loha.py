@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from loratools.adapters.actions import AbstractAction, AbstractFixedAction, Region, everything
 from loratools.adapters.low_rank import require_alpha, with_identity
-from loratools.adapters.sides import core_kernel, require_side, side_factors, side_product, side_shape
+from loratools.adapters.sides import AbstractSided, core_kernel, require_side, side_factors, side_product, side_shape
 from loratools.adapters.updates import AbstractUpdate, Layer, Term
 from loratools.errors import MismatchError
 from loratools.tensors import TensorRef, computed
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoHa(AbstractUpdate):
+class LoHa(AbstractSided):
     """`ΔW = alpha / r · (w1_a w1_b) ∘ (w2_a w2_b)` (`peft/tuners/loha/layer.py`).
 
     A convolution's factors are those of its (out, in·k·…) view; or, as in Proposition 3 of FedPara, each side has a
@@ -61,14 +61,9 @@ class LoHa(AbstractUpdate):
         return "loha"
 
     @property
-    def layer(self) -> Layer:
-        """See `AbstractUpdate.layer`; without a core the factors do not tell a convolution."""
-        return "conv" if self.hada_t1 is not None else "linear"
-
-    @property
-    def kernel(self) -> tuple[int, ...]:
-        """See `AbstractUpdate.kernel`; a core's trailing 1 may be one of two dimensions, or stand for one."""
-        return core_kernel(self.hada_t1)
+    def own_layer(self) -> tuple[Layer, tuple[int, ...]]:
+        """See `AbstractSided.own_layer`; a core's trailing 1 may be one of two dimensions, or stand for one."""
+        return "conv" if self.hada_t1 is not None else "linear", core_kernel(self.hada_t1)
 
     @property
     def rank(self) -> int:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters.actions import AbstractAction, AbstractFixedAction, Region
 from loratools.adapters.low_rank import require_alpha
-from loratools.adapters.sides import Side, core_kernel, require_side, side_product
+from loratools.adapters.sides import AbstractSided, Side, core_kernel, require_side, side_product
 from loratools.adapters.updates import AbstractUpdate, Layer, Term
 from loratools.errors import MismatchError
 from loratools.tensors import TensorRef, computed
@@ -24,7 +24,7 @@ _KEPT: Final = 2**18
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoKr(AbstractUpdate):
+class LoKr(AbstractSided):
     """`ΔW = alpha / r · w1 ⊗ w2`, `w1 = w1_a w1_b` and `w2 = w2_a w2_b` where not whole (`peft/tuners/lokr/layer.py`).
 
     A convolution's w2 carries the kernel: (b, d, k, l), or (b, d·k·l) of low rank, or with a core t2 as in `LoHa`. For
@@ -68,15 +68,16 @@ class LoKr(AbstractUpdate):
         return "lokr"
 
     @property
-    def layer(self) -> Layer:
-        """See `AbstractUpdate.layer`; low-rank factors without a core do not tell a convolution."""
-        whole = self.lokr_w2 is not None and len(self.lokr_w2.shape) > _MATRIX
-        return "conv" if whole or self.lokr_t2 is not None else "linear"
+    def own_layer(self) -> tuple[Layer, tuple[int, ...]]:
+        """See `AbstractSided.own_layer`; low-rank factors without a core do not tell a convolution."""
+        if self.lokr_w2 is not None:
+            return "conv" if len(self.lokr_w2.shape) > _MATRIX else "linear", self.lokr_w2.shape[2:]
+        return "conv" if self.lokr_t2 is not None else "linear", core_kernel(self.lokr_t2)
 
     @property
-    def kernel(self) -> tuple[int, ...]:
-        """See `AbstractUpdate.kernel`, and `core_kernel`."""
-        return core_kernel(self.lokr_t2) if self.lokr_w2 is None else self.lokr_w2.shape[2:]
+    def vague(self) -> bool:
+        """See `AbstractSided.vague`; a whole w2 has the kernel in its shape."""
+        return self.lokr_w2 is None and super().vague
 
     @property
     def rank(self) -> int:
@@ -132,6 +133,23 @@ class LoKr(AbstractUpdate):
             Side(self.lokr_w2, self.lokr_w2_a, self.lokr_w2_b, self.lokr_t2),
         )
 
+    def decomposed(self, **rule: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """See `AbstractUpdate.decomposed`: from the decompositions of w1 and w2."""
+        from loratools.linalg import truncate_kronecker
+
+        one, other = ((down, up) for up, down in (side.factors() for side in self._sides()))
+        one = (one[0], one[1] * self.scaling)
+        U, S, Vh, _ = truncate_kronecker(*((other, one) if self._turned else (one, other)), **rule)
+        return U, S, self._in_order(Vh)
+
+    def _in_order(self, rows: torch.Tensor) -> torch.Tensor:
+        """Columns as ΔW has them, where w2 came first: (channels of w2, kernel, channels of w1) as it multiplies."""
+        if not self._turned:
+            return rows
+        assert self.lokr_w2 is not None
+        channels = self._sides()[0].shape[1]
+        return rows.view(len(rows), -1, self.lokr_w2.shape[2], channels).transpose(2, 3).reshape(len(rows), -1)
+
     def _kronecker(self, axis: int) -> torch.Tensor:
         """The Kronecker product of the left factors of both sides (axis 0), or of the right ones."""
         import torch
@@ -140,11 +158,7 @@ class LoKr(AbstractUpdate):
         if not self._turned:
             return torch.kron(one, other)
         product = torch.kron(other, one)
-        if not axis:
-            return product
-        assert self.lokr_w2 is not None
-        kernel, channels = self.lokr_w2.shape[2], one.shape[1]
-        return product.view(len(product), -1, kernel, channels).transpose(2, 3).reshape(len(product), -1)
+        return self._in_order(product) if axis else product
 
     def scaled(self, weight: float) -> AbstractUpdate | None:
         """The same factors with another alpha."""

@@ -65,6 +65,8 @@ class Miss(AbstractMiss):
         size: (out, in), where it is known (see `of_shape`): the tensors do not say it, and `terms` need it.
     """
 
+    told_products: ClassVar[bool] = True
+
     mini: bool = False
     size: tuple[int, int] | None = None
 

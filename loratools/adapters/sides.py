@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import math
 from typing import TYPE_CHECKING, Final
 
+from loratools.adapters.updates import AbstractUpdate, Layer
 from loratools.errors import MismatchError
 from loratools.tensors import TensorRef
 
@@ -16,6 +18,42 @@ if TYPE_CHECKING:
 
 _MATRIX: Final = 2
 _CORE: Final = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AbstractSided(AbstractUpdate):
+    """A kind whose factors may be those of a Linear or of a convolution's (out, in·k·…) view.
+
+    Attributes:
+        told: the layer and kernel, where they are known (see `of_layer`); no part of the formula.
+    """
+
+    told: tuple[Layer, tuple[int, ...]] | None = None
+
+    @property
+    @abc.abstractmethod
+    def own_layer(self) -> tuple[Layer, tuple[int, ...]]:
+        """The layer and kernel, as far as the factors say."""
+
+    @property
+    def layer(self) -> Layer:
+        """See `AbstractUpdate.layer`."""
+        return (self.told or self.own_layer)[0]
+
+    @property
+    def kernel(self) -> tuple[int, ...]:
+        """See `AbstractUpdate.kernel`."""
+        return (self.told or self.own_layer)[1]
+
+    @property
+    def vague(self) -> bool:
+        """Whether the factors may be those of one layer or another, or of one kernel or another."""
+        return self.told is None and not self.kernel
+
+    def of_layer(self, layer: Layer, kernel: tuple[int, ...]) -> AbstractUpdate:
+        """The same update, told what it is for where its factors do not say it; an embedding it is not for."""
+        fits = layer != "embedding" and (layer == "conv" or self.layer == "linear")
+        return dataclasses.replace(self, told=(layer, kernel)) if self.vague and fits else self
 
 
 def require_side(a: TensorRef, b: TensorRef, core: TensorRef | None) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from loratools.adapters.actions import AbstractAction, Span, everything
 from loratools.errors import InternalError, UnsupportedError
@@ -76,6 +76,7 @@ class AbstractUpdate(abc.ABC):
     Attributes:
         span: the least of the weight that the action can be asked about.
         takes_shape: the tensors do not say how large ΔW is: it takes the shape of the weight that it meets.
+        told_products: that shape is all that it lacks to be a sum of products.
         effort: how much more memory its factors take to prepare than those of a product.
         everywhere: its ΔW has the same bits with every version of torch, on every processor and device.
         replaced: parameters given whole, by their name in the module (`bias`, `weight`, `A_log`).
@@ -85,6 +86,7 @@ class AbstractUpdate(abc.ABC):
 
     span: ClassVar[Span] = "piece"
     takes_shape: ClassVar[bool] = False
+    told_products: ClassVar[bool] = False
     effort: ClassVar[int] = 1
     everywhere: ClassVar[bool] = True
 
@@ -156,6 +158,18 @@ class AbstractUpdate(abc.ABC):
     def linear_in(self) -> str | None:
         """The field of a tensor that ΔW is proportional to, which takes a factor that alpha cannot; None: no such."""
         return None
+
+    def decomposed(self, **rule: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """U (out, r), S (r,), Vh (r, in), float32, of the best approximation of ΔW, where there are `products`.
+
+        Args:
+            rule: as for `linalg.truncate_low_rank`.
+        """
+        from loratools.adapters.algebra import concatenated
+        from loratools.linalg import truncate_low_rank
+
+        U, S, Vh, _ = truncate_low_rank(*concatenated(self), **rule)
+        return U, S, Vh
 
     def joined(self, held: Sequence[tuple[float, AbstractUpdate]]) -> AbstractUpdate | None:
         """`Σ weight · ΔW` of updates of this kind, this one first, as one of this kind; None where there is none."""

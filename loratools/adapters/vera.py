@@ -31,6 +31,7 @@ class Vera(AbstractUpdate):
     """
 
     takes_shape: ClassVar[bool] = True
+    told_products: ClassVar[bool] = True
 
     vera_lambda_b: TensorRef
     vera_lambda_d: TensorRef

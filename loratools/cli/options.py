@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import click
 
 from loratools.cli.output import Output
-from loratools.cli.values import listed, local_output, rank, ranks, size, work_directory
+from loratools.cli.values import listed, local_output, number, rank, ranks, size, work_directory
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -226,6 +226,19 @@ extraction_rank = _all(
 rescaling = _all(
     click.option("--by", metavar="X", type=float, help="Multiply ΔW; only alpha changes. May be negative."),
     click.option("--norm", metavar="N", type=float, help="Bring ‖ΔW‖ of every module down to N where it is larger."),
+    click.option(
+        "--blocks",
+        metavar="SPEC",
+        multiple=True,
+        help="Weights by block: a vector, BLOCKS:ELEMENTS:W, PATTERN=W or a preset. Repeatable; the last one decides.",
+    ),
+    click.option("--absent", type=click.Choice(("0", "1")), callback=number, help="For blocks a vector leaves out."),
+    click.option("--presets", metavar="FILE", help="Lines NAME:WEIGHTS, whose names --blocks may give."),
+    click.option(
+        "--factor",
+        type=click.Choice(("lora_A", "lora_B", "both")),
+        help="What takes the number instead of alpha, for readers that know no alpha; both take its root.",
+    ),
     click.option("--restate-alpha", metavar="A", type=float, help="The same ΔW with this alpha."),
     switch("--bake", help="The same ΔW with alpha = rank, so that every reader agrees on the scaling."),
 )

@@ -151,6 +151,8 @@ def derived(report: DerivedReport) -> list[str]:
         ("ranks", _ranks([module["rank"] for module in modules])),
         ("alphas", _span([module["alpha"] for module in modules])),
         ("norms", _norms(modules, report.parameters.get("norm"))),
+        ("blocks", _blocks(modules)),
+        ("float32", _widened(modules)),
         *_left_out(report.left_out),
         ("size", size(report.totals["bytes"])),
     ]
@@ -167,6 +169,18 @@ def _norms(modules: Sequence[Mapping[str, Any]], cap: float | None) -> str:
     largest = max(known, key=lambda module: float(module["norm_before"]))
     was = f"the largest was {largest['norm_before']:.4g}, of {printable(largest['name'])}"
     return f"{above:,} of {len(known):,} brought down to {cap:g}; {was}"
+
+
+def _blocks(modules: Sequence[Mapping[str, Any]]) -> str:
+    """The weights that modules got, and of how many."""
+    weights = Counter(float(module["factor"]) for module in modules if "block" in module)
+    return ", ".join(f"{weight:g} for {count(number, 'module')}" for weight, number in sorted(weights.items()))
+
+
+def _widened(modules: Sequence[Mapping[str, Any]]) -> str:
+    """Factors whose dtype could not hold the product."""
+    names = Counter(name for module in modules for name in module.get("widened", ()))
+    return ", ".join(f"{name} of {count(number, 'module')}" for name, number in sorted(names.items()))
 
 
 def push(report: PushReport) -> list[str]:

@@ -14,6 +14,7 @@ from loratools.cli.progress import bytes_done
     examples="""
     loratools rescale adapter/ --by 0.8 -o weaker/
     loratools rescale adapter/ --norm 1 -o capped/
+    loratools rescale adapter/ --blocks 'layers.{0-15}=0.5' -o half/
     loratools rescale adapter/ --bake -o baked/
     """,
 )
@@ -25,8 +26,8 @@ from loratools.cli.progress import bytes_done
 def command(out: Output, adapter: str, output: str, *, dry_run: bool, **asked: Any) -> None:
     """Write an adapter with another strength (--by), or the same strength said in another way.
 
-    Give exactly one of --by, --norm, --restate-alpha and --bake; the last two leave ΔW as it is. Modules
-    that the patterns leave out are kept as they are.
+    Give exactly one of --by, --norm, --blocks, --restate-alpha and --bake; the last two leave ΔW as it is.
+    Modules that the patterns leave out are kept as they are.
     """
     from loratools.verbs.rescale import plan_rescale, rescale
 

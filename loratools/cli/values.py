@@ -56,6 +56,12 @@ def listed(context: click.Context, parameter: click.Parameter, value: tuple[floa
     return list(value) or None
 
 
+def number(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """One of a few numbers."""
+    del context, parameter
+    return None if value is None else float(value)
+
+
 def ranks(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
     """`PATTERN=N`, in order."""
     del context, parameter

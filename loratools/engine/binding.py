@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from loratools.adapters import AbstractUpdate, Adapter
 from loratools.adapters.experts import Stacked
+from loratools.adapters.sides import AbstractSided
 from loratools.checkpoints import Checkpoint, Module, owner
 from loratools.checkpoints.experts import on_disk_paths, stacks_of
 from loratools.checkpoints.renamed import is_renamed
@@ -250,20 +251,24 @@ def _require_kernel(path: str, update: AbstractUpdate, stored: tuple[int, ...], 
 
 
 def shaped(adapter: Adapter, base: Checkpoint) -> Adapter:
-    """The adapter with every update told the shape of the weight that it is for, where its tensors do not say it.
+    """The adapter with every update told the shape and layer of the weight that it is for, where it does not say them.
 
     Raises:
         MismatchError, UnsupportedError: see `bind`.
     """
-    if not any(update.takes_shape for update in adapter.values()):
+    if not any(update.takes_shape or isinstance(update, AbstractSided) for update in adapter.values()):
         return adapter
     known = {}
     for path, target in bind(adapter, base).targets.items():
         update = adapter[path]
-        for site in target.sites if update.takes_shape else ():
-            stored = matrix_shape(base[site.tensor].shape)
-            rows, columns = reversed(stored) if site.transposed else stored
-            update = update.of_shape((rows, columns))
+        for site in target.sites:
+            whole = base[site.tensor].shape
+            stored = matrix_shape(whole)
+            if update.takes_shape:
+                rows, columns = reversed(stored) if site.transposed else stored
+                update = update.of_shape((rows, columns))
+            elif isinstance(update, AbstractSided):
+                update = update.of_layer("conv" if len(whole) > len(stored) else "linear", whole[2:])
         known[path] = update
     return dataclasses.replace(adapter, updates=MappingProxyType(known))
 

@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from loratools.adapters import Adapter, LowRank, Selection
 from loratools.adapters.adapter import hub_name, merged_config, merged_provenance
-from loratools.adapters.algebra import of_one_kind, summed
+from loratools.adapters.algebra import as_products, of_one_kind, summed
 from loratools.engine import expansion, planning
 from loratools.engine.changes import source_id
 from loratools.engine.execute import Execution, execute
@@ -69,6 +69,7 @@ class Request:
         format: the dialect, or None.
         options: what the report repeats.
         strengths: what is done to single modules of the one input instead of its weight.
+        notes: what deciding that had to say.
     """
 
     verb: str
@@ -80,6 +81,7 @@ class Request:
     format: str | None
     options: Mapping[str, Any]
     strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def weight(self, index: int, path: str) -> float:
         """The weight of a module of one input."""
@@ -103,8 +105,8 @@ def plan_of(request: Request, run: Run) -> Plan:
     paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
     selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))
     chosen = set(selection.selected(paths))
-    _refuse(request, [path for path in paths if path in chosen])
     products = _products(request, chosen)
+    _refuse(request, [path for path in paths if path in chosen], products=products)
     units = [
         unit
         for path in paths
@@ -130,7 +132,11 @@ def plan_of(request: Request, run: Run) -> Plan:
             "format": _format(request),
         },
         rules={**RULES, **({"norm": NORM_RULE} if request.options.get("norm") is not None else {})},
-        notes=(*(note for adapter in request.adapters for note in adapter.notes), *_notes(request, products=products)),
+        notes=(
+            *(note for adapter in request.adapters for note in adapter.notes),
+            *_notes(request, products=products),
+            *request.notes,
+        ),
     )
 
 
@@ -149,10 +155,12 @@ def _notes(request: Request, *, products: bool) -> Iterator[str]:
         if adapter.base_model and not hub_name(adapter.base_model):
             yield f"{adapter.name} names its base by a path, which means nothing elsewhere: it is left out."
     if products:
-        yield from expansion.notes(update for adapter in request.adapters for update in adapter.values())
+        paths = dict.fromkeys(path for adapter in request.adapters for path in adapter)
+        held = [[adapter[path] for adapter in request.adapters if path in adapter] for path in paths]
+        yield from expansion.notes(held)
 
 
-def _refuse(request: Request, paths: Sequence[str]) -> None:
+def _refuse(request: Request, paths: Sequence[str], *, products: bool) -> None:
     """Refuse what cannot be done, with all modules that the same reason holds for.
 
     Raises:
@@ -168,7 +176,7 @@ def _refuse(request: Request, paths: Sequence[str]) -> None:
         try:
             if path in request.strengths:
                 request.strengths[path].require(path, held[0][1])
-            update = summed(path, held)
+            update = as_products(summed(path, held)) if products else summed(path, held)
             if request.alpha != "keep":
                 require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
         except UnsupportedError as error:

@@ -28,7 +28,7 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = MappingP
     }
 )
 """Verbs whose outputs are verified → options and roles that their reports have to name."""
-_OPTIONAL: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({"rescale": ("norm",)})
+_OPTIONAL: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({"rescale": ("norm", "blocks", "absent")})
 """Options that derive an output anew where the report has them."""
 _WEIGHTS: Final = (".safetensors", ".gguf")
 _LISTED: Final = 3
@@ -115,6 +115,8 @@ class OwnReport:
         weights = tuple(map(float, parameters.get("weights", ())))
         if parameters.get("norm") is not None:
             parameters["norm"] = float(parameters["norm"])
+        if parameters.get("blocks") is not None:
+            parameters["blocks"] = [str(spec) for spec in parameters["blocks"]]
         if verb != "extract" and len(weights) != roles.count("adapter"):
             raise ValueError(weights)
         left_out = {str(key): str(value) for key, value in document.get("left_out", {}).items()}

@@ -9,6 +9,7 @@ from typing import Any, Final
 from loratools.adapters import Adapter, Selection
 from loratools.checkpoints import Checkpoint
 from loratools.engine.binding import Renaming
+from loratools.engine.block_weights import block_weights
 from loratools.engine.changes import Changes, collect, source_id
 from loratools.engine.outputs import OwnReport
 from loratools.engine.plan import Input, Unit
@@ -137,6 +138,7 @@ def _derived(output: Source, report: OwnReport, adapters: Sequence[Adapter]) -> 
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter))
     patterns = (tuple(report.parameters["include"]), tuple(report.parameters["exclude"]))
     chosen = set(Selection(*patterns).selected(paths))
+    blocks = _by_block(report, adapters)
     left = report.left_out
     apart = {path: Verdict("extra") for path in own if path not in paths}
     apart |= {path: Verdict("absent") for path in paths if path not in own and path not in left}
@@ -145,10 +147,19 @@ def _derived(output: Source, report: OwnReport, adapters: Sequence[Adapter]) -> 
     for path in own:
         held = [index for index, adapter in enumerate(adapters) if path in adapter]
         if held:
-            factors = [weights[index] if path in chosen else 1.0 for index in held]
+            factors = [blocks.get(path, weights[index]) if path in chosen else 1.0 for index in held]
             cap = report.parameters.get("norm") if path in chosen else None
             units.append(_derived_unit(path, own, adapters, held, {"weights": factors, "cap": cap}))
     return Derivation(sources, tuple(units), apart, tuple(_left(left)))
+
+
+def _by_block(report: OwnReport, adapters: Sequence[Adapter]) -> dict[str, float]:
+    """The weight of every module that `--blocks` gave one."""
+    specs = report.parameters.get("blocks")
+    if not specs:
+        return {}
+    found = block_weights(list(adapters[0]), specs, report.parameters["absent"])
+    return {path: each.weight for path, each in found.modules.items()}
 
 
 def _derived_unit(

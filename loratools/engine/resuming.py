@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -252,16 +252,22 @@ class Resumption:
             self._since = time.monotonic()
         for file in {unit.file for _, unit, _ in batch}:
             self.sink.writer(file).flush()
-        records = [] if self._hashed else [({"inputs": self._inputs}, b"")]
-        records += [record for each in batch if (record := self._recorded(*each)) is not None]
-        self._work.journal.append(records)
+        self._work.journal.append(self._records(batch))
         self._hashed = True
         with self._lock:
             self._kept.update(index for index, _, _ in batch)
 
+    def _records(self, batch: Sequence[tuple[int, Unit, Outcome]]) -> Iterator[tuple[dict[str, Any], bytes]]:
+        """One at a time: what they hold for the receipt may be as large as their tensors."""
+        if not self._hashed:
+            yield {"inputs": self._inputs}, b""
+        for each in batch:
+            if (record := self._recorded(*each)) is not None:
+                yield record
+
     def _recorded(self, index: int, unit: Unit, outcome: Outcome) -> tuple[dict[str, Any], bytes] | None:
         """A unit's record; None where its bytes have no hash, so that it has to be done again."""
-        section = b"".join(bytes(piece.read()) for piece in self.sink.sections(unit.target))
+        section = b"".join(piece.read() for piece in self.sink.sections(unit.target))
         document, section = packed(outcome, section)
         record = {"unit": index, "operation": unit.operation, "target": unit.target, "outcome": document}
         if unit.operation == "copy":

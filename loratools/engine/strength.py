@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Final
 
-from loratools.adapters import AbstractUpdate
+from loratools.adapters import AbstractUpdate, LowRank
 from loratools.adapters.experts import Stacked
 from loratools.errors import UnsupportedError
 
@@ -23,23 +24,34 @@ class Strength:
     Attributes:
         weight: the number that ΔW is multiplied by.
         cap: the norm that ΔW is brought down to, where it is larger; `weight` is 1 then.
+        factor: what takes the number: `lora_A`, `lora_B`, or `both` its root; None: alpha, and no factor.
+        said: what the report says of the module, where headers tell it.
     """
 
     weight: float = 1.0
     cap: float | None = None
+    factor: str | None = None
+    said: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def parameters(self) -> dict[str, Any]:
         """What a unit of this module is told beside what all are."""
-        return {"cap": self.cap} if self.cap is not None else {}
+        told = {"cap": self.cap, "factor": self.factor, "said": dict(self.said) or None}
+        return {name: each for name, each in told.items() if each is not None}
 
     def require(self, path: str, update: AbstractUpdate) -> None:
         """Refuse what cannot be done to this update.
 
         Raises:
-            UnsupportedError: see `require_norm`.
+            UnsupportedError: see `require_norm`; or there are no such factors.
         """
         if self.cap is not None:
             require_norm(path, update)
+        if self.factor is not None and self.least != 1 and not isinstance(update, (LowRank, Stacked)):
+            raise UnsupportedError(
+                f"An update of kind {update.kind} has no lora_A and lora_B.",
+                fix="Exclude these modules, or leave --factor out.",
+                module=path,
+            )
 
     def peak_bytes(self, update: AbstractUpdate) -> int:
         """Working bytes, beside those of writing the factors."""
@@ -57,7 +69,7 @@ def require_norm(path: str, update: AbstractUpdate) -> None:
     Raises:
         UnsupportedError: names the kind.
     """
-    if update.changes_weight and not update.terms and not isinstance(update, Stacked):
+    if update.changes_weight and not update.products and not isinstance(update, Stacked):
         why = "depends on the base" if update.depends_on_base else "is not computed from its tensors"
         raise UnsupportedError(
             f"The norm of an update of kind {update.kind} {why}.",
@@ -68,7 +80,8 @@ def require_norm(path: str, update: AbstractUpdate) -> None:
 
 def norm_bytes(update: AbstractUpdate) -> int:
     """Working bytes of ‖ΔW‖ through the factors: both in float64, scaled, and what their QR works on."""
-    elements = sum(ref.spec.numel for ref in update.factors)
+    elements = sum(term.lora_A.spec.numel + term.lora_B.spec.numel for term in update.products)
     if isinstance(update, Stacked):
-        return 16 * elements // update.experts + 8 * update.lora_B.spec.numel + update.kept_bytes
+        elements = sum(ref.spec.numel for ref in update.factors)
+        return 40 * elements // update.experts + 8 * update.lora_B.spec.numel + update.kept_bytes
     return 40 * elements

@@ -11,6 +11,7 @@ from loratools.adapters.experts import Stacked
 from loratools.engine.context import Outcome
 from loratools.engine.plan import Plan
 from loratools.engine.reports import AbstractReport
+from loratools.engine.similarity import alike_notes, whole_notes
 from loratools.engine.spectrum import table
 from loratools.engine.update_findings import update_findings
 from loratools.engine.update_tally import (
@@ -110,7 +111,12 @@ def adapters_report(
             parameters=plan.options,
             norms=tuple(found["norms"]),
             cosines=tuple(tuple(row) for row in found["cosines"]),
-            notes=(*plan.notes, *unmeasured(rows)),
+            notes=(
+                *plan.notes,
+                *unmeasured([row for row in rows if row["how"] != "whole"]),
+                *whole_notes(plan.units, adapters),
+                *alike_notes([each.name for each in adapters.values()], found["norms"], found["cosines"]),
+            ),
             modules=tuple(rows),
         )
     rows = pair_rows(plan.units, outcomes)

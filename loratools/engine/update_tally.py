@@ -171,18 +171,21 @@ def similarity_rows(units: Sequence[Unit], outcomes: Sequence[Outcome], names: S
     for unit, outcome in zip(units, outcomes, strict=True):
         gram, held = outcome.facts["gram"], unit.parameters["sources"]
         places = [held.index(name) if name in held and gram is not None else None for name in names]
-        norms = [math.sqrt(max(gram[at][at], 0.0)) if at is not None else None for at in places]
+        own = [math.sqrt(max(gram[at][at], 0.0)) for at in range(len(held))] if gram is not None else []
+        norms = [own[at] if at is not None else None for at in places]
         cosines = [
-            [
-                _cosine(gram[i][j], norms[a], norms[b]) if i is not None and j is not None else None
-                for b, j in enumerate(places)
-            ]
-            for a, i in enumerate(places)
+            [_between(gram, own, i, j) if i is not None and j is not None else None for j in places] for i in places
         ]
         how = unit.parameters["how"]
         unmeasured = outcome.facts.get("unmeasured")
         rows.append({"name": unit.target, "how": how, "norms": norms, "cosines": cosines, "unmeasured": unmeasured})
     return rows
+
+
+def _between(gram: Sequence[Sequence[float]], norms: Sequence[float], i: int, j: int) -> float | None:
+    """The cosine of two; that of one with itself is 1."""
+    cosine = _cosine(gram[i][j], norms[i], norms[j])
+    return 1.0 if cosine is not None and i == j else cosine
 
 
 def similarity_totals(outcomes: Sequence[Outcome], units: Sequence[Unit], names: Sequence[str]) -> dict[str, Any]:
@@ -195,7 +198,7 @@ def similarity_totals(outcomes: Sequence[Outcome], units: Sequence[Unit], names:
                 for j, two in enumerate(held):
                     total[names.index(one)][names.index(two)] += gram[i][j]
     norms = [math.sqrt(max(total[at][at], 0.0)) for at in range(len(names))]
-    cosines = [[_cosine(total[i][j], norms[i], norms[j]) for j in range(len(names))] for i in range(len(names))]
+    cosines = [[_between(total, norms, i, j) for j in range(len(names))] for i in range(len(names))]
     return {"norms": norms, "cosines": cosines}
 
 

@@ -10,14 +10,17 @@ from typing import Final, Literal
 
 from loratools.adapters import AbstractUpdate, Adapter, Selection
 from loratools.adapters.experts import Stacked
+from loratools.adapters.sides import AbstractSided
 from loratools.engine import memory
 from loratools.engine.binding import reconcile
+from loratools.engine.expansion import elements_of
 from loratools.engine.plan import Input, Unit
 
 How = Literal["cores", "experts", "dense", "bytes", "whole", "reshaped"]
 HOW: Final[Mapping[str, str]] = MappingProxyType(
     {
-        "cores": "both are products of factors: measured through these, and ΔW is never formed",
+        "cores": "both are products of factors, of ranks that add up to half of the shorter side where factors are "
+        "computed (LoHa, LoKr): measured through these, and ΔW is never formed",
         "experts": "the same for every expert",
         "dense": "ΔW is formed, since it is no product of two factors",
         "whole": "parameters are given whole and compared by their bytes",
@@ -43,8 +46,10 @@ class UpdateComparison:
     notes: tuple[str, ...]
 
 
-def update_comparison(adapters: Mapping[str, Adapter], selection: Selection, *, spectrum: bool) -> UpdateComparison:
-    """Pair the modules of all adapters by the names of the first.
+def update_comparison(
+    adapters: Mapping[str, Adapter], selection: Selection, *, spectrum: bool, many: bool = False
+) -> UpdateComparison:
+    """Pair the modules of all adapters by the names of the first; `many`: for a matrix, not for two side by side.
 
     Raises:
         UsageError: a pattern matches no module of any.
@@ -61,11 +66,11 @@ def update_comparison(adapters: Mapping[str, Adapter], selection: Selection, *, 
             named.setdefault(renaming.apply(path), {})[source] = path
     chosen = selection.selected(list(named))
     return UpdateComparison(
-        tuple(_unit(path, named[path], adapters, spectrum=spectrum) for path in chosen), tuple(notes)
+        tuple(_unit(path, named[path], adapters, spectrum=spectrum, many=many) for path in chosen), tuple(notes)
     )
 
 
-def _unit(path: str, held: Mapping[str, str], adapters: Mapping[str, Adapter], *, spectrum: bool) -> Unit:
+def _unit(path: str, held: Mapping[str, str], adapters: Mapping[str, Adapter], *, spectrum: bool, many: bool) -> Unit:
     updates = [adapters[source][name] for source, name in held.items()]
     how = _how(updates)
     tensors = sum(ref.nbytes for update in updates for ref in update.tensors)
@@ -73,7 +78,7 @@ def _unit(path: str, held: Mapping[str, str], adapters: Mapping[str, Adapter], *
         "compare-updates",
         path,
         inputs=tuple(Input(source, name) for source, name in held.items()),
-        parameters={"how": how, "spectrum": spectrum, "sources": list(held)},
+        parameters={"how": how, "spectrum": spectrum, "sources": list(held), "many": many},
         read_bytes=tensors,
         peak_bytes=_peak(how, updates) + 2 * memory.TILE_BYTES,
     )
@@ -95,11 +100,18 @@ def _how(updates: Sequence[AbstractUpdate]) -> How:
         return "whole"
     if any(update.takes_shape and not update.terms for update in changing) or stacks:
         return "bytes"
-    if len({(update.shape, update.layer, update.target, update.kernel) for update in changing}) > 1:
+    known = [each for each in changing if not (isinstance(each, AbstractSided) and each.vague)]
+    if len({(each.shape, each.target) for each in changing}) > 1 or len({(e.layer, e.kernel) for e in known}) > 1:
         return "reshaped"
     if len(changing) < len(updates) or any(update.depends_on_base for update in updates):
         return "bytes"
-    return "cores" if all(update.terms for update in updates) else "dense"
+    return "cores" if all(update.terms for update in updates) or _few(updates) else "dense"
+
+
+def _few(updates: Sequence[AbstractUpdate]) -> bool:
+    """Whether products are so small, also those that are larger than what is stored, that cores take less than ΔW."""
+    ranks = [sum(term.rank for term in update.products) for update in updates]
+    return all(ranks) and 2 * sum(ranks) <= min(updates[0].shape or (0,))
 
 
 def _peak(how: How, updates: Sequence[AbstractUpdate]) -> int:
@@ -110,8 +122,8 @@ def _peak(how: How, updates: Sequence[AbstractUpdate]) -> int:
         return computed + entries * (_DENSE + 4 * len(updates))
     if how not in {"cores", "experts"}:
         return computed + sum(ref.nbytes for update in updates for ref in update.factors)
-    elements = sum(ref.spec.numel for update in updates for ref in update.factors)
-    rank = sum(update.rank or 0 for update in updates)
+    elements = sum(elements_of(update, products=how == "cores") for update in updates)
+    rank = sum(sum(term.rank for term in update.products) or update.rank or 0 for update in updates)
     kept = sum(update.kept_bytes for update in updates if isinstance(update, Stacked))
     sizes = [update.matrix if isinstance(update, Stacked) else update.shape or (0, 0) for update in updates]
     core = min(rank, sizes[0][0]) * min(rank, sizes[0][1]) * 8

@@ -14,13 +14,26 @@ if TYPE_CHECKING:
     from loratools.linalg._addition import LowRankSum, add_low_rank, low_rank_delta, subtract_low_rank
     from loratools.linalg._batch import batch_size, truncated_svd_batch
     from loratools.linalg._budget import Allotment, Spectrum, allocate_ranks, uniform_rank
+    from loratools.linalg._combine_core_space import core_space
+    from loratools.linalg._combine_iso_c import iso_c
+    from loratools.linalg._combine_karcher import karcher_coefficients
+    from loratools.linalg._combine_knots import knots
+    from loratools.linalg._combine_model_stock import model_stock_ratio
+    from loratools.linalg._combine_rows import Deltas, Dropped, Largest, Sampled, combined_rows, combining_bytes
+    from loratools.linalg._combine_slerp import slerp_coefficients
+    from loratools.linalg._combine_ties import ties
+    from loratools.linalg._combine_tsv import tsv
     from loratools.linalg._core import truncate_low_rank
+    from loratools.linalg._counter_random import random_key, uniform
     from loratools.linalg._directions import DirectionProbe
     from loratools.linalg._exact_product import ExactFactor, exact_product, inverse_of_positive
     from loratools.linalg._exact_sums import SquareSums, square_sums
+    from loratools.linalg._gram import product_gram
     from loratools.linalg._grid import grid_step, rounded_from, rounding_edges, to_grid
     from loratools.linalg._info import SVDInfo
     from loratools.linalg._joint import core_bases, joint_cores, principal_angles
+    from loratools.linalg._kronecker import truncate_kronecker
+    from loratools.linalg._magnitude_threshold import magnitude_threshold
     from loratools.linalg._noise import RoundingNoise, noise_edge, noise_margin
     from loratools.linalg._product_norm import product_norm
     from loratools.linalg._rank import (
@@ -47,19 +60,26 @@ __all__ = [
     "Allotment",
     "ChunkedRows",
     "Corrections",
+    "Deltas",
     "DirectionProbe",
+    "Dropped",
     "ExactFactor",
+    "Largest",
     "LowRankSum",
     "RankRules",
     "RoundingNoise",
     "SVDInfo",
+    "Sampled",
     "Spectrum",
     "SquareSums",
     "add_low_rank",
     "allocate_ranks",
     "balanced_factors",
     "batch_size",
+    "combined_rows",
+    "combining_bytes",
     "core_bases",
+    "core_space",
     "corrected",
     "corrections",
     "exact_product",
@@ -69,14 +89,21 @@ __all__ = [
     "grid_step",
     "input_weights",
     "inverse_of_positive",
+    "iso_c",
     "joint_cores",
+    "karcher_coefficients",
+    "knots",
     "low_rank_delta",
+    "magnitude_threshold",
+    "model_stock_ratio",
     "noise_bytes",
     "noise_edge",
     "noise_margin",
     "non_finite_count",
     "principal_angles",
+    "product_gram",
     "product_norm",
+    "random_key",
     "rank_above",
     "rank_at_knee",
     "rank_for_cumulative",
@@ -89,14 +116,19 @@ __all__ = [
     "round_to",
     "rounded_from",
     "rounding_edges",
+    "slerp_coefficients",
     "square_sums",
     "subtract_low_rank",
+    "ties",
     "to_grid",
+    "truncate_kronecker",
     "truncate_low_rank",
     "truncated_svd",
     "truncated_svd_batch",
     "truncated_svd_weighted",
+    "tsv",
     "ulp",
+    "uniform",
     "uniform_rank",
     "workspace_bytes",
 ]
@@ -152,11 +184,30 @@ _HOMES: Final = MappingProxyType(
         "require_in_range": "_rules",
         "round_to": "_rounding",
         "subtract_low_rank": "_addition",
+        "truncate_kronecker": "_kronecker",
         "truncate_low_rank": "_core",
         "truncated_svd": "_truncated_svd",
         "truncated_svd_batch": "_batch",
         "batch_size": "_batch",
         "truncated_svd_weighted": "_weighted",
+        "core_space": "_combine_core_space",
+        "iso_c": "_combine_iso_c",
+        "karcher_coefficients": "_combine_karcher",
+        "knots": "_combine_knots",
+        "model_stock_ratio": "_combine_model_stock",
+        "Deltas": "_combine_rows",
+        "Dropped": "_combine_rows",
+        "Largest": "_combine_rows",
+        "Sampled": "_combine_rows",
+        "combined_rows": "_combine_rows",
+        "combining_bytes": "_combine_rows",
+        "slerp_coefficients": "_combine_slerp",
+        "ties": "_combine_ties",
+        "tsv": "_combine_tsv",
+        "random_key": "_counter_random",
+        "uniform": "_counter_random",
+        "product_gram": "_gram",
+        "magnitude_threshold": "_magnitude_threshold",
         "ulp": "_rounding",
         "uniform_rank": "_budget",
         "workspace_bytes": "_workspace",

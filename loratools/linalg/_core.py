@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loratools.errors import MismatchError, NonFiniteError
-from loratools.linalg._info import SVDInfo, make_goal
+from loratools.linalg._info import Goal, SVDInfo, make_goal
 from loratools.linalg._rank import rank_for_tail
 from loratools.linalg._rounding import non_finite_count, power_of_two
 
@@ -57,10 +57,27 @@ def truncate_low_rank(
         UsageError: not exactly one goal.
     """
     goal = make_goal(rank, energy, error, max_rank, **others)
+    left, P, S, Wt, right = decomposed_core(A, B)
+    info = chosen_of(goal, S)
+    kept = info.rank
+    return (left @ P[:, :kept]).float(), S[:kept].float(), (Wt[:kept] @ right).float(), info
+
+
+def decomposed_core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Left, P, S, Wt, right with B·A = (left P) S (Wt right), float64, of as many triples as the core has.
+
+    Raises:
+        MismatchError: A and B do not fit.
+        NonFiniteError: NaN or infinity.
+    """
     _check(A, B)
     left, up, down, right = qr_core(A, B)
-    core = up @ down.T
-    P, S, Wt = torch.linalg.svd(core, full_matrices=False)
+    P, S, Wt = torch.linalg.svd(up @ down.T, full_matrices=False)
+    return left, P, S, Wt, right
+
+
+def chosen_of(goal: Goal, S: Tensor) -> SVDInfo:
+    """How many of all singular values of a product, descending, a goal takes, and what that leaves."""
     sigma2 = S.square()
     total = float(sigma2.sum())
     if total == 0:
@@ -68,7 +85,7 @@ def truncate_low_rank(
     else:
         chosen, reached = goal.choose(sigma2, total)
         chosen = min(chosen, rank_for_tail(sigma2, total, 0.0))
-    info = SVDInfo(
+    return SVDInfo(
         rank=chosen,
         captured=float(sigma2[:chosen].sum()) / total if total else 1.0,
         residual=math.sqrt(float(sigma2[chosen:].sum())),
@@ -80,8 +97,6 @@ def truncate_low_rank(
         clipped=goal.rank is not None and goal.rank > chosen,
         reached=reached,
     )
-    U, Vh = left @ P[:, :chosen], Wt[:chosen] @ right
-    return U.to(torch.float32), S[:chosen].to(torch.float32), Vh.to(torch.float32), info
 
 
 def _check(A: Tensor, B: Tensor) -> None:

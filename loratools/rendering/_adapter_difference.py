@@ -11,6 +11,7 @@ from loratools.rendering._table import table
 
 _MODULES: Final = 12
 _FOUND: Final = 6
+_COLUMNS: Final = 80
 _WORTH_A_TABLE: Final = 2
 _COLLINEAR: Final = 1e-6
 _MEASURES: Final = ("‖ΔW‖ A", "‖ΔW‖ B", "apart", "cosine", "columns", "rows")
@@ -115,9 +116,33 @@ def _matrix(document: Mapping[str, Any]) -> Iterator[str]:
     yield f"Cosines of the ΔW of {len(names)} adapters."
     yield from (f"  note: {sentence(note)}" for note in document["notes"])
     yield ""
-    head = ("adapter", "", "‖ΔW‖", *(str(at + 1) for at in range(len(names))))
-    rows = [
-        (name, str(at + 1), f"{norm:.4g}", *(_number(cosine) or "zero" for cosine in row))
-        for at, (name, norm, row) in enumerate(zip(names, document["norms"], document["cosines"], strict=True))
-    ]
-    yield from table([head, *rows], right=len(head) - 1)
+    head = ("", "‖ΔW‖", "adapter")
+    sizes = [f"{norm:.4g}" for norm in document["norms"]]
+    yield from _legend([head, *((str(at + 1), size, names[at]) for at, size in enumerate(sizes))])
+    cells = [[_number(cosine) or "zero" for cosine in row] for row in document["cosines"]]
+    for columns in _panels(cells):
+        yield ""
+        numbers = ("", *(str(at + 1) for at in columns))
+        rows = [(str(at + 1), *(row[column] for column in columns)) for at, row in enumerate(cells)]
+        yield from table([numbers, *rows], right=len(numbers))
+
+
+def _legend(rows: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+    """Numbers and norms flush right, then names."""
+    widths = [max(len(row[at]) for row in rows) for at in (0, 1)]
+    for number, norm, name in rows:
+        yield f"{number:>{widths[0]}}  {norm:>{widths[1]}}  {name}"
+
+
+def _panels(cells: Sequence[Sequence[str]]) -> Iterator[list[int]]:
+    """Columns of the matrix, as many at a time as a terminal of 80 columns shows."""
+    taken: list[int] = []
+    used = first = len(str(len(cells)))
+    for column in range(len(cells)):
+        width = 2 + max(len(str(column + 1)), *(len(row[column]) for row in cells))
+        if taken and used + width > _COLUMNS:
+            yield taken
+            taken, used = [], first
+        taken.append(column)
+        used += width
+    yield taken

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, final
 
@@ -63,15 +63,18 @@ class Journal:
         cut(self._descriptor, self._end, self._path)
         return records
 
-    def append(self, records: Sequence[tuple[Mapping[str, Any], bytes]]) -> None:
-        """Write records and wait until they are on the disk.
+    def append(self, records: Iterable[tuple[Mapping[str, Any], bytes]]) -> None:
+        """Write records, one after the other as they come, and wait until they are on the disk.
 
         Raises:
             StorageError: the disk is full or failed.
         """
-        data = b"".join(self._framed(document, section) for document, section in records)
-        syscalls.write_at(self._descriptor, memoryview(data), self._end, self._path)
-        self._end += len(data)
+        end = self._end
+        for document, section in records:
+            data = self._framed(document, section)
+            syscalls.write_at(self._descriptor, memoryview(data), end, self._path)
+            end += len(data)
+        self._end = end
         syscalls.sync_data(self._descriptor, self._path)
 
     def section(self, record: Record) -> bytes:

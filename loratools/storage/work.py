@@ -7,6 +7,7 @@ that does not have a name of ours; everything else may lie there and stays.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -153,6 +154,7 @@ class WorkDirectory:
             text = json.dumps({**identity, _MADE: self._made}, indent=1) + "\n"
             write_bytes_durably(self.path / (MANIFEST + _NEW), text.encode("ascii"))
             syscalls.move_new(self.path / (MANIFEST + _NEW), self.path / MANIFEST)
+            syscalls.sync_path(self.path)  # no file of ours is there without it, not even after a power cut
         else:
             self._made = self._made or found.get(_MADE) is True
         if require_regular(self.path / JOURNAL) is None:
@@ -204,7 +206,8 @@ class WorkDirectory:
         """Find out now, not after hours of work, whether files can be moved from here to `directory`.
 
         Raises:
-            OutputError: they cannot.
+            OutputError: they cannot: these are two mounts.
+            StorageError: the disk is full or failed.
         """
         probe = self.path / (MANIFEST + _NEW)
         remove_left(probe)
@@ -212,6 +215,8 @@ class WorkDirectory:
         try:
             syscalls.replace(probe, directory / probe.name)
         except StorageError as error:
+            if getattr(error.__cause__, "errno", None) != errno.EXDEV:
+                raise
             raise OutputError(
                 "Files cannot be moved from the work directory to the output.",
                 fix="Name a directory beside the output with --resume.",
@@ -238,6 +243,8 @@ class WorkDirectory:
 
     def _clear(self) -> None:
         for name in reversed(_ours(self._names)):
+            if name == MANIFEST:
+                syscalls.sync_path(self.path)
             remove_left(self.path / name)
         if self._made:
             with suppress(OSError):

@@ -15,6 +15,7 @@ from loratools.engine.context import Outcome
 from loratools.engine.execute import observe
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions
+from loratools.engine.similarity import require_comparable
 from loratools.engine.svd_options import SvdOptions
 from loratools.engine.update_report import AdapterDiffReport, SimilarityReport, adapters_report
 from loratools.engine.update_units import HOW, update_comparison
@@ -103,8 +104,10 @@ def diff(
         `DiffReport` of checkpoints, `AdapterDiffReport` of two adapters, `SimilarityReport` of more.
 
     Raises:
-        UnsupportedError: a checkpoint and an adapter, or more than two checkpoints.
-        MismatchError: the two are not checkpoints of one architecture.
+        UnsupportedError: a checkpoint and an adapter, or more than two checkpoints; among more than two adapters one
+            whose ΔW depends on the base.
+        MismatchError: the two are not checkpoints of one architecture, or more than two adapters not of one base.
+        NonFiniteError: among more than two adapters NaN or infinity.
         MemoryLimitError: it would take more than `max_memory`.
         UsageError: a pattern matches no module, a rank below 1, a device that is not there.
 
@@ -182,7 +185,9 @@ def _of_checkpoints(sides: Sequence[Checkpoint], options: _Options, run: Run) ->
 def _of_adapters(adapters: Sequence[Adapter], options: _Options, run: Run) -> _Prepared:
     pair = len(adapters) == _PAIR
     sources = {"ab"[at] if pair else f"adapter{at + 1}": each for at, each in enumerate(adapters)}
-    found = update_comparison(sources, options.selection, spectrum=options.spectrum and pair)
+    found = update_comparison(sources, options.selection, spectrum=options.spectrum and pair, many=not pair)
+    if not pair:
+        require_comparable(found.units, sources)
     plan = Plan(
         verb="diff",
         kind="report",

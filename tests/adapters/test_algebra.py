@@ -1,9 +1,14 @@
+import dataclasses
+
 import pytest
 import torch
 
-from loratools.adapters import Adapter, Full, LowRank
+from loratools.adapters import Adapter, Full, LowRank, measures
+from loratools.adapters.fourierft import FourierFt
+from loratools.adapters.loha import LoHa
+from loratools.adapters.lokr import LoKr
 from loratools.errors import InputDataError, MismatchError, UnsupportedError, UsageError
-from loratools.files import load_adapter
+from loratools.files import load_adapter, save
 from loratools.tensors import in_memory
 from tests.tiny import factors, lora_tensors, normal, write_adapter
 
@@ -155,3 +160,100 @@ def test_a_result_does_not_pass_for_the_file_it_was_made_of(three):
     for derived in (0.5 * a, a + b, a.truncate(rank=1)):
         assert derived.location is None
         assert derived.files == ()
+
+
+def test_a_norm_keeps_its_digits_where_terms_cancel(three):
+    """‖(1 + 1e-9) a − a‖ is 1e-9 ‖a‖, of which the root of ⟨ΔW, ΔW⟩ would know nothing."""
+    a, _, _ = three
+    assert ((1 + 1e-9) * a - a).norm() == pytest.approx(1e-9 * a.norm(), rel=1e-5)
+
+
+def loha(out, into, rank=2, **cores):
+    """In memory, alpha 5."""
+    sizes = {"hada_w1_a": (out, rank), "hada_w1_b": (rank, into), "hada_w2_a": (out, rank), "hada_w2_b": (rank, into)}
+    return LoHa(**{name: in_memory(name, normal(seed, *size)) for seed, (name, size) in enumerate(sizes.items())},
+                alpha=5.0, **cores)  # fmt: skip
+
+
+def test_a_product_that_is_computed_is_never_larger_than_the_matrix():
+    """Rank r² as long as that is below both sides; then min(out, in), of factors that are ΔW and the identity."""
+    for rank, wanted in ((2, 4), (3, 9), (4, 11), (7, 11)):
+        for shape in ((11, 30), (30, 11)):
+            update = loha(*shape, rank)
+            (term,) = update.products
+            assert term.rank == wanted
+            assert max(term.lora_A.spec.numel, term.lora_B.spec.numel) <= 11 * 30
+            torch.testing.assert_close(
+                (term.scale * term.lora_B.load() @ term.lora_A.load()).float(), update.delta_weight()
+            )
+
+
+def test_a_computed_product_fits_what_it_is_added_to():
+    """Another shape is a mismatch; a convolution's kernel is taken from the other side, an embedding's layer is not."""
+    lora = LowRank(lora_A=in_memory("A", normal(1, 2, 12)), lora_B=in_memory("B", normal(2, 5, 2)), alpha=2.0)
+    with pytest.raises(MismatchError, match="x"):
+        Adapter({"x": loha(5, 11)}) + Adapter({"x": lora})
+    kernel = dataclasses.replace(lora, of="conv", kernel=(2, 3))
+    for pair in ((loha(5, 12), kernel), (kernel, loha(5, 12))):
+        total = Adapter({"x": pair[0]}) + Adapter({"x": pair[1]})
+        assert (total["x"].layer, total["x"].kernel) == ("conv", (2, 3))
+    with pytest.raises(MismatchError, match="embedding"):
+        Adapter({"x": loha(5, 12)}) + Adapter({"x": dataclasses.replace(lora, of="embedding")})
+
+
+def test_a_sum_of_kinds_for_other_modules_is_saved_as_plain_lora(tmp_path):
+    """No module is in both, so nothing was added; PEFT's format holds one kind, and the file has ΔW of each."""
+    lora = LowRank(lora_A=in_memory("A", normal(1, 2, 12)), lora_B=in_memory("B", normal(2, 5, 2)), alpha=2.0)
+    total = Adapter({"x": loha(20, 30)}) + Adapter({"y": lora})
+    save(total, tmp_path / "sum")
+    again = load_adapter(tmp_path / "sum")
+    assert {type(update) for update in again.values()} == {LowRank}
+    for path in total:
+        torch.testing.assert_close(again[path].delta_weight(), total[path].delta_weight(), rtol=1e-5, atol=1e-5)
+    save(Adapter({"x": loha(20, 30)}), tmp_path / "alone")
+    assert type(load_adapter(tmp_path / "alone")["x"]) is LoHa
+
+
+@pytest.mark.parametrize("size", [1e-4, 1e4])
+def test_sizes_and_weights_of_every_sort(size):
+    """Zero and negative weights, a duplicate, sides of very different sizes: the dense sum; truncated, its best."""
+    a, b = loha(20, 30, 2), loha(20, 30, 3)
+    b = dataclasses.replace(b, hada_w1_a=in_memory("t", size * b.hada_w1_a.load()))
+    one, two = Adapter({"x": a}), Adapter({"x": b})
+    total = 0.0 * one + two - 0.5 * two + one * -2.0
+    exact = 0.5 * b.delta_weight().double() - 2 * a.delta_weight().double()
+    scale = 0.5 * b.delta_weight().double().norm() + 2 * a.delta_weight().double().norm()
+    assert (dense(total["x"]) - exact).norm() <= 1e-6 * scale
+    assert total.norm() == pytest.approx(float(exact.norm()), rel=1e-6)
+    values = torch.linalg.svdvals(exact)
+    short = total.truncate(rank=3)
+    assert (dense(short["x"]) - exact).norm() <= 1.001 * values[3:].norm() + 1e-6 * scale
+
+
+def test_shapes_that_are_not_told_are_asked_for():
+    """VeRA and FourierFT alone do not say how large ΔW is: the norm says so, and takes it."""
+    update = FourierFt(spectrum=in_memory("s", normal(1, 20)), seed=3, factor=5.0)
+    with pytest.raises(UnsupportedError, match="of_shape"):
+        Adapter({"x": update}).norm()
+    told = update.of_shape((13, 10))
+    assert Adapter({"x": told}).norm() == pytest.approx(float(told.delta_weight().norm()), rel=1e-6)
+    with pytest.raises(MismatchError, match="spectrum"):
+        update.of_shape((2, 3))
+
+
+def test_inner_products_by_tiles_are_those_through_factors(monkeypatch):
+    """A LoKr of high rank goes by row tiles, however few rows one has."""
+    sizes = {"lokr_w1": (6, 5), "lokr_w2": (7, 9)}
+    one, two = (
+        Adapter({"x": LoKr(**{name: in_memory(name, normal(seed, *size)) for name, size in sizes.items()},
+                           alpha=3.0, r=2)}) for seed in (1, 2)
+    )  # fmt: skip
+    left, right = (
+        torch.kron(each["x"].lokr_w1.load().double(), each["x"].lokr_w2.load().double()) for each in (one, two)
+    )
+    exact = 1.5**2 * float((left * right).sum())
+    for entries in (1, 200, 2**18):
+        monkeypatch.setattr(measures, "_TILE", entries)
+        for cheaper in (True, False):
+            monkeypatch.setattr(measures, "_gram_is_cheaper", lambda *_, cheaper=cheaper: cheaper)
+            assert one.inner(two) == pytest.approx(exact, rel=1e-10)

@@ -134,3 +134,19 @@ def test_pieces_of_text():
     assert counted({}) == "none"
     assert page("Done.", [("a", "1"), ("bb", ""), ("cc", "3")], ["so"]) == ["Done.", "  a   1", "  cc  3", "  note: so"]
     assert table([("", "x"), ("a", "12")]) == ["    x", "a  12"]
+
+
+def test_rescale_by_norm_block_and_factor(run, workdir):
+    """Norms, blocks and factors that were widened, in words."""
+    shown = run("rescale", "adapter", "--norm", "0.1", "-o", "capped").stdout
+    assert re.search(r"norms +\d+ of \d+ brought down to 0\.1; the largest was [\d.]+, of model\.", shown)
+    shown = run("rescale", "adapter", "--blocks", "q_proj=0.3", "--factor", "lora_B", "-o", "blocks").stdout
+    assert re.search(r"blocks +0\.3 for \d+ modules?, 1 for \d+ modules?", shown)
+    refused = run("rescale", "adapter", "--blocks", "1,1,1", "-o", "x")
+    assert refused.exit_code == 2
+    assert "12, 17, 20, 26, 61 numbers, not 3" in refused.stderr
+    refused = run("rescale", "adapter", "--blocks", ",".join("1" * 17), "-o", "x")
+    assert refused.exit_code == 2
+    assert "in no block that is known here" in refused.stderr
+    assert run("rescale", "adapter", "--by", "2", "--absent", "2", "-o", "x").exit_code == 2
+    assert not (workdir / "x").exists()

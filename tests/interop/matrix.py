@@ -6,7 +6,7 @@ import dataclasses
 import re
 from pathlib import Path
 
-from tests.laws.kinds import EVERY_KIND
+from tests.laws.kinds import EVERY_KIND, REFUSED_BY
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "formats" / "peft-kinds.md"
@@ -25,9 +25,12 @@ LAWS = [
     "tests/laws/test_law_2_same_bits.py::test_threads_and_tiles_do_not_show_in_any_kind",
     "tests/laws/test_law_4_sums.py::test_stack_is_the_sum_of_every_kind",
     "tests/laws/test_law_4_sums.py::test_a_multiple_of_every_kind",
+    *(f"tests/laws/test_law_4_kinds.py::test_{what}"
+      for what in ("multiples", "sums", "norm_inner_cosine", "truncation", "principal_angles")),
     "tests/laws/test_law_5_codecs.py::test_every_kind_comes_back",
     "tests/laws/test_law_6_accounting.py::test_no_tensor_of_any_kind_is_ignored",
-]
+]  # fmt: skip
+OPERATIONS = ("multiples", "sums", "with LoRA", "norms", "truncated", "angles")
 CONFIG = "tests/formats/test_peft_config.py::"
 NO_MATRIX = "an extraction finds matrices"
 AS_LORA = "ΔW is written as LoRA"
@@ -56,9 +59,11 @@ class Kind:
     laws: tuple[str, ...]
 
     def can(self, verb: str) -> str:
-        """Whether `multiples` (rescale) or `sums` (stack) are formed; law 4 holds either answer."""
+        """Whether an operation of `OPERATIONS` is there; law 4 holds either answer."""
         kinds = [EVERY_KIND[name] for name in self.laws]
         said = {kind.sums if verb == "sums" or kind.halves is None else kind.halves for kind in kinds}
+        if verb in REFUSED_BY:
+            said = {name not in REFUSED_BY[verb] for name in self.laws}
         return {(True,): "yes", (False,): "refused"}.get(tuple(said), "some")
 
 
@@ -116,6 +121,23 @@ KINDS = (
           "IA3": ("ia3", "ia3-conv"), "OFT": ("oft", "oft-exact", "oft-shared", "oft-constrained"), "BOFT": ("boft",),
           "HRA": ("hra", "hra-orthogonal"), "FourierFT": ("fourierft",), "SHiRA": ("shira",), "C3A": ("c3a",),
           "LN tuning": ("ln-tuning",)}.items()),
+)  # fmt: skip
+
+WHY = (
+    "How, or why not:", "",
+    "- LoRA and its variants, AdaLoRA, QALoRA, BD-LoRA: products of their factors. MiSS and VeRA too, once they are",
+    "  told the weight's shape (`stack --base`, `update.of_shape`).",
+    "- LoHa, LoKr: [exact products](../maths.md#other-kinds-as-products) of a higher rank; a LoKr is truncated through",
+    "  the decompositions of its two matrices.",
+    "- Stacked experts: expert by expert; sums among those of one layout. Truncated, all have the rank of the one that",
+    "  needs most.",
+    "- SHiRA: entries side by side, r adds up. C3A of one block size, FourierFT of one seed: the kernels, the spectra",
+    "  add up. Norms through the entries, or by row tiles of ΔW. As a rule ΔW has the full rank, so that factors would",
+    "  be larger than itself: merge it, and `extract` the change.",
+    "- DoRA, IA3, OFT, BOFT, HRA, MiSS bat: ΔW is another one for another base. Merge one adapter at a time; compare",
+    "  merged checkpoints with `diff`.",
+    "- Parameters and rows given whole (biases, heads, norms, tokens): half of one, and a difference between two,",
+    "  depend on the base. One that a single adapter has is kept, with weight 1.",
 )  # fmt: skip
 
 REFUSED = (
@@ -179,10 +201,16 @@ def page() -> str:
         *("| " + " | ".join([kind.name, *told_once(cells_of(kind))]) + " |" for kind in KINDS), "",
         "The laws (`tests/laws`) are held of every kind too, in float32, bfloat16 and float16: the way back to the",
         "byte, the same bits whatever the threads and tiles, every field read as it was written, no tensor that does",
-        "not count, none without a place. Multiples (`rescale`) and sums (`stack`) are formed, or refused by name:", "",
-        "| kind | multiples | sums | entries in `tests/laws/kinds.py` |", "| :--- | :--- | :--- | :--- |",
-        *(f"| {kind.name} | {kind.can('multiples')} | {kind.can('sums')} | {', '.join(kind.laws)} |"
+        "not count, none without a place.", "",
+        "Algebra is that of the dense ΔW in float64, or is refused by name. *Multiples*: `rescale --by`, `w * a`.",
+        "*Sums*: `stack`, `a + b` of two of a kind. *With LoRA*: `a + b` with plain LoRA. *Norms*: `norm`, `inner`,",
+        "`cosine`.",
+        "*Truncated*: `truncate`; modules given whole stay as they are. *Angles*: `principal_angles`.", "",
+        "| kind | " + " | ".join(OPERATIONS) + " | entries in `tests/laws/kinds.py` |",
+        "| :--- " * (len(OPERATIONS) + 2) + "|",
+        *(f"| {kind.name} | {' | '.join(map(kind.can, OPERATIONS))} | {', '.join(kind.laws)} |"
           for kind in KINDS if kind.laws), "",
+        *WHY, "",
         "Refused, by name and with exit code 65:", "",
         "| kind | why | test |", "| :--- | :--- | :--- |",
         *(f"| {each.name} | {each.why} | {short(each.test)} |" for each in REFUSED), "",

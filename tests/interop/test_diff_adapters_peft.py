@@ -78,3 +78,28 @@ def test_a_training_is_no_merge(tmp_path, dtype, steps, trained):
     assert {each["name"] for each in report.findings} <= (
         {"every direction", "few rows"} if trained == "all" else {"only modules"}
     )
+
+
+def test_a_matrix_of_adapters_that_peft_wrote(tmp_path):
+    """Cosines and norms of PEFT's own ΔW, of adapters with other ranks, alphas, dtypes and targets; a copy is said."""
+    base = models.save(models.build("llama"), tmp_path / "base")
+    targets = TARGETS["llama"]
+    made = [
+        write_by_peft(base, tmp_path / f"n{at}", seed=at, r=rank, lora_alpha=2 * at + 1, use_rslora=at % 2 == 1,
+                      target_modules=targets[at % 3 :], factors="bf16" if at == 2 else "fp32")
+        for at, rank in enumerate((2, 3, 5, 8))
+    ]  # fmt: skip
+    report = diff(*made, made[1])
+    deltas = [
+        {path: products(layer) for path, layer in layers_of(unmerged(base, each)).items()} for each in (*made, made[1])
+    ]
+    paths = sorted({path for each in deltas for path in each})
+    shapes = {path: delta.shape for each in deltas for path, delta in each.items()}
+    flat = torch.stack(
+        [torch.cat([each.get(path, torch.zeros(shapes[path])).double().flatten() for path in paths]) for each in deltas]
+    )
+    assert report.norms == pytest.approx(flat.norm(dim=1).tolist(), rel=1e-6)
+    expected = (flat @ flat.T) / torch.outer(flat.norm(dim=1), flat.norm(dim=1))
+    found = torch.tensor(report.cosines, dtype=torch.float64)
+    assert float((found - expected).abs().max()) <= 1e-7
+    assert any(note.startswith("n1 (5) has the same ΔW as n1 (2)") for note in report.notes)

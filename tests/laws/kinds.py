@@ -297,13 +297,27 @@ EVERY_KIND = {
     "fourierft": Kind(
         each(lambda make, out, into: FourierFt(spectrum=make(20, size=10.0), seed=777, factor=5.0)), LINEAR
     ),
-    "shira": Kind(each(shira), LINEAR, sums=False, halves=True),
+    "shira": Kind(each(shira), LINEAR),
     "c3a": Kind(lambda make: {"a.lin": C3a(c3a_kernel=make(3, 2, 4, size=2.0))}, {"a.lin.weight": (12, 8)}),
     "ln-tuning": Kind(
         lambda make: {"norm": LnTuning(replaced={"weight": make(9), "bias": make(9)})},
         {"norm.weight": (9,), "norm.bias": (9,)}, sums=False
     ),
 }  # fmt: skip
+
+
+GIVEN_WHOLE = frozenset({"whole", "tokens", "trained-tokens", "tokens-beside", "grown", "ln-tuning"})
+OF_THE_BASE = frozenset({"dora", "dora-conv1d", "dora-embedding", "dora-conv", "ia3", "ia3-conv", "oft", "oft-exact",
+                         "oft-shared", "oft-constrained", "boft", "hra", "hra-orthogonal", "miss-bat"})  # fmt: skip
+FULL_RANK = frozenset({"shira", "c3a", "fourierft"})
+STACKED = frozenset({"stacked"})
+REFUSED_BY = {
+    "with LoRA": GIVEN_WHOLE | OF_THE_BASE | FULL_RANK | STACKED,
+    "norms": GIVEN_WHOLE | OF_THE_BASE,
+    "truncated": OF_THE_BASE | FULL_RANK,
+    "angles": GIVEN_WHOLE | OF_THE_BASE | FULL_RANK,
+}
+"""Operations of the algebra → the kinds that have none; all others are what they are of dense matrices."""
 
 
 def final_kinds():

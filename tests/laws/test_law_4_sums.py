@@ -16,6 +16,7 @@ from loratools.verbs.rescale import rescale
 from loratools.verbs.stack import stack
 from tests import models
 from tests.interop.extraction import stored_products
+from tests.laws.dense import changes
 from tests.laws.kinds import EVERY_KIND
 
 MODULES = {"a.lin": (6, 4), "b.lin": (3, 8), "lin": (4, 4), "c.embed": (5, 9)}
@@ -117,21 +118,6 @@ def test_truncation_is_near_the_best(a, b, rank):
         if name in short:
             assert short[name].rank <= rank
             assert short[name].scaling == 1
-
-
-def changes(adapter, base):
-    """Module path → ΔW in float64 of every update, experts one by one."""
-    found = {}
-    for path, update in adapter.items():
-        parts = [update.part(expert) for expert in range(update.experts)] if hasattr(update, "experts") else [update]
-        for index, part in enumerate(parts):
-            weight = base.get(f"{path}.weight")
-            if weight is not None:
-                weight = weight.double().flatten(1)
-                out = (part.shape or (weight.shape[0],))[0]
-                weight = weight if part.fits(tuple(weight.shape)) or out == weight.shape[0] else weight.T
-            found[path, index] = part.delta_weight(weight).double()
-    return found
 
 
 @pytest.mark.parametrize("name", EVERY_KIND)

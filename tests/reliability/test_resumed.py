@@ -7,14 +7,19 @@ counted to `counts/resumed_crashes.json` and `counts/resumed_lines.json`.
 import collections
 import random
 import re
+import shutil
 import signal
 
 import pytest
 
+from loratools.storage.work import MANIFEST
 from tests.reliability import counts
 from tests.reliability.injection import require_strace, strace_version
+from tests.reliability.power import NAMES, SYNCS, WRITES, Disk, calls
 from tests.reliability.resumed import WAYS, WORK, Resumed, beside_work
+from tests.reliability.scenes import DIRECTORY
 from tests.reliability.test_crash_points import sample, tried
+from tests.reliability.test_power_cuts import described, judge
 
 SIGNALS = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
@@ -90,12 +95,16 @@ def test_at_every_call(resumed):
 @pytest.mark.slow
 @pytest.mark.timeout(0)
 def test_before_every_line(resumed):
-    """All lines that keep the journal, as often as they run, by each signal in turn; then the run that goes on."""
+    """All lines that keep the journal: before each runs first, last and halfway; then the run that goes on."""
     swept, failures = {}, []
     for way in WAYS:
-        row = swept[way.name] = collections.Counter(lines=len(resumed.lines(way)))
-        for line in range(1, row["lines"] + 1):
-            number = SIGNALS[line % len(SIGNALS)]
+        moments = collections.defaultdict(list)
+        for number, line in enumerate(resumed.lines(way), 1):
+            moments[line].append(number)
+        chosen = sorted({times[at] for times in moments.values() for at in (0, len(times) // 2, -1)})
+        row = swept[way.name] = collections.Counter(lines=len(moments), moments=len(chosen))
+        for each, line in enumerate(chosen):
+            number = SIGNALS[each % len(SIGNALS)]
             try:
                 reached, found = resumed.attack_line(way, line, number)
             except AssertionError as error:
@@ -106,3 +115,28 @@ def test_before_every_line(resumed):
     counts.record("resumed_lines", {"ways": swept, "total": sum(swept.values(), collections.Counter())})
     resumed.inputs.require_unchanged()
     assert not failures, "\n".join([str(len(failures)), *failures[:40]])
+
+
+def test_every_state_after_a_power_cut(resumed):
+    """No file of ours without a whole manifest, else the next run would refuse the directory; an output is whole."""
+    require_strace()
+    for way in (way for way in WAYS if way.output == DIRECTORY):
+        place = resumed.prepared(way)
+        before, disk, states = Disk(place), Disk(place), 0
+        found = [call for call in calls(resumed.trace(way, place)) if call[0] in NAMES | SYNCS | WRITES]
+        for call in found:
+            before.apply(*call)
+        last = {name: described(node, lambda directory: directory.entries) for name, node in before.top.entries.items()}
+        assert set(last) == {DIRECTORY}
+        for call in found:
+            if not disk.apply(*call):
+                continue
+            for entries in disk.states():
+                states += 1
+                assert judge(way, disk, entries, last), f"{way.name}, after {call}"
+                work = entries(disk.top).get(WORK)
+                files = {name: described(node, entries) for name, node in entries(work).items()} if work else {}
+                ours = [name for name in files if not name.endswith(".new")]
+                assert not ours or files.get(MANIFEST) in {"old", "new"}, f"{way.name}, after {call}: {files}"
+        assert states > 100
+        shutil.rmtree(place)

@@ -122,7 +122,7 @@ def test_records_are_flushed_when_append_returns(tmp_path, monkeypatch):
         real = getattr(syscalls, name)
         monkeypatch.setattr(syscalls, name, lambda *args, name=name, real=real: (calls.append(name), real(*args)))
     written(tmp_path / "journal")
-    assert calls == ["write_at", "sync_data"] * 2
+    assert calls == ["write_at", "sync_data", *["write_at"] * 3, "sync_data"]
 
     def failing(*args):
         raise StorageError("failed")
@@ -130,3 +130,19 @@ def test_records_are_flushed_when_append_returns(tmp_path, monkeypatch):
     monkeypatch.setattr(syscalls, "sync_data", failing)
     with Opened(tmp_path / "journal") as journal, pytest.raises(StorageError):
         journal.append(RECORDS)
+
+
+def test_records_are_written_as_they_come(tmp_path):
+    """One is in memory at a time: what they hold for a receipt may be as large as their tensors."""
+    with Opened(tmp_path / "journal") as journal:
+        journal.read()
+        sizes = []
+
+        def made():
+            for number in range(3):
+                sizes.append((tmp_path / "journal").stat().st_size)
+                yield {"unit": number}, bytes(1000)
+
+        journal.append(made())
+    assert [size // 1000 for size in sizes] == [0, 1, 2]
+    assert len(read(tmp_path / "journal")) == 3

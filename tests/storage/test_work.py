@@ -1,5 +1,6 @@
 """Work directories: what is refused before any work, what is never written through, what stays and what goes."""
 
+import errno
 import os
 import socket
 import stat
@@ -84,15 +85,17 @@ def test_another_file_system(place):
 def test_a_mount_inside_the_file_system_is_found_out_at_once(place, monkeypatch):
     """Two mounts of one file system have one number, and files cannot be moved between them."""
 
-    def failing(source, target):
-        raise StorageError("Invalid cross-device link")
-
-    monkeypatch.setattr(module.syscalls, "replace", failing)
     (place / "out").mkdir()
     with WorkDirectory(place / "work", NAMES) as directory:
         directory.begin(IDENTITY)
-        with pytest.raises(OutputError, match="cannot be moved"):
-            directory.probe(place / "out")
+        for code, error in ((errno.EXDEV, OutputError), (errno.EIO, StorageError), (errno.ENOSPC, StorageError)):
+
+            def failing(source, target, code=code):
+                raise OSError(code, "injected")
+
+            monkeypatch.setattr(module.Path, "replace", failing)
+            with pytest.raises(error, match="cannot be moved" if code == errno.EXDEV else "failed"):
+                directory.probe(place / "out")
     assert sorted(os.listdir(place / "work")) == [JOURNAL, MANIFEST]  # noqa: PTH208
     assert not any((place / "out").iterdir())
 

@@ -15,6 +15,7 @@ import loratools as lt
 from loratools import rendering
 from loratools.adapters import Adapter, Full, LowRank
 from loratools.adapters.experts import Stacked
+from loratools.adapters.loha import LoHa
 from loratools.errors import MemoryLimitError, UnsupportedError, UsageError
 from loratools.tensors import in_memory
 from loratools.verbs.diff import diff, plan_diff
@@ -207,6 +208,29 @@ def test_kinds_that_differ():
     assert row["apart"] == pytest.approx(float((b - a).norm()), rel=1e-5)
     (row,) = diff(lora, dora).modules
     assert (row["how"], row["kind"], row["apart"]) == ("bytes", "changed", None)
+
+
+def test_computed_products_have_angles():
+    """LoHa beside LoRA and beside LoHa, of ranks below half of the shorter side: through cores, with the spaces of the
+    dense ΔW and its distance; of higher ranks ΔW is formed."""
+    make = Factors(7)
+
+    def loha(rank):
+        return LoHa(hada_w1_a=make(40, rank), hada_w1_b=make(rank, 30), hada_w2_a=make(40, rank),
+                    hada_w2_b=make(rank, 30), alpha=5.0)  # fmt: skip
+
+    lora = LowRank(lora_A=make(3, 30), lora_B=make(40, 3), alpha=2.0)
+    for one, other, how in ((loha(2), lora, "cores"), (loha(2), loha(3), "cores"), (loha(4), lora, "dense")):
+        (row,) = diff(Adapter({"x": one}), Adapter({"x": other})).modules
+        a, b = (each.delta_weight().double() for each in (one, other))
+        assert row["how"] == how
+        assert row["apart"] == pytest.approx(float((b - a).norm()), rel=1e-5)
+        if how == "cores":
+            bases = [torch.linalg.svd(each, full_matrices=False) for each in (a, b)]
+            U, V = (basis[0][:, :rank] for basis, rank in zip(bases, row["ranks"], strict=True))
+            cosines = torch.linalg.svdvals(U.T @ V).clamp(max=1)
+            found = [math.cos(math.radians(angle)) for angle in row["angles"]["columns"]]
+            assert found == pytest.approx(cosines.tolist(), abs=1e-5)
 
 
 def test_shapes_that_differ():

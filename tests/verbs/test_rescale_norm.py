@@ -1,12 +1,18 @@
 """`rescale --norm`: the cap of every module's norm, against dense float64 norms of the files."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
+import loratools as lt
+from loratools.adapters import Adapter
+from loratools.adapters.experts import Stacked
 from loratools.errors import MemoryLimitError, NonFiniteError, UnsupportedError, UsageError
 from loratools.files import load_adapter
+from loratools.tensors import in_memory
 from loratools.verbs.rescale import plan_rescale, rescale
 from loratools.verbs.verify import verify
 from tests.tiny import (
@@ -172,3 +178,59 @@ def test_memory_is_predicted(tmp_path, source):
     with pytest.raises(MemoryLimitError):
         rescale(source, tmp_path / "out", norm=1, max_memory=2**20)
     assert not (tmp_path / "out").exists()
+
+
+def test_loha_has_a_norm_through_its_products(tmp_path):
+    """A kind that enters algebra as products is capped through these; alpha says it, and PEFT's tensors stay."""
+    tensors = {f"{PREFIX}{Q}.hada_{name}": normal(i, *shape) for i, (name, shape) in enumerate(
+        {"w1_a": (16, 2), "w1_b": (2, 16), "w2_a": (16, 2), "w2_b": (2, 16)}.items())}  # fmt: skip
+    config = '{"peft_type": "LOHA", "r": 2, "alpha": 3, "target_modules": ["q_proj"]}'
+    source = write_adapter(tmp_path / "loha", tensors, config)
+    report = rescale(source, tmp_path / "out", norm=0.5)
+    left, right = ({name: tensors[f"{PREFIX}{Q}.hada_{name}"].double() for name in pair}
+                   for pair in (("w1_a", "w1_b"), ("w2_a", "w2_b")))  # fmt: skip
+    full = 1.5 * (left["w1_a"] @ left["w1_b"]) * (right["w2_a"] @ right["w2_b"])
+    assert report.modules[0]["norm_before"] == pytest.approx(float(full.norm()), rel=1e-6)
+    became = tensors_of(tmp_path / "out")
+    assert all(equal_bits(became[key], tensor) for key, tensor in tensors.items())
+    assert float(load_adapter(tmp_path / "out")[Q].delta_weight().norm()) == pytest.approx(0.5, rel=1e-6)
+    assert verify(tmp_path / "out", [source]).answer == "holds"
+
+
+def test_stacked_experts_have_one_norm(tmp_path):
+    """‖ΔW‖ over all experts of a parameter; alpha brings all of them down together."""
+    path = "model.layers.0.mlp.experts.down_proj"
+    lora_A, lora_B = in_memory("A", normal(1, 6, 10)), in_memory("B", normal(2, 8, 6))
+    source = Adapter({path: Stacked(lora_A=lora_A, lora_B=lora_B, experts=3, alpha=5.0)})
+    dense = source[path].delta_weight().double()
+    report = rescale(source, tmp_path / "out", norm=2.0)
+    assert report.modules[0]["norm_before"] == pytest.approx(float(dense.norm()), rel=1e-6)
+    after = load_adapter(tmp_path / "out")[path].delta_weight().double()
+    assert float((after - dense * 2.0 / dense.norm()).norm()) <= 2e-6
+    lt.save(source, tmp_path / "in")
+    rescale(tmp_path / "in", tmp_path / "again", norm=2.0)
+    assert verify(tmp_path / "again", [tmp_path / "in"]).answer == "holds"
+
+
+CHILD = """
+import sys, torch
+from loratools.adapters import Adapter, LowRank
+from loratools.tensors import in_memory
+from loratools.verbs.rescale import plan_rescale, rescale
+
+torch.manual_seed(0)
+A, B = (in_memory(name, torch.randn(size)) for name, size in (("A", (96, 8192)), ("B", (20000, 96))))
+adapter = Adapter({"m": LowRank(lora_A=A, lora_B=B, alpha=8.0)})
+rescale(adapter, sys.argv[1], norm=1.0, threads=1)
+peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+print(peak * 1024, plan_rescale(adapter, sys.argv[1], norm=1.0, threads=1, overwrite=True).bounds.peak_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_memory_stays_within_the_plan(tmp_path):
+    """Rank 96 on 20000 × 8192, whose ΔW would take 655 MB in float32: in a process of its own."""
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, planned = map(int, done.stdout.split())
+    assert 0.3 * planned < peak <= planned < 4 * 20000 * 8192

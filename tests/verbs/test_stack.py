@@ -3,10 +3,13 @@ import json
 import pytest
 import torch
 
+from loratools.adapters import Adapter, LowRank
+from loratools.adapters.loha import LoHa
 from loratools.errors import MismatchError, NonFiniteError, UnsupportedError, UsageError
-from loratools.files import load_adapter
+from loratools.files import load_adapter, save
 from loratools.verbs.extract import extract
-from loratools.verbs.stack import stack
+from loratools.verbs.stack import plan_stack, stack
+from tests.laws.kinds import Factors
 from tests.tiny import (
     PREFIX,
     SHAPES,
@@ -155,3 +158,29 @@ def test_the_report(tmp_path, three):
     assert [each["name"] for each in report.inputs] == ["a", "b", "c"]
     assert {row["name"]: row["rank"] for row in report.modules}[Q] == 9
     assert report.totals["modules"] == 4
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_products_that_are_computed_are_planned(tmp_path, rank):
+    """The plan counts the factors that come out, r² wide, not those that go in; notes say the rank, and where they are
+    no smaller than ΔW; the report counts it; and the file is as large as the plan said at most."""
+    out, into = 40, 50
+    make = Factors(1, "bf16")
+    loha = LoHa(hada_w1_a=make(out, rank), hada_w1_b=make(rank, into), hada_w2_a=make(out, rank),
+                hada_w2_b=make(rank, into), alpha=5.0)  # fmt: skip
+    save(Adapter({"x.q": loha, "x.k": loha}), tmp_path / "loha")
+    lora = LowRank(lora_A=make(2, into), lora_B=make(out, 2), alpha=4.0)
+    save(Adapter({"x.q": lora}), tmp_path / "lora")
+    plan = plan_stack([tmp_path / "loha", tmp_path / "lora"], tmp_path / "out")
+    units = {unit.target: unit for unit in plan.units if unit.operation == "derive"}
+    expanded = rank**2 * (out + into)
+    assert all(unit.peak_bytes >= 8 * expanded for unit in units.values())
+    assert all(unit.write_bytes >= 4 * expanded for unit in units.values())
+    assert any("2 updates of kind loha" in note and f"rank {rank**2}" in note for note in plan.notes)
+    report = stack([tmp_path / "loha", tmp_path / "lora"], tmp_path / "out")
+    assert [(row["name"], row["kind"], row["rank"]) for row in report.modules] == [
+        ("x.q", "low-rank", rank**2 + 2), ("x.k", "low-rank", rank**2)
+    ]  # fmt: skip
+    assert report.totals["bytes"] <= plan.bounds.write_bytes
+    assert plan.notes == report.notes
+    assert any("In 2 modules" in note for note in plan.notes) == (rank == 5)

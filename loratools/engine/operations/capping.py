@@ -45,7 +45,7 @@ def norm_of(path: str, update: AbstractUpdate, context: Context) -> float:
             norms.append(product_norm(*concatenated(update.part(expert))))
         norm = math.hypot(*norms)
     else:
-        norm = product_norm(*concatenated(update)) if update.terms else 0.0
+        norm = product_norm(*concatenated(update)) if update.products else 0.0
     if not math.isfinite(norm):
         raise NonFiniteError("‖ΔW‖ is larger than float64 can say.", fix="Scale it down first (--by).", module=path)
     return norm

@@ -30,6 +30,9 @@ def compare_updates(unit: Unit, context: Context) -> Outcome:
     The outcome's facts: `gram`, the inner products ⟨ΔWᵢ, ΔWⱼ⟩, or None where the module was not measured; `unmeasured`,
     why not, where only the bytes tell. Of two adapters also `identical`; `whole`, what became of parameters given
     whole; `offsets`, norms and distance of vectors added to a bias; and what `_pair_of` says.
+
+    Raises:
+        NonFiniteError: NaN or infinity in one of many adapters.
     """
     updates = [context.update(each) for each in unit.inputs]
     facts: dict[str, Any] = {"gram": None, "identical": False}
@@ -41,6 +44,8 @@ def compare_updates(unit: Unit, context: Context) -> Outcome:
             facts["offsets"] = _offsets(updates[0], updates[1])
         facts |= _numbers(updates, unit, context)
     except NonFiniteError as error:
+        if unit.parameters["many"]:
+            raise
         facts["unmeasured"] = str(error)
     if facts["identical"] and facts["gram"] is not None:  # no rounding of sums where nothing differs
         facts |= {"apart": 0.0, "ratio": 1.0, "beside": 0.0, "values": None}

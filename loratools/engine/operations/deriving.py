@@ -9,6 +9,7 @@ from loratools.adapters import AbstractUpdate, LowRank, Sum
 from loratools.adapters.algebra import as_products, finite, summed, without_products
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.capping import capped
+from loratools.engine.operations.one_factor import in_factors
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
 from loratools.files import scaled_exactly, settled
@@ -20,18 +21,24 @@ LEFT_OUT: Final = "left out"
 def derive(unit: Unit, context: Context) -> Outcome:
     """`Σ w ΔW` of the unit's inputs, then `parameters["alpha"]`: keep, bake, or a number to restate it as.
 
-    With a `cap` the one input's weight is what brings its norm down to that.
+    With a `cap` the one input's weight is what brings its norm down to that; with a `factor` that takes it, not alpha.
     """
     weights = [float(weight) for weight in unit.parameters["weights"]]
     held = [(weight, context.update(address)) for weight, address in zip(weights, unit.inputs, strict=True)]
     for _, update in held:
         for ref in update.factors:
             finite(ref)
-    said: dict[str, Any] = {}
+    said = dict(unit.parameters.get("said", {}))
     if "cap" in unit.parameters:
-        weight, said = capped(unit, held[0][1], context)
-        held = [(weight, held[0][1])]
-    update = summed(unit.target, held)
+        weight, found = capped(unit, held[0][1], context)
+        held, said = [(weight, held[0][1])], {**said, **found}
+    factor = unit.parameters.get("factor")
+    if factor is not None:
+        (weight, one), *_ = held
+        update, found = in_factors(unit.target, one, weight, str(factor), context)
+        said |= found
+    else:
+        update = summed(unit.target, held)
     if unit.parameters.get("products"):
         update = as_products(update)
     rest = without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update

@@ -11,7 +11,7 @@ from loratools.engine.context import Context
 
 
 def weight_under(cap: float, update: AbstractUpdate, context: Context) -> float:
-    """`min(1, cap / ‖ΔW‖_F)`, from the entries of ΔW in float64; 1 for what is no product."""
+    """`min(1, cap / ‖ΔW‖_F)`, from the entries of ΔW in float64; 1 for what has none of its own."""
     parts = [update.part(expert) for expert in range(update.experts)] if isinstance(update, Stacked) else [update]
     norm = math.sqrt(math.fsum(_squares(part, context) for part in parts))
     return min(1.0, cap / norm) if norm else 1.0
@@ -20,7 +20,7 @@ def weight_under(cap: float, update: AbstractUpdate, context: Context) -> float:
 def _squares(update: AbstractUpdate, context: Context) -> float:
     """‖ΔW‖²."""
     if not update.terms:
-        return 0.0
+        return float(update.delta_weight().double().square().sum()) if update.products else 0.0
     out, into = update.terms[0].lora_B.shape[0], update.terms[0].lora_A.shape[1]
     step = max(1, memory.WIDE_ENTRIES // max(into, 1))
     factors = [(term.lora_B.load().double() * term.scale, term.lora_A.load().double()) for term in update.terms]
