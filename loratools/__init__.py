@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loratools.verbs.pull import plan_pull, pull
     from loratools.verbs.push import plan_push, push
     from loratools.verbs.rescale import plan_rescale, rescale
+    from loratools.verbs.resize import plan_resize, resize
     from loratools.verbs.stack import plan_stack, stack
     from loratools.verbs.unmerge import plan_unmerge, unmerge
     from loratools.verbs.verify import verify
@@ -48,11 +49,13 @@ __all__ = [
     "plan_pull",
     "plan_push",
     "plan_rescale",
+    "plan_resize",
     "plan_stack",
     "plan_unmerge",
     "pull",
     "push",
     "rescale",
+    "resize",
     "save",
     "stack",
     "unmerge",

@@ -28,6 +28,7 @@ COMMANDS = (
     "pull",
     "push",
     "rescale",
+    "resize",
     "stack",
     "unmerge",
     "verify",

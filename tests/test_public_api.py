@@ -13,7 +13,20 @@ import pytest
 
 import loratools as lt
 
-VERBS = ("diff", "extract", "graph", "inspect", "merge", "pull", "push", "rescale", "stack", "unmerge", "verify")
+VERBS = (
+    "diff",
+    "extract",
+    "graph",
+    "inspect",
+    "merge",
+    "pull",
+    "push",
+    "rescale",
+    "resize",
+    "stack",
+    "unmerge",
+    "verify",
+)
 PLANS = tuple(f"plan_{verb}" for verb in VERBS if verb not in {"diff", "graph", "inspect", "verify"})
 FILES = ("load_adapter", "open_checkpoint", "save")
 CLASSES = ("Adapter", "Checkpoint", "LoratoolsError")

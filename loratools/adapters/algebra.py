@@ -160,6 +160,18 @@ def as_products(update: AbstractUpdate) -> AbstractUpdate:
     )
 
 
+def combinable(path: str, held: Sequence[tuple[float, AbstractUpdate]]) -> list[tuple[float, AbstractUpdate]]:
+    """The updates of one module, each a sum of products, of one shape: what a method of combination works on.
+
+    Raises:
+        MismatchError: shapes or layers differ.
+        UnsupportedError: an update is no sum of products, or gives parameters whole.
+    """
+    held = _told(held)
+    _require_summable(path, [update for _, update in held])
+    return held
+
+
 def require_kernel(update: AbstractUpdate, path: str = "") -> None:
     """Refuse to take a convolution for a plain product whose kernel is not known.
 

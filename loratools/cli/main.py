@@ -27,6 +27,7 @@ COMMANDS: Final[Mapping[str, tuple[str, str]]] = {
     "unmerge": ("Checkpoints", "Take adapters out of a merged checkpoint."),
     "extract": ("Adapters", "Fine-tuned minus base, as an adapter."),
     "stack": ("Adapters", "Several adapters as one."),
+    "resize": ("Adapters", "The nearest adapter of lower rank."),
     "rescale": ("Adapters", "Stronger, weaker, or the same said in another way."),
     "push": ("The Hub", "Publish a directory."),
     "pull": ("The Hub", "Fetch a repository, every byte checked."),

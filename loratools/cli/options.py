@@ -11,7 +11,15 @@ from typing import Any, Final, TypeVar
 import click
 
 from loratools.cli.output import Output
-from loratools.cli.values import listed, local_output, number, rank, ranks, size, work_directory
+from loratools.cli.values import (
+    listed,
+    local_output,
+    number,
+    rank,
+    ranks_of_patterns,
+    size,
+    work_directory,
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
@@ -173,7 +181,20 @@ weights = click.option(
     callback=listed,
     help="Multiplies ΔW: none, one for all, or one per adapter. Repeatable.",
 )
-method = click.option("--method", metavar="NAME", default="sum", show_default=True, help="sum: Σ w ΔW, exact.")
+method = _all(
+    click.option(
+        "--method",
+        metavar="NAME",
+        default="sum",
+        show_default=True,
+        help="sum, linear, slerp, karcher, model-stock; ties, dare, della, magnitude, which need an option for ranks; "
+        "knots, core-space, tsv, iso-c.",
+    ),
+    click.option("--density", metavar="D", type=float, help="The share of entries that is kept, in (0, 1]."),
+    click.option("--epsilon", metavar="E", type=float, help="della: keep with probabilities D ± E/2; default 0.3."),
+    click.option("--t", metavar="T", type=float, help="slerp: how far from the first to the second; default 0.5."),
+    click.option("--seed", metavar="N", type=int, help="Of ties, dare, della, magnitude: decides whatever is random."),
+)
 preset = click.option(
     "--preset",
     type=click.Choice(("fast", "default", "certified", "exact")),
@@ -193,10 +214,7 @@ kept_output = click.option(
 )
 
 # Rules for ranks, and for scalings.
-extraction_rank = _all(
-    click.option(
-        "--rank", metavar="N", type=rank, help="This rank for every module (16 if no rule is given), or auto."
-    ),
+_rank_rules: Decorator[Any] = _all(
     click.option("--energy", metavar="E", type=float, help="The least rank that captures this share of ‖ΔW‖²."),
     click.option("--error", metavar="E", type=float, help="The least rank whose relative residual is at most this."),
     click.option(
@@ -219,9 +237,19 @@ extraction_rank = _all(
         "--rank-pattern",
         metavar="PATTERN=N",
         multiple=True,
-        callback=ranks,
+        callback=ranks_of_patterns,
         help="This rank for these modules, whatever the rule. Repeatable; the first that matches decides.",
     ),
+)
+extraction_rank = _all(
+    click.option(
+        "--rank", metavar="N", type=rank, help="This rank for every module (16 if no rule is given), or auto."
+    ),
+    _rank_rules,
+)
+ranks = _all(
+    click.option("--rank", metavar="N", type=int, help="This rank for every module; less where no more exists."),
+    _rank_rules,
 )
 rescaling = _all(
     click.option("--by", metavar="X", type=float, help="Multiply ΔW; only alpha changes. May be negative."),

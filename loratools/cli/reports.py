@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from loratools.cli.layout import count, counted, page, size, some, table
@@ -11,7 +11,7 @@ from loratools.cli.plans import left_out
 from loratools.errors import printable
 
 if TYPE_CHECKING:
-    from loratools.engine.derive import DerivedReport
+    from loratools.engine.derived_report import DerivedReport
     from loratools.verbs.demo import DemoReport
     from loratools.verbs.extract import ExtractReport
     from loratools.verbs.merge import MergeReport
@@ -142,7 +142,7 @@ def _deviation(row: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def derived(report: DerivedReport) -> list[str]:
-    """What stack and rescale made."""
+    """What stack, resize and rescale made."""
     modules = report.modules
     inputs = [entry["name"] for entry in report.inputs]
     weights = zip(inputs, report.parameters["weights"], strict=True)
@@ -150,14 +150,26 @@ def derived(report: DerivedReport) -> list[str]:
         *(("adapter", f"{printable(name)}, weight {weight:g}") for name, weight in weights),
         ("ranks", _ranks([module["rank"] for module in modules])),
         ("alphas", _span([module["alpha"] for module in modules])),
+        *_kept(report),
         ("norms", _norms(modules, report.parameters.get("norm"))),
         ("blocks", _blocks(modules)),
         ("float32", _widened(modules)),
         *_left_out(report.left_out),
         ("size", size(report.totals["bytes"])),
+        ("budget", _budget(report.totals.get("budget"))),
     ]
-    done = "Stacked" if report.verb == "stack" else "Rescaled"
+    done = {"stack": "Stacked", "resize": "Resized"}.get(report.verb, "Rescaled")
     return page(f"{done} {count(len(inputs), 'adapter')}: {count(len(modules), 'module')}.", rows, report.notes)
+
+
+def _kept(report: DerivedReport) -> Iterator[tuple[str, str]]:
+    """What is left where ranks were lowered, over all modules and in the worst of them."""
+    lowered = [module for module in report.modules if "residual" in module]
+    if report.totals.get("captured") is None:
+        return
+    yield "captured", f"{report.totals['captured']:.4%} of ‖ΔW‖², residual {report.totals['residual']:.3g}"
+    for module in sorted(lowered, key=lambda module: float(module["captured"]))[:_WORST] if len(lowered) > 1 else []:
+        yield "least", f"{printable(module['name'])}: {_captured(module)}"
 
 
 def _norms(modules: Sequence[Mapping[str, Any]], cap: float | None) -> str:

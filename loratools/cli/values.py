@@ -62,7 +62,7 @@ def number(context: click.Context, parameter: click.Parameter, value: str | None
     return None if value is None else float(value)
 
 
-def ranks(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
+def ranks_of_patterns(context: click.Context, parameter: click.Parameter, value: tuple[str, ...]) -> dict[str, int]:
     """`PATTERN=N`, in order."""
     del context, parameter
     found: dict[str, int] = {}

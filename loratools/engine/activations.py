@@ -7,6 +7,7 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
+from loratools.adapters import AbstractUpdate
 from loratools.checkpoints import Checkpoint
 from loratools.engine import memory
 from loratools.engine.pairing import Pairing
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 SOURCE: Final = "activations"
 _NAMED: Final = 5
-_FOREIGN: Final = "Gather the activations with the base or the tuned model of this extraction."
+_FOREIGN: Final = "Gather the activations with the base, or with the model that was tuned."
 _FACTOR_BYTES: Final = 48  # per entry of a factor: as found, orthonormal in float64, and turned
 _COLUMN_BYTES: Final = 64  # per column: weights, and three rows in float64
 _WIDE: Final = {"F16": "<f2", "F32": "<f4", "F64": "<f8"}
@@ -54,36 +55,65 @@ def weigh(units: Sequence[Unit], pairing: Pairing, activations: Activations) -> 
         MismatchError: the file names no module of this model, or has another number of inputs for one.
         NonFiniteError, MalformedError: NaN, infinity, or a negative value in an entry that is used.
     """
-    matrices = {unit.target: _matrix(unit, pairing) for unit in units}
-    places = {unit.target: (at, matrix) for at, unit in enumerate(units) if (matrix := matrices[unit.target])}
-    names = _names(pairing, places)
+    matrices = {unit.target: matrix for unit in units if (matrix := _matrix(unit, pairing))}
+    embeddings = {path for path in pairing.modules if pairing.tuned_module(path).kind == "embedding"}
+    return _given(units, _Places(matrices, _names(pairing, matrices), embeddings), activations, "model")
+
+
+def weigh_updates(units: Sequence[Unit], updates: Mapping[str, AbstractUpdate], activations: Activations) -> Weighing:
+    """The same for units that lower the rank of an adapter's modules; `updates` are these.
+
+    Raises:
+        LoratoolsError: as `weigh`; the file may hold entries of modules that the adapter does not have.
+    """
+    matrices = {
+        path: _Matrix(update.shape[0], update.shape[1] // math.prod(update.kernel), update.shape[1])
+        for path, update in updates.items()
+        if update.shape is not None and update.layer != "embedding"
+    }
+    embeddings = {path for path, update in updates.items() if update.layer == "embedding"}
+    places = _Places(matrices, {path: path for path in updates}, embeddings)
+    return _given(units, places, activations, "adapter")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Places:
+    """The matrices that may be weighted, by path; what an entry may call a module → its path; and embeddings."""
+
+    matrices: Mapping[str, _Matrix]
+    names: Mapping[str, str]
+    embeddings: Collection[str]
+
+
+def _given(units: Sequence[Unit], places: _Places, activations: Activations, owner: str) -> Weighing:
+    at = {unit.target: index for index, unit in enumerate(units)}
     found, unknown, silent, embeddings = list(units), [], [], []
     seen: set[str] = set()
     for entry in activations.entries.values():
         candidates = [entry.name] if activations.form == "safetensors" else module_paths(entry.name)
-        path = next((names[each] for each in candidates if each in names), None)
+        path = next((places.names[each] for each in candidates if each in places.names), None)
         if path is None:
             unknown.append(entry.name)
-        elif path not in places:
-            embeddings += [path] if _is_embedding(pairing, path) else []
+        elif path not in places.matrices:
+            embeddings += [path] if path in places.embeddings else []
         elif path in seen and activations.form == "safetensors":
             raise MalformedError("A module comes twice.", file=activations.source.name, module=path)
-        elif "activations" not in found[places[path][0]].parameters:
-            at, matrix = places[path]
-            shaped = _shaped(activations.source, entry, matrix.inputs, units[at])
+        elif "activations" not in found[at[path]].parameters:
+            unit, matrix = units[at[path]], places.matrices[path]
+            shaped = _shaped(activations.source, entry, matrix.inputs, unit)
             if _says_something(shaped, activations.source, entry):
-                found[at] = _weighted(units[at], shaped, matrix, squares=entry.squares)
+                found[at[path]] = _weighted(unit, shaped, matrix, squares=entry.squares)
             else:
                 silent.append(path)
         seen.add(path or entry.name)
     if len(unknown) == len(activations.entries):
         raise MismatchError(
-            "No entry of the activations names a module of this model.",
+            f"No entry of the activations names a module of this {owner}.",
             fix="Name them by the model's module paths, or give the imatrix of this model.",
             file=activations.source.name,
             first=unknown[0],
         )
-    return Weighing(tuple(found), tuple(_notes(activations.source.name, unknown, silent, embeddings)))
+    return Weighing(tuple(found), tuple(_notes(activations.source.name, owner, unknown, silent, embeddings)))
 
 
 def _names(pairing: Pairing, places: Collection[str]) -> dict[str, str]:
@@ -94,10 +124,6 @@ def _names(pairing: Pairing, places: Collection[str]) -> dict[str, str]:
         stored = [weight.tuned_name, weight.base_name or weight.tuned_name] if weight else []
         names |= {name.removesuffix(".weight"): path for name in stored}
     return names | {path: path for path in (*pairing.modules, *places)}
-
-
-def _is_embedding(pairing: Pairing, path: str) -> bool:
-    return path in pairing.modules and pairing.tuned_module(path).kind == "embedding"
 
 
 def _matrix(unit: Unit, pairing: Pairing) -> _Matrix | None:
@@ -183,9 +209,11 @@ def _weighted(unit: Unit, ref: TensorRef, matrix: _Matrix, *, squares: bool) -> 
     )
 
 
-def _notes(file: str, unknown: Sequence[str], silent: Sequence[str], embeddings: Sequence[str]) -> list[str]:
+def _notes(
+    file: str, owner: str, unknown: Sequence[str], silent: Sequence[str], embeddings: Sequence[str]
+) -> list[str]:
     told = (
-        (unknown, "name no module of this model, and are not used"),
+        (unknown, f"name no module of this {owner}, and are not used"),
         (silent, "say nothing, since no input was ever seen: these modules are not weighted"),
         (embeddings, "are of embeddings, which have no inputs to weigh"),
     )

@@ -29,6 +29,7 @@ BYTES: Final = 4
 """Factors are float32."""
 LEAST_START: Final = 32
 """A block of the SVD is at least as wide: lower ranks cost as much."""
+LESS: Final = "; --only-low-rank leaves out what is no matrix"
 _SPARE: Final = 4
 _AGAIN: Final = 4
 """Budgets that a round of decompositions at twice the rank takes: by what was chosen, and by its relaxation."""
@@ -42,11 +43,13 @@ class Matrix:
         rows: of the matrix.
         columns: of the matrix.
         count: how many matrices share the module's rank: the experts, else 1.
+        most: none of them has a higher rank; None: no more is known than their shape.
     """
 
     rows: int
     columns: int
     count: int = 1
+    most: int | None = None
 
     @property
     def cost(self) -> int:
@@ -55,7 +58,8 @@ class Matrix:
 
     def ceiling(self, max_rank: int, budget: int) -> int:
         """No rank above this comes out."""
-        return min(max_rank, self.rows, self.columns, max(budget // self.cost, 1))
+        held = self.most if self.most is not None else self.rows
+        return min(max_rank, self.rows, self.columns, held, max(budget // self.cost, 1))
 
 
 def require_sensible(budget: int | None, *, uniform: bool) -> None:
@@ -176,15 +180,15 @@ def _require_room(units: Sequence[Unit], pool: Pool, tuned: Checkpoint) -> None:
     costs = [found.cost for unit in units if (found := matrix_of(unit))]
     least = len(header_bytes([], {})[0]) + sure + min(costs, default=0)
     if pool.budget < least:
-        raise too_small(pool.budget, least, sure, "at least ")
+        raise too_small(pool.budget, least, sure, "at least ", LESS)
 
 
-def too_small(budget: int, least: int, whole: int, about: str = "") -> UsageError:
-    """The error for a budget that holds less than it has to."""
+def too_small(budget: int, least: int, whole: int, about: str = "", advice: str = "") -> UsageError:
+    """The error for a budget that holds less than it has to; `advice` is how else to do with less."""
     beside = f" beside the {whole} bytes that are stored in any case" if whole else ""
     return UsageError(
         f"The budget does not hold a rank{beside}.",
-        fix=f"Give {about}{least} bytes; --only-low-rank leaves out what is no matrix.",
+        fix=f"Give {about}{least} bytes{advice}.",
         budget=budget,
     )
 

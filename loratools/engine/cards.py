@@ -26,6 +26,7 @@ _DONE: Final = {
     "extract": "extracted from the difference of two checkpoints",
     "merge": "made by adding adapters to a checkpoint",
     "rescale": "made by scaling another adapter",
+    "resize": "made by lowering the ranks of another adapter",
     "stack": "made by combining adapters",
     "unmerge": "made by taking adapters out of a checkpoint",
 }

@@ -1,27 +1,28 @@
-"""Adapters made of adapters: the plan and the report that stack and rescale share."""
+"""Adapters made of adapters: the plan that stack, rescale and resize share."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from loratools.adapters import Adapter, LowRank, Selection
+from loratools.adapters import AbstractUpdate, Adapter, LowRank, Selection
 from loratools.adapters.adapter import hub_name, merged_config, merged_provenance
 from loratools.adapters.algebra import as_products, of_one_kind, summed
-from loratools.engine import expansion, planning
+from loratools.checkpoints import Checkpoint
+from loratools.engine import combining, expansion, planning, reductions
 from loratools.engine.changes import source_id
-from loratools.engine.execute import Execution, execute
-from loratools.engine.operations.deriving import LEFT_OUT, require_alpha
+from loratools.engine.derived_report import Report, report_of
+from loratools.engine.execute import execute
+from loratools.engine.methods import Method
+from loratools.engine.operations.deriving import require_alpha
 from loratools.engine.plan import Input, Plan, Unit
 from loratools.engine.planning import Run
-from loratools.engine.repeats import repeated
-from loratools.engine.reports import AbstractWrittenReport
+from loratools.engine.reductions import Reduction
 from loratools.engine.sinks import Assembly
 from loratools.engine.strength import NORM_RULE, Strength
-from loratools.errors import UnsupportedError
+from loratools.errors import InputDataError, MismatchError, UnsupportedError
 from loratools.files.locate import Source, require_directory_name
 from loratools.formats import codec_named
 
@@ -37,30 +38,12 @@ RULES: Final = {
 _NAMED: Final = 5
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DerivedReport(AbstractWrittenReport):
-    """What came out.
-
-    Attributes:
-        modules: `name, rank, alpha, scaling` of every module.
-        left_out: modules of the inputs that are not in the output, with the reason.
-        totals: counts and bytes.
-    """
-
-    modules: tuple[Mapping[str, Any], ...]
-    left_out: Mapping[str, str]
-    totals: Mapping[str, Any]
-
-
-Report = TypeVar("Report", bound=DerivedReport)
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """What is asked for.
 
     Attributes:
-        verb: `stack` or `rescale`.
+        verb: `stack`, `resize` or `rescale`.
         adapters: the inputs.
         output: where to.
         weights: one per input.
@@ -70,6 +53,8 @@ class Request:
         options: what the report repeats.
         strengths: what is done to single modules of the one input instead of its weight.
         notes: what deciding that had to say.
+        rule: what is done to the ranks of the modules that the patterns choose; None: nothing.
+        method: how the inputs are combined; None: summed.
     """
 
     verb: str
@@ -82,14 +67,26 @@ class Request:
     options: Mapping[str, Any]
     strengths: Mapping[str, Strength] = dataclasses.field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    rule: Reduction | None = None
+    method: Method | None = None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether modules that the patterns leave out are in the output as they are."""
+        return self.verb != "stack"
 
     def weight(self, index: int, path: str) -> float:
         """The weight of a module of one input."""
-        return self.strengths[path].weight if path in self.strengths else self.weights[index]
+        return self.strengths[path].weight if path in self.strengths else self._multiplier(index, path)
 
     def asked(self, index: int, path: str) -> float:
         """The weight to ask with whether the module has such a multiple."""
-        return self.strengths[path].least if path in self.strengths else self.weights[index]
+        return self.strengths[path].least if path in self.strengths else self._multiplier(index, path)
+
+    def _multiplier(self, index: int, path: str) -> float:
+        """Of a module: what is given whole has no share in a method."""
+        changing = any(adapter[path].changes_weight for adapter in self.adapters if path in adapter)
+        return (combining.weights_of(self.method, self.weights) if changing else self.weights)[index]
 
 
 def plan_of(request: Request, run: Run) -> Plan:
@@ -101,43 +98,53 @@ def plan_of(request: Request, run: Run) -> Plan:
     codec_named(_format(request))
     path = Path(request.output)
     require_directory_name(path)
-    sources = {source_id(index): adapter for index, adapter in enumerate(request.adapters)}
+    sources = _sources(request)
     paths = list(dict.fromkeys(path for adapter in request.adapters for path in adapter))
     selection = Selection(tuple(request.patterns[0]), tuple(request.patterns[1]))
     chosen = set(selection.selected(paths))
-    products = _products(request, chosen)
-    _refuse(request, [path for path in paths if path in chosen], products=products)
+    products = request.rule is not None or _products(request, chosen)
+    sums = _sums(request, [path for path in paths if path in chosen], products=products)
     units = [
         unit
         for path in paths
-        if path in chosen or request.verb == "rescale"
+        if path in chosen or request.keeps
         for unit in [_unit(path, request, changed=path in chosen, products=products)]
     ]
-    written = sum(unit.write_bytes for unit in units)
-    work = planning.hash_units(dict(sources)) + units
-    planning.check_output(path, run, sources.values(), 2 * written)
+    lowered = combining.planned(units, request.rule, sums, request.method, request.weights)
+    work = planning.hash_units(sources) + list(lowered.units)
+    planning.check_output(path, run, sources.values(), lowered.written + lowered.scratch)
     return Plan(
         verb=request.verb,
         kind="adapter",
         output=str(path),
         overwrite=run.overwrite,
-        sources=planning.infos(dict(sources)),
+        sources=planning.infos(sources),
         units=tuple(work),
-        bounds=planning.bounds(work, sources.values(), run, write=written, scratch=written),
+        closing=lowered.closing,
+        bounds=planning.bounds(work, sources.values(), run, write=lowered.written, scratch=lowered.scratch),
         options={
             **request.options,
+            **reductions.told(request.rule),
             "weights": list(request.weights),
             "include": list(selection.include),
             "exclude": list(selection.exclude),
             "format": _format(request),
         },
-        rules={**RULES, **({"norm": NORM_RULE} if request.options.get("norm") is not None else {})},
-        notes=(
-            *(note for adapter in request.adapters for note in adapter.notes),
-            *_notes(request, products=products),
-            *request.notes,
-        ),
+        rules=_rules(request),
+        notes=(*_notes(request, products=products), *lowered.notes, *request.notes),
     )
+
+
+def _sources(request: Request) -> dict[str, Checkpoint | Adapter]:
+    """The inputs by the ids that units use."""
+    given = reductions.sources(request.rule)
+    return {**{source_id(index): adapter for index, adapter in enumerate(request.adapters)}, **given}
+
+
+def _rules(request: Request) -> dict[str, str]:
+    norm = {"norm": NORM_RULE} if request.options.get("norm") is not None else {}
+    method = {"method": combining.RULES[request.method.way]} if request.method is not None else {}
+    return {**RULES, **norm, **method, **(reductions.DECIDED if request.rule is not None else {})}
 
 
 def _format(request: Request) -> str:
@@ -146,6 +153,7 @@ def _format(request: Request) -> str:
 
 
 def _notes(request: Request, *, products: bool) -> Iterator[str]:
+    yield from (note for adapter in request.adapters for note in adapter.notes)
     formats = {adapter.format for adapter in request.adapters}
     if request.format is None and len(formats) > 1:
         yield f"The inputs are {', '.join(sorted(formats))}; the output is peft."
@@ -160,13 +168,16 @@ def _notes(request: Request, *, products: bool) -> Iterator[str]:
         yield from expansion.notes(held)
 
 
-def _refuse(request: Request, paths: Sequence[str], *, products: bool) -> None:
-    """Refuse what cannot be done, with all modules that the same reason holds for.
+def _sums(request: Request, paths: Sequence[str], *, products: bool) -> dict[str, AbstractUpdate]:
+    """`Σ w ΔW` of every module, unread; refuse what cannot be done, with all modules that the same reason holds for.
 
     Raises:
-        UnsupportedError: a sum, a multiple or another alpha that a kind of update does not have.
+        UnsupportedError: a sum, a multiple, another alpha or a method that a kind of update does not have.
+        MismatchError: shapes differ, or a method finds nothing in common.
     """
-    refused: dict[tuple[str, str], list[str]] = {}
+    combining.require_common(request.method, request.adapters, paths)
+    refused: dict[tuple[type[InputDataError], str, str], list[str]] = {}
+    sums = {}
     for path in paths:
         held = [
             (request.asked(index, path), adapter[path])
@@ -174,17 +185,29 @@ def _refuse(request: Request, paths: Sequence[str], *, products: bool) -> None:
             if path in adapter
         ]
         try:
-            if path in request.strengths:
-                request.strengths[path].require(path, held[0][1])
-            update = as_products(summed(path, held)) if products else summed(path, held)
-            if request.alpha != "keep":
-                require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
-        except UnsupportedError as error:
-            refused.setdefault((error.what, error.fix), []).append(path)
-    for (what, fix), modules in refused.items():
+            sums[path] = _sum(request, path, held, products=products)
+        except (UnsupportedError, MismatchError) as error:
+            refused.setdefault((type(error), error.what, error.fix), []).append(path)
+    for (kind, what, fix), modules in refused.items():
         first, more = ", ".join(modules[:_NAMED]), len(modules) - _NAMED
         where = {"modules": f"{first} and {more} more"} if more > 0 else {"modules": first}
-        raise UnsupportedError(what, fix=fix, **({"module": first} if len(modules) == 1 else where))
+        raise kind(what, fix=fix, **({"module": first} if len(modules) == 1 else where))
+    return sums
+
+
+def _sum(
+    request: Request, path: str, held: Sequence[tuple[float, AbstractUpdate]], *, products: bool
+) -> AbstractUpdate:
+    """See `_sums`; of one module."""
+    if path in request.strengths:
+        request.strengths[path].require(path, held[0][1])
+    update = as_products(summed(path, held)) if products else summed(path, held)
+    combining.require_held(path, request.method, held)
+    if request.rule is not None:
+        reductions.require_products(path, update)
+    if request.alpha != "keep":
+        require_alpha(path, update, None if request.alpha == "bake" else float(request.alpha))
+    return update
 
 
 def _products(request: Request, chosen: Collection[str]) -> bool:
@@ -224,12 +247,14 @@ def _unit(path: str, request: Request, *, changed: bool, products: bool) -> Unit
 def run_of(request: Request, run: Run, report: type[Report]) -> Report:
     """Plan and execute."""
     plan = plan_of(request, run)
-    sources = {source_id(index): adapter for index, adapter in enumerate(request.adapters)}
+    sources = _sources(request)
     template = _template(request)
     return execute(
         plan,
         sources,
-        describe=lambda execution: _report(report, plan, request, template, execution),
+        describe=lambda execution: report_of(
+            report, plan, request.adapters, request.rule, template.provenance, execution
+        ),
         run=run,
         computes=False,
         assembly=Assembly(template),
@@ -245,27 +270,4 @@ def _template(request: Request) -> Adapter:
         base_model=next((name for each in request.adapters if (name := hub_name(each.base_model))), None),
         config=merged_config(request.adapters),
         provenance=merged_provenance(list(request.adapters)),
-    )
-
-
-def _report(report: type[Report], plan: Plan, request: Request, template: Adapter, execution: Execution) -> Report:
-    outcomes = execution.of("derive")
-    kept = {outcome.target for outcome in outcomes}
-    left = {each.target: "its rank is 0" for each in outcomes if each.what == LEFT_OUT}
-    outcomes = [outcome for outcome in outcomes if outcome.target not in left]
-    left |= {path: "excluded by the patterns" for adapter in request.adapters for path in adapter if path not in kept}
-    inputs = execution.inputs(plan)
-    return report(
-        inputs=inputs,
-        parameters=plan.options,
-        files=execution.files,
-        base=template.provenance,
-        notes=(*plan.notes, *repeated(inputs)),
-        modules=tuple({"name": outcome.target, "kind": outcome.what, **outcome.facts} for outcome in outcomes),
-        left_out=MappingProxyType(left),
-        totals={
-            "modules": len(outcomes),
-            "rank": sum(outcome.facts["rank"] for outcome in outcomes),
-            "bytes": sum(file["bytes"] for file in execution.files if file["name"].endswith(".safetensors")),
-        },
     )

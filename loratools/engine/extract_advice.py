@@ -15,6 +15,7 @@ from loratools.engine import low_rank_forms
 from loratools.engine.context import Outcome
 from loratools.engine.pairing import Pairing
 
+_ALL: Final = 1 - 1e-9
 _FAINT: Final = 0.5
 
 
@@ -134,7 +135,7 @@ def _of_budget(budget: Mapping[str, Any]) -> list[str]:
     capped = budget.get("at_max_rank", ())
     if capped:
         notes.append(f"Ranks are held back by --max-rank, not by the budget: {_some(capped)}.")
-    elif budget and budget["density"] is None and budget["uniform_rank"] is None:
+    elif budget and budget["density"] is None and budget["uniform_rank"] is None and budget["captured"] > _ALL:
         notes.append("The budget does not decide: it holds all that the differences have.")
     return notes
 

@@ -13,6 +13,7 @@ from loratools.adapters import Adapter
 from loratools.checkpoints import Checkpoint
 from loratools.engine.receipts.manifest import SUFFIX
 from loratools.engine.receipts.opened import path_for
+from loratools.engine.svd_options import RULES
 from loratools.errors import MalformedError, MismatchError, UndecidedError, UnsupportedError
 from loratools.files.locate import Source, local, read_report_of, readable, report_path
 from loratools.storage.files import sha256_of
@@ -28,7 +29,9 @@ _NEEDED: Final[Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]]] = MappingP
     }
 )
 """Verbs whose outputs are verified → options and roles that their reports have to name."""
-_OPTIONAL: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType({"rescale": ("norm", "blocks", "absent")})
+_OPTIONAL: Final[Mapping[str, tuple[str, ...]]] = MappingProxyType(
+    {"rescale": ("norm", "blocks", "absent"), "stack": ("method", "budget", *RULES)}
+)
 """Options that derive an output anew where the report has them."""
 _WEIGHTS: Final = (".safetensors", ".gguf")
 _LISTED: Final = 3
@@ -112,6 +115,8 @@ class OwnReport:
             raise ValueError(needed)
         parameters = {option: document["parameters"][option] for option in options}
         parameters |= {option: document["parameters"].get(option) for option in _OPTIONAL.get(verb, ())}
+        if verb == "stack":
+            parameters["method"] = str(parameters["method"] or "sum")
         weights = tuple(map(float, parameters.get("weights", ())))
         if parameters.get("norm") is not None:
             parameters["norm"] = float(parameters["norm"])

@@ -11,10 +11,13 @@ from loratools.checkpoints import Checkpoint
 from loratools.engine.binding import Renaming
 from loratools.engine.block_weights import block_weights
 from loratools.engine.changes import Changes, collect, source_id
+from loratools.engine.combining import weights_of
+from loratools.engine.methods import METHODS, Method
 from loratools.engine.outputs import OwnReport
 from loratools.engine.plan import Input, Unit
 from loratools.engine.receipts.manifest import Entry
 from loratools.engine.receipts.opened import Receipt
+from loratools.engine.svd_options import RULES
 from loratools.engine.verdicts import Verdict
 from loratools.engine.verify_units import VerifyPlanner
 from loratools.engine.vocabulary import lengthened
@@ -134,7 +137,7 @@ def _measuring(unit: Unit) -> Unit:
 
 
 def _derived(output: Source, report: OwnReport, adapters: Sequence[Adapter]) -> Derivation:
-    own, weights = load_adapter(output), report.weights
+    own, weights = load_adapter(output), _weights(report)
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter))
     patterns = (tuple(report.parameters["include"]), tuple(report.parameters["exclude"]))
     chosen = set(Selection(*patterns).selected(paths))
@@ -151,6 +154,22 @@ def _derived(output: Source, report: OwnReport, adapters: Sequence[Adapter]) -> 
             cap = report.parameters.get("norm") if path in chosen else None
             units.append(_derived_unit(path, own, adapters, held, {"weights": factors, "cap": cap}))
     return Derivation(sources, tuple(units), apart, tuple(_left(left)))
+
+
+def _weights(report: OwnReport) -> list[float]:
+    """What multiplies ΔW of every adapter.
+
+    Raises:
+        UndecidedError: a stack by a method, or to ranks, that are not derived anew.
+    """
+    method = report.parameters.get("method", "sum")
+    lowered = [rule for rule in ("budget", *RULES) if report.parameters.get(rule) not in {None, False}]
+    if method not in METHODS or METHODS[method].way != "sum" or lowered:
+        raise UndecidedError(
+            f"What {f'--{lowered[0]} leaves' if lowered else f'{method} makes'} of adapters is not derived anew.",
+            fix="Stack the same adapters with the parameters of the report, and compare both with diff.",
+        )
+    return weights_of(Method(method, {}), report.weights)
 
 
 def _by_block(report: OwnReport, adapters: Sequence[Adapter]) -> dict[str, float]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from loratools.linalg._combine_karcher import karcher_coefficients
     from loratools.linalg._combine_knots import knots
     from loratools.linalg._combine_model_stock import model_stock_ratio
-    from loratools.linalg._combine_rows import Deltas, Dropped, Largest, Sampled, combined_rows, combining_bytes
+    from loratools.linalg._combine_rows import Deltas, Dropped, Largest, Sampled, combined_rows
     from loratools.linalg._combine_slerp import slerp_coefficients
     from loratools.linalg._combine_ties import ties
     from loratools.linalg._combine_tsv import tsv
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         rank_for_fro,
         rank_for_ratio,
     )
+    from loratools.linalg._reduction import Reduced, reduce_low_rank
     from loratools.linalg._reversal import Corrections, corrected, corrections, risky_count
     from loratools.linalg._rounding import non_finite_count, round_to, ulp
     from loratools.linalg._rules import WHOLE_SPECTRUM, RankRules, given_rule, require_in_range
@@ -52,11 +53,12 @@ if TYPE_CHECKING:
     from loratools.linalg._truncated_svd import balanced_factors, truncated_svd
     from loratools.linalg._underflow import flushes, gradual_underflow
     from loratools.linalg._weighted import input_weights, truncated_svd_weighted
-    from loratools.linalg._workspace import PRESETS, noise_bytes, workspace_bytes
+    from loratools.linalg._workspace import PRESETS, combining_bytes, noise_bytes, workspace_bytes
 
 __all__ = [
     "PRESETS",
     "WHOLE_SPECTRUM",
+    "AbstractPruning",
     "Allotment",
     "ChunkedRows",
     "Corrections",
@@ -67,6 +69,7 @@ __all__ = [
     "Largest",
     "LowRankSum",
     "RankRules",
+    "Reduced",
     "RoundingNoise",
     "SVDInfo",
     "Sampled",
@@ -111,6 +114,7 @@ __all__ = [
     "rank_for_error",
     "rank_for_fro",
     "rank_for_ratio",
+    "reduce_low_rank",
     "require_in_range",
     "risky_count",
     "round_to",
@@ -144,6 +148,8 @@ _HOMES: Final = MappingProxyType(
         "noise_edge": "_noise",
         "noise_margin": "_noise",
         "given_rule": "_rules",
+        "Reduced": "_reduction",
+        "reduce_low_rank": "_reduction",
         "grid_step": "_grid",
         "rounded_from": "_grid",
         "rounding_edges": "_grid",
@@ -196,11 +202,12 @@ _HOMES: Final = MappingProxyType(
         "knots": "_combine_knots",
         "model_stock_ratio": "_combine_model_stock",
         "Deltas": "_combine_rows",
+        "AbstractPruning": "_combine_rows",
         "Dropped": "_combine_rows",
         "Largest": "_combine_rows",
         "Sampled": "_combine_rows",
         "combined_rows": "_combine_rows",
-        "combining_bytes": "_combine_rows",
+        "combining_bytes": "_workspace",
         "slerp_coefficients": "_combine_slerp",
         "ties": "_combine_ties",
         "tsv": "_combine_tsv",

@@ -18,8 +18,9 @@ from loratools.linalg._combine_ties import disjoint_mean, kept_count
 from loratools.linalg._counter_random import uniform
 from loratools.linalg._magnitude_threshold import magnitude_threshold
 from loratools.linalg._streamed import ChunkedRows
+from loratools.linalg._workspace import CHUNK
 
-TILE: Final = 2**18
+TILE: Final = CHUNK
 """Entries of a tile; a longer row is taken whole."""
 
 
@@ -135,12 +136,6 @@ def combined_rows(deltas: Deltas, pruning: AbstractPruning, *, elect: bool, tile
             yield together(parts).to(torch.float32)
 
     return ChunkedRows(deltas.shape, deltas.sums[0].left.device, read)
-
-
-def combining_bytes(m: int, n: int, ranks: Sequence[int]) -> int:
-    """Upper bound on what the rows take while they are read: the factors as pieces, and a tile in every form."""
-    entries = min(max(TILE, n), m * n)
-    return 64 * sum(ranks) * (m + n) + entries * (8 * len(ranks) + 80) + 2**21
 
 
 def _total(parts: Sequence[Tensor]) -> Tensor:

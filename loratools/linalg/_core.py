@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import TYPE_CHECKING
 
@@ -70,10 +71,8 @@ def decomposed_core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
         MismatchError: A and B do not fit.
         NonFiniteError: NaN or infinity.
     """
-    _check(A, B)
-    left, up, down, right = qr_core(A, B)
-    P, S, Wt = torch.linalg.svd(up @ down.T, full_matrices=False)
-    return left, P, S, Wt, right
+    core = core_of(A, B)
+    return core.left, core.P, core.S, core.Wt, core.right
 
 
 def chosen_of(goal: Goal, S: Tensor) -> SVDInfo:
@@ -107,14 +106,62 @@ def _check(A: Tensor, B: Tensor) -> None:
         raise NonFiniteError("The factors hold NaN or infinity.", entries=bad)
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Core:
+    """B·A through orthonormal bases, with p = min(m, R) and q = min(n, R): B·A·diag(weights) = left·P·S·Wt·right.
+
+    Attributes:
+        left: (m, p).
+        up: (p, R), balanced B = left·up.
+        balanced_A: (R, n), A with its rows balanced, not weighted.
+        right: (q, n), orthonormal rows that span A·diag(weights).
+        weighted: (q, R): A·diag(weights), balanced, is weightedᵀ·right.
+        plain: (·, R), so that ‖X·balanced_A‖ = ‖X·plainᵀ‖ for all X; `weighted` where there are no weights.
+        P: (p, k) with k = min(p, q).
+        S: (k,), descending.
+        Wt: (k, q).
+    """
+
+    left: Tensor
+    up: Tensor
+    balanced_A: Tensor
+    right: Tensor
+    weighted: Tensor
+    plain: Tensor
+    P: Tensor
+    S: Tensor
+    Wt: Tensor
+
+
+def core_of(A: Tensor, B: Tensor, weights: Tensor | None = None) -> Core:
+    """QR of both factors and the SVD of the core, in float64.
+
+    Raises:
+        MismatchError: A and B do not fit.
+        NonFiniteError: NaN or infinity.
+    """
+    _check(A, B)
+    A, B = _balanced(A.to(torch.float64), B.to(torch.float64), weights)
+    left, up = torch.linalg.qr(B)
+    right, down = torch.linalg.qr((A if weights is None else A * weights).T)
+    plain = down if weights is None else torch.linalg.qr(A.T, mode="r").R
+    P, S, Wt = torch.linalg.svd(up @ down.T, full_matrices=False)
+    return Core(left, up, A, right.T, down, plain, P, S, Wt)
+
+
+def _balanced(A: Tensor, B: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Rows of A and columns of B of one size each, by powers of two."""
+    if not A.shape[0]:
+        return A, B
+    _, below = torch.frexp((A if weights is None else A * weights).abs().amax(1))
+    _, above = torch.frexp(B.abs().amax(0))
+    shift = (above - below).div(2, rounding_mode="floor")
+    return A * power_of_two(shift)[:, None], B * power_of_two(-shift)
+
+
 def qr_core(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Orthonormal left (m, p) and right (q, n), up (p, R) and down (q, R): B·A = left·up·downᵀ·right."""
-    A, B = A.to(torch.float64), B.to(torch.float64)
-    if A.shape[0]:
-        _, below = torch.frexp(A.abs().amax(1))
-        _, above = torch.frexp(B.abs().amax(0))
-        shift = (above - below).div(2, rounding_mode="floor")
-        A, B = A * power_of_two(shift)[:, None], B * power_of_two(-shift)
+    A, B = _balanced(A.to(torch.float64), B.to(torch.float64), None)
     left, up = torch.linalg.qr(B)
     right, down = torch.linalg.qr(A.T)
     return left, up, down, right.T

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import torch
 
 PRESETS = ("fast", "default", "certified", "exact")
@@ -87,3 +89,15 @@ def noise_bytes(m: int, n: int) -> int:
     """Upper bound on what `RoundingNoise` takes: its tables, and a piece of about `CHUNK` entries on its way."""
     piece = min(max(CHUNK, n), m * n)
     return 180 * piece + 8 * m + 720 * n + 600 * max(m, n) + 16 * _FIXED
+
+
+def combining_bytes(m: int, n: int, ranks: Sequence[int]) -> int:
+    """Upper bound on what `combined_rows` takes while it is read: the factors as pieces, a tile in every form.
+
+    Args:
+        m: rows.
+        n: columns.
+        ranks: of the products.
+    """
+    entries = min(max(CHUNK, n), m * n)
+    return 64 * sum(ranks) * (m + n) + entries * (16 * len(ranks) + 144) + 16 * _FIXED

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from loratools.adapters import Adapter
 from loratools.engine.block_weights import block_weights, read_presets, resolved
-from loratools.engine.derive import DerivedReport, Request, plan_of, run_of
+from loratools.engine.derive import Request, plan_of, run_of
+from loratools.engine.derived_report import DerivedReport
 from loratools.engine.plan import Plan
 from loratools.engine.planning import Run, RunOptions, weights_for
 from loratools.engine.strength import Strength

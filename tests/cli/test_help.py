@@ -12,6 +12,8 @@ from loratools.cli.main import COMMANDS, main
 from_nothing = {"--json", "-q", "--debug", "--version"}
 writing = {"-o", "--output", "--overwrite", "--dry-run", "--max-memory", "--threads"}
 selecting = {"--include", "--exclude"}
+ranks = {"--rank", "--energy", "--error", "--sv-ratio", "--sv-cumulative", "--sv-fro", "--knee", "--budget",
+         "--uniform-rank", "--rank-pattern", "--max-rank", "--activations"}  # fmt: skip
 SURFACE = {
     "inspect": {"--modules", *selecting},
     "graph": {"--as", "--depth", *selecting},
@@ -23,7 +25,9 @@ SURFACE = {
                 "--budget", "--uniform-rank", "--rank-pattern", "--max-rank", "--preset", "--activations",
                 "--save-full", "--only-low-rank", "--seed", "--format", "--base-model",
                 "--device", *selecting, *writing},
-    "stack": {"-w", "--method", "--format", "--base", *selecting, *writing},
+    "stack": {"-w", "--method", "--density", "--epsilon", "--t", "--seed", *ranks, "--format", "--base",
+              *selecting, *writing},
+    "resize": {*ranks, "--format", "--base", *selecting, *writing},
     "rescale": {"--by", "--norm", "--blocks", "--absent", "--presets", "--factor",
                 "--restate-alpha", "--bake", "--format", *selecting, *writing},
     "push": {"--private", "--create-pr", "--revision", "--message", "--dry-run"},
@@ -33,7 +37,8 @@ SURFACE = {
 ARGUMENTS = {
     "inspect": ["source"], "graph": ["model"], "diff": ["a", "b", "others"],
     "verify": ["output", "inputs"], "merge": ["base", "adapters"], "unmerge": ["merged", "adapters"],
-    "extract": ["base", "tuned"], "stack": ["adapters"], "rescale": ["adapter"], "push": ["path", "repo_id"],
+    "extract": ["base", "tuned"], "stack": ["adapters"], "resize": ["adapter"],
+    "rescale": ["adapter"], "push": ["path", "repo_id"],
     "pull": ["repo_id"], "demo": ["story"],
 }  # fmt: skip
 
@@ -97,10 +102,14 @@ def test_options_are_the_verbs_own(name):
     import importlib
     import inspect
 
+    from loratools.engine.methods import MethodOptions
     from loratools.engine.planning import RunOptions
+    from loratools.engine.reductions import RankedRunOptions
 
     verb = inspect.signature(getattr(importlib.import_module(f"loratools.verbs.{name}"), name)).parameters
     theirs = set(verb) | (set(RunOptions.__annotations__) if "run" in verb else set())
+    theirs |= set(RankedRunOptions.__annotations__) if "options" in verb else set()
+    theirs |= set(MethodOptions.__annotations__) if name == "stack" else set()
     renamed = {"dry_run", "form", *(["modules"] if name == "inspect" else [])}
     for parameter in command(name).params:
         if parameter.expose_value and parameter.name not in renamed:

@@ -18,6 +18,7 @@ JSON_RUNS = {
     "merge": ["merge", "base", "adapter", "-o", "out"],
     "stack": ["stack", "adapter", "adapter", "-o", "out"],
     "rescale": ["rescale", "adapter", "-o", "out", "--bake"],
+    "resize": ["resize", "adapter", "-o", "out", "--rank", "1"],
     "unmerge": ["unmerge", "base", "adapter", "-o", "out"],
     "inspect": ["inspect", "adapter"],
     "graph": ["graph", "base"],

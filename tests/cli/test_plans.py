@@ -16,6 +16,8 @@ PLANNED = {
     "file": ["merge", "base/model.safetensors", "adapter", "-o", "out.safetensors"],
     "unmerge": ["unmerge", "base", "adapter", "-o", "out"],
     "stack": ["stack", "adapter", "adapter", "-o", "out"],
+    "stack by a method": ["stack", "adapter", "adapter", "-o", "out", "--method", "ties", "--rank", "2"],
+    "resize": ["resize", "adapter", "-o", "out", "--budget", "20KB"],
     "rescale": ["rescale", "adapter", "-o", "out", "--by", "0.5"],
 }
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from loratools import linalg
 from loratools.errors import MismatchError, UsageError
@@ -237,7 +238,52 @@ def test_recompression_is_near_the_optimum(name):
     assert info.norm == pytest.approx(float(whole.norm()), rel=1e-6)
 
 
+def test_ties_at_its_edges():
+    """A sum of 0 counts as positive, as in PEFT and mergekit; something is always kept."""
+    x = torch.tensor([[3.0, -2.0], [0.0, 1.0]])
+    assert torch.equal(linalg.ties([x, -x], 1.0), x.abs().double())
+    assert torch.equal(linalg.ties([x], 0.01), torch.tensor([[3.0, 0.0], [0.0, 0.0]], dtype=torch.float64))
+
+
+def test_entries_are_those_of_a_merge():
+    (A, B), _ = factors(120, 90, (24, 3))
+    deltas = linalg.Deltas.of([(A, B)])
+    assert torch.equal(deltas.rows(0, slice(17, 60)), linalg.low_rank_delta(A, B, 1.0)[17:60])
+
+
 def test_full_density_is_the_sum():
     products = factors(20, 31, (3, 4))
     for name in ("magnitude", "dare"):
         assert off(gathered(made(name, products, 1.0, [1, 2], 100)), sum(dense(products))) < 1e-6
+
+
+class Largest(TorchDispatchMode):
+    """How many entries the largest tensor has that is made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.entries = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for each in made if isinstance(made, (tuple, list)) else (made,):
+            if isinstance(each, torch.Tensor):
+                self.entries = max(self.entries, each.numel())
+        return made
+
+
+@pytest.mark.parametrize("name", WANTED)
+def test_nothing_as_large_as_the_matrix_is_made(name):
+    """Neither ΔW nor what becomes of it, nor its sizes, places or random numbers."""
+    products = factors(900, 700, (4, 3))
+    with Largest() as seen:
+        linalg.truncated_svd(made(name, products, 0.3, [1, 2], 2**14), rank=8)
+    assert seen.entries <= 2**18 < 900 * 700 / 2
+
+
+@pytest.mark.parametrize("name", ["knots", "core_space", "tsv", "iso_c", "product_gram"])
+def test_cores_are_small(name):
+    products = factors(900, 700, (4, 3))
+    with Largest() as seen:
+        getattr(linalg, name)(products, *([2] if name == "tsv" else []))
+    assert seen.entries <= 900 * 7

@@ -562,3 +562,17 @@ def test_damage_to_an_output_is_an_answer_and_never_a_traceback(tmp_path):
     with pytest.raises(LoratoolsError):
         verify(tmp_path / "m")
     assert CONFIG
+
+
+def test_a_stack_by_another_method(tmp_path):
+    """linear is a sum with other weights; what is not a sum of the inputs cannot be told."""
+    one, two = (write_adapter(tmp_path / name, lora_tensors(factors(4, seed)), lora_alpha=8)
+                for name, seed in (("one", 1), ("two", 2)))  # fmt: skip
+    lt.stack([one, two], tmp_path / "linear", method="linear", weights=[3, 1])
+    assert verify(tmp_path / "linear", [one, two]).answer == "holds"
+    lt.stack([one, two], tmp_path / "tsv", method="tsv")
+    with pytest.raises(UndecidedError, match="tsv makes"):
+        verify(tmp_path / "tsv", [one, two])
+    lt.stack([one, two], tmp_path / "few", rank=3)
+    with pytest.raises(UndecidedError, match="rank leaves"):
+        verify(tmp_path / "few", [one, two])

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from loratools.adapters import AbstractUpdate, Full, LowRank
+from loratools.adapters.algebra import without_products
 from loratools.adapters.experts import Stacked
 from loratools.adapters.leading import leading
 from loratools.engine import budgets
@@ -139,7 +140,9 @@ def _fitting(
     if best is None or (modules and not any(best.ranks)):
         cheapest = min(range(len(modules)), key=lambda at: spectra[at].nbytes(1), default=-1)
         least = [int(pool.uniform or at == cheapest) for at in range(len(modules))]
-        raise budgets.too_small(pool.budget, size(least), size([0] * len(modules)))
+        extracting = any(each.operation.startswith("extract") for each, _ in context.done)
+        whole, advice = size([0] * len(modules)), budgets.LESS if extracting else ""
+        raise budgets.too_small(pool.budget, size(least), whole, advice=advice)
     return best
 
 
@@ -176,12 +179,9 @@ def _cut(modules: Sequence[_Module], ranks: Sequence[int], context: Context) -> 
     for module, rank in zip(modules, ranks, strict=True):
         update = context.sink.held(module.path)
         assert update is not None
-        rest = Full(
-            replaced=update.replaced,
-            added_rows=update.added_rows,
-            shared=bool(module.unit.parameters.get("shared")),
-        )
-        without = rest if update.replaced or update.added_rows else None
+        without = without_products(module.path, update)
+        if isinstance(without, Full):
+            without = dataclasses.replace(without, shared=bool(module.unit.parameters.get("shared")))
         cut[module.path] = leading(module.path, update, rank) if rank else without
     return cut
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, Final
 
 from loratools.adapters import AbstractUpdate, LowRank, Sum
 from loratools.adapters.algebra import as_products, finite, summed, without_products
 from loratools.engine.context import Context, Outcome
 from loratools.engine.operations.capping import capped
+from loratools.engine.operations.combining import combined
 from loratools.engine.operations.one_factor import in_factors
+from loratools.engine.operations.reducing import reduced
 from loratools.engine.plan import Unit
 from loratools.errors import UnsupportedError
 from loratools.files import scaled_exactly, settled
@@ -22,6 +25,7 @@ def derive(unit: Unit, context: Context) -> Outcome:
     """`Σ w ΔW` of the unit's inputs, then `parameters["alpha"]`: keep, bake, or a number to restate it as.
 
     With a `cap` the one input's weight is what brings its norm down to that; with a `factor` that takes it, not alpha.
+    With a `method` that says what stands in place of the sum. With an `svd` the outcome is truncated so.
     """
     weights = [float(weight) for weight in unit.parameters["weights"]]
     held = [(weight, context.update(address)) for weight, address in zip(weights, unit.inputs, strict=True)]
@@ -32,18 +36,15 @@ def derive(unit: Unit, context: Context) -> Outcome:
     if "cap" in unit.parameters:
         weight, found = capped(unit, held[0][1], context)
         held, said = [(weight, held[0][1])], {**said, **found}
-    factor = unit.parameters.get("factor")
-    if factor is not None:
-        (weight, one), *_ = held
-        update, found = in_factors(unit.target, one, weight, str(factor), context)
+    make = combined if "method" in unit.parameters else _summed
+    rest, found = make(unit, held, context)
+    said |= found
+    if rest is not None and "svd" in unit.parameters and "residual" not in found:
+        rest, found = reduced(unit, rest, context)
         said |= found
-    else:
-        update = summed(unit.target, held)
-    if unit.parameters.get("products"):
-        update = as_products(update)
-    rest = without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update
     if rest is None:
-        return Outcome(unit.target, "derive", LEFT_OUT, {"rank": 0, "alpha": None, "scaling": None})
+        context.advance(unit.read_bytes, unit.target)
+        return Outcome(unit.target, "derive", LEFT_OUT, {"rank": 0, "alpha": None, "scaling": None, **said})
     update = settled(unit.target, rest, context.sink.keep)
     alpha = unit.parameters["alpha"]
     if alpha != "keep":
@@ -52,6 +53,21 @@ def derive(unit: Unit, context: Context) -> Outcome:
     context.advance(unit.read_bytes, unit.target)
     facts = {"rank": update.rank or 0, "alpha": getattr(update, "alpha", None), "scaling": update.scaling}
     return Outcome(unit.target, "derive", update.kind, {**facts, **said})
+
+
+def _summed(
+    unit: Unit, held: Sequence[tuple[float, AbstractUpdate]], context: Context
+) -> tuple[AbstractUpdate | None, dict[str, Any]]:
+    """`Σ w ΔW`, with what a report says of how it came about; None where nothing is left of it."""
+    factor, said = unit.parameters.get("factor"), dict[str, Any]()
+    if factor is not None:
+        (weight, one), *_ = held
+        update, said = in_factors(unit.target, one, weight, str(factor), context)
+    else:
+        update = summed(unit.target, held)
+    if unit.parameters.get("products"):
+        update = as_products(update)
+    return without_products(unit.target, update) if isinstance(update, Sum) and not update.rank else update, said
 
 
 def _with_alpha(target: str, update: AbstractUpdate, alpha: float | None, context: Context) -> AbstractUpdate:
