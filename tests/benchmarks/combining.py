@@ -133,9 +133,12 @@ def mean_share(losses: Losses, base: Losses, own: Losses) -> float:
 
 
 def one_seed(judge: Judge, seed: int, folder: Path) -> dict[str, Any]:
-    """Every method on the three adapters of one seed."""
+    """Every method on the three adapters of one seed; what was judged before is read again."""
     import loratools as lt
 
+    kept = folder / f"seed-{seed}.json"
+    if kept.exists():
+        return json.loads(kept.read_text())  # type: ignore[no-any-return]
     adapters = {task: judge.trained(task, seed, folder / f"{task}-{seed}") for task in TASKS}
     single = {task: deltas_of(path) for task, path in adapters.items()}
     base = {part: judge.losses(part) for part in JUDGED}
@@ -145,7 +148,7 @@ def one_seed(judge: Judge, seed: int, folder: Path) -> dict[str, Any]:
     wanted = norm(mean)
     rows = {}
     for label, how in METHODS.items():
-        out = folder / "combined"
+        out = folder / f"combined-{seed}"
         report = lt.stack(
             list(adapters.values()), out, method=label.partition(",")[0], overwrite=True, threads=1, **how
         )
@@ -166,10 +169,10 @@ def one_seed(judge: Judge, seed: int, folder: Path) -> dict[str, Any]:
             "residual": report.totals.get("residual"),
         }
         print(seed, label, rows[label], flush=True)
-    return {"seed": seed, "base": base["test"], "alone": {task: each["test"] for task, each in alone.items()}} | {
-        "methods": rows,
-        "cosines": cosines(list(adapters.values())),
-    }
+    found = {"seed": seed, "base": base["test"], "alone": {task: each["test"] for task, each in alone.items()}}
+    found |= {"methods": rows, "cosines": cosines(list(adapters.values()))}
+    kept.write_text(json.dumps(found))
+    return found
 
 
 def cosines(adapters: Sequence[Path]) -> list[float]:
@@ -191,7 +194,7 @@ def main(words: Sequence[str]) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="other than all: kept in DIR only")
     parser.add_argument("--only-train", action="store_true")
     asked = parser.parse_args(words)
     torch.set_num_threads(1)
@@ -205,6 +208,8 @@ def main(words: Sequence[str]) -> None:
                 print(judge.trained(task, seed, asked.work / f"{task}-{seed}"), flush=True)
         return
     found = [one_seed(judge, seed, asked.work) for seed in asked.seeds]
+    if found and asked.seeds != list(SEEDS):
+        return
     record = {
         "schema": "loratools/benchmark-combining/1",
         "machine": measure.machine(),
