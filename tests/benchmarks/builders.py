@@ -34,7 +34,10 @@ SPIKES = 64  # directions of a fine-tune that stand out of its noise, about a th
 SPIKE_DECAY = 0.7
 SPIKE_ENERGY = 0.5  # share of ‖ΔW‖² in the spikes, the rest is the bulk
 BLOCK_ENTRIES = 1 << 22  # 16 MiB of float32 at a time
-KINDS = ("base", "lora", "finetune", "adapter")
+ADAPTERS = {"adapter": 0, "second": 1}
+"""Kind → what is added to the seed."""
+KINDS = ("base", "lora", "finetune", *ADAPTERS)
+RANKS = {"70b": 64}
 
 Matrix = np.ndarray[Any, np.dtype[np.float32]]
 Blocks = Iterator[Matrix]
@@ -109,6 +112,8 @@ SIZES = {
     # TinyLlama's shape.
     "1.1b": Shape(2048, 22, 32, 4, 5632, 32000, shard_bytes=1_000_000_000),
     "3gb": Shape(2048, 23, 32, 8, 8192, 32000, shard_bytes=1_000_000_000),
+    # Llama 3 70B's shape, for adapters.
+    "70b": Shape(8192, 80, 64, 8, 28672, 128256, shard_bytes=4_000_000_000),
 }
 
 
@@ -253,15 +258,16 @@ def build(folder: Path, size: str, kind: str, seed: int = 0) -> Path:
     target = folder / size / kind
     if target.exists():
         return target
-    base = target if kind in {"base", "adapter"} else build(folder, size, "base", seed)
+    base = target if kind in {"base", *ADAPTERS} else build(folder, size, "base", seed)
     # A killed build must not pass for a finished one.
     partial = target.with_name(f"{kind}.building")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     if kind == "base":
         build_base(partial, size, seed)
-    elif kind == "adapter":
-        build_adapter(partial, size, seed=seed)
+    elif kind in ADAPTERS:
+        rank = RANKS.get(size, LORA_RANK)
+        build_adapter(partial, size, rank, 2 * rank, seed + ADAPTERS[kind])
     else:
         build_tuned(partial, base, size, kind, seed)
     partial.rename(target)

@@ -114,6 +114,29 @@ def unmerge(setting: Setting, size: str) -> list[Case]:
     ]
 
 
+def stack(setting: Setting, size: str) -> list[Case]:
+    """`loratools stack --rank 16` of two adapters of rank 16 against PEFT's add_weighted_adapter."""
+    two = [str(setting.input(size, kind)) for kind in ("adapter", "second")]
+    base, ours, theirs = setting.input(size, "base"), setting.output("stack"), setting.output("peft")
+    command = [setting.peers, str(HERE / "peft_stack.py"), str(base), *two, RANK, str(theirs)]
+    subject = setting.loratools("stack", *two, "-o", ours, "--rank", RANK, output=ours)
+    return [Case("rank 16 of 16 + 16", [subject, Contender("peft, svd", command, theirs, OFFLINE)], judge="plan")]
+
+
+def large_adapters(setting: Setting) -> list[Case]:
+    """Two adapters of rank 64 for a model of 70 B parameters: their exact sum, its rank lowered, and one resized."""
+    two, ours = [str(setting.input("70b", kind)) for kind in ("adapter", "second")], setting.output("large")
+    commands = {
+        "stack": ("stack", *two),
+        "stack --rank 32": ("stack", *two, "--rank", "32"),
+        "resize --rank 32": ("resize", two[0], "--rank", "32"),
+    }
+    return [
+        Case(name, [setting.loratools(*words, "-o", ours, output=ours)], judge="plan and 1 GiB")
+        for name, words in commands.items()
+    ]
+
+
 def startup(setting: Setting) -> list[Case]:
     """What a user waits for before any work is done."""
     giant = setting.giant()

@@ -42,7 +42,7 @@ REPEATING = """\
     python -m tests.benchmarks.budget
     python -m tests.benchmarks.render
 
-The inputs (17 GB in all, outputs need 12 more) are built on the first run, from a seed, by
+The inputs (24 GB in all, outputs need 12 more) are built on the first run, from a seed, by
 `tests/benchmarks/builders.py`, under `--work`. `--only` names single benchmarks, `--sides` single contenders.
 Use a machine with nothing else to do: on two cores, one busy neighbour multiplies the time of a matrix product. The
 runner records how many cores others kept busy, and a result with more than 0.1 is marked **not quiet** here.
@@ -58,6 +58,12 @@ receipt, no report, no hashes, not atomic; *same bits* is the same with our exac
 UNMERGING = """\
 `unmerge` of that merge: from its receipt alone, every tensor's SHA-256 compared with the base's; from the base, after
 the merge was computed again; and a copy of the base."""
+STACKING = """\
+`stack --rank 16` of two adapters of rank 16 on every projection, against PEFT's `add_weighted_adapter` with
+`combination_type="svd"`, which loads the model, forms ΔW and decomposes it. [What the operation alone takes, by
+rank](stacking.md)."""
+LARGE = """\
+Two adapters of rank 64 on every projection of a model of Llama 3 70B's shape, 560 modules and 3.3 GB each."""
 ABOUT = {
     "startup": ("Starting up", "`inspect` reads a checkpoint of 90 thousand tensors, 1.1 TB in 163 shards."),
     "extract-155m": ("Extracting, 155 M parameters", EXTRACTING),
@@ -65,6 +71,8 @@ ABOUT = {
     "extract-1.1b": ("Extracting, 1.1 B parameters", "The same with TinyLlama's shape."),
     "merge-1.1b": ("Merging, 1.1 B parameters", "The same with TinyLlama's shape."),
     "unmerge-155m": ("Unmerging, 155 M parameters", UNMERGING),
+    "stack-155m": ("Stacking, 155 M parameters", STACKING),
+    "stack-70b": ("Adapters of a 70 B model", LARGE),
     "memory": ("Memory", "The highest peak of all runs against the peak that `--dry-run` announces."),
     "growth": ("Growth", "`loratools` alone on 0.3, 2.2 and 3.1 GB of weights."),
 }

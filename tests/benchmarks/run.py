@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.run --peers .peers/bin/python --only extract-155m merge-155m
 
-Inputs are built under `--work` (17 GB for all of them, outputs need 12 more) and stay there. A result is worth keeping
+Inputs are built under `--work` (24 GB for all of them, outputs need 12 more) and stay there. A result is worth keeping
 only from a machine with nothing else to do: the load of others is measured with every run, and docs/performance.md says
 where it was not quiet.
 """
@@ -27,6 +27,8 @@ BENCHMARKS: dict[str, Callable[[Setting], list[Case]]] = {
     "extract-1.1b": partial(cases.extract, size="1.1b"),
     "merge-1.1b": partial(cases.merge, size="1.1b"),
     "unmerge-155m": partial(cases.unmerge, size="155m"),
+    "stack-155m": partial(cases.stack, size="155m"),
+    "stack-70b": cases.large_adapters,
     "memory": cases.memory,
     "growth": cases.growth,
 }
