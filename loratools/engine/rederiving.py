@@ -17,7 +17,6 @@ from loratools.engine.outputs import OwnReport
 from loratools.engine.plan import Input, Unit
 from loratools.engine.receipts.manifest import Entry
 from loratools.engine.receipts.opened import Receipt
-from loratools.engine.svd_options import RULES
 from loratools.engine.verdicts import Verdict
 from loratools.engine.verify_units import VerifyPlanner
 from loratools.engine.vocabulary import lengthened
@@ -161,13 +160,12 @@ def _weights(report: OwnReport) -> list[float]:
     """What multiplies ΔW of every adapter.
 
     Raises:
-        UndecidedError: a stack by a method, or to ranks, that are not derived anew.
+        UndecidedError: a stack by a method that is not derived anew.
     """
     method = report.parameters.get("method", "sum")
-    lowered = [rule for rule in ("budget", *RULES) if report.parameters.get(rule) not in {None, False}]
-    if method not in METHODS or METHODS[method].way != "sum" or lowered:
+    if method not in METHODS or METHODS[method].way != "sum":
         raise UndecidedError(
-            f"What {f'--{lowered[0]} leaves' if lowered else f'{method} makes'} of adapters is not derived anew.",
+            f"What {method} makes of adapters is not derived anew.",
             fix="Stack the same adapters with the parameters of the report, and compare both with diff.",
         )
     return weights_of(Method(method, {}), report.weights)

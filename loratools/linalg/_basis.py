@@ -15,7 +15,7 @@ from torch import Tensor
 from loratools.linalg._half_step import HalfStep
 from loratools.linalg._host import is_remote, to_host
 from loratools.linalg._orth import gram, hopeful_round, orthonormal_round, orthonormal_rows
-from loratools.linalg._prepare import AbstractMatrix, HeldMatrix
+from loratools.linalg._prepare import AbstractHeld, AbstractMatrix
 
 _KEPT = 0.1  # share of its length that a row keeps outside the basis if it stays a unit vector after a second look
 INSIDE = 0.1  # squared length that a unit vector outside the basis keeps; rounding errors of inside ones lose more
@@ -147,13 +147,13 @@ class AbstractBasis(abc.ABC):
 class HeldBasis(AbstractBasis):
     """A matrix in memory; keeps (A·Vᵀ)ᵀ, so that nothing is multiplied twice."""
 
-    def __init__(self, matrix: HeldMatrix, capacity: int, beside: Tensor | None = None) -> None:
+    def __init__(self, matrix: AbstractHeld, capacity: int, beside: Tensor | None = None) -> None:
         super().__init__(matrix, capacity, beside)
-        self._held, self._A = matrix, matrix.A
-        self._Y = matrix.A.new_empty((capacity, matrix.A.shape[0]))
+        self._held = matrix
+        self._Y = torch.empty((capacity, matrix.shape[0]), dtype=torch.float32, device=matrix.device)
 
     @classmethod
-    def within(cls, matrix: HeldMatrix, V: Tensor, Y: Tensor) -> HeldBasis:
+    def within(cls, matrix: AbstractHeld, V: Tensor, Y: Tensor) -> HeldBasis:
         """One whose vectors (capacity, n) and images (capacity, m) another fills in; see `grow` and `settle`."""
         made = cls(matrix, 0)
         made._V, made._Y = V, Y
@@ -161,7 +161,7 @@ class HeldBasis(AbstractBasis):
 
     def another(self, capacity: int) -> HeldBasis:
         """See `AbstractBasis.another`."""
-        return HeldBasis(self._held, min(capacity, self._A.shape[1] - self.width), self.V)
+        return HeldBasis(self._held, min(capacity, self._held.shape[1] - self.width), self.V)
 
     def right(self, coefficients: Tensor) -> tuple[Tensor, Tensor]:
         """See `AbstractBasis.right`."""
@@ -179,11 +179,11 @@ class HeldBasis(AbstractBasis):
 
     def _multiplied(self, Z: Tensor) -> Tensor:
         rows = self._Y[self.width - self.newest : self.width]
-        torch.mm(Z, self._A.T, out=rows)
+        self._held.right_times(Z, rows)
         return gram(rows, rows)
 
     def _image(self) -> Tensor:
-        return self._Y[self.width - self.newest : self.width] @ self._A
+        return self._held.left_times(self._Y[self.width - self.newest : self.width])
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -48,8 +48,16 @@ class AbstractMatrix(abc.ABC):
         """‖A − leftᵀ·right‖_F for left (r, m) and right (r, n); products in `dtype`, sums in float64."""
 
 
+class AbstractHeld(AbstractMatrix):
+    """A matrix in memory, as it is or as factors: both products are cheap at any time."""
+
+    @abc.abstractmethod
+    def right_times(self, rows: Tensor, out: Tensor) -> None:
+        """(A·rowsᵀ)ᵀ, (r, m) float32, for rows (r, n), into `out`."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
-class HeldMatrix(AbstractMatrix):
+class HeldMatrix(AbstractHeld):
     """A matrix in memory, transposed where that makes it tall.
 
     Attributes:
@@ -77,6 +85,10 @@ class HeldMatrix(AbstractMatrix):
     def left_times(self, rows: Tensor) -> Tensor:
         """See `AbstractMatrix.left_times`."""
         return rows @ self.A
+
+    def right_times(self, rows: Tensor, out: Tensor) -> None:
+        """See `AbstractHeld.right_times`."""
+        torch.mm(rows, self.A.T, out=out)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """See `AbstractMatrix.chunks`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loratools.errors import MismatchError, NonFiniteError
-from loratools.linalg._core import Core, core_of
+from loratools.linalg._core import Core, core_of, through_products
 from loratools.linalg._info import Goal, SVDInfo, make_goal
 from loratools.linalg._rank import FLOAT32_FLOOR, rank_for_tail
 from loratools.linalg._rounding import non_finite_count
@@ -41,11 +41,11 @@ class Reduced:
 def reduce_low_rank(A: Tensor, B: Tensor, *, weights: Tensor | None = None, **rule: Any) -> Reduced:
     """The best factors of lower rank for B·A, or, with weights, for ‖(B·A − Δ̂)·diag(weights)‖_F.
 
-    As `truncate_low_rank`: QR of both factors, SVD of the core, in float64; no (m, n) matrix. With weights, A's columns
-    are scaled before the QR and the left vectors U that come out are projected on: Δ̂ = U·Uᵀ·B·A, so that nothing is
-    divided by a weight (as `truncated_svd_weighted`).
+    As `truncate_low_rank`: QR of both factors and SVD of the core in float64, or the iteration; no (m, n) matrix. With
+    weights it is always the core: A's columns are scaled before the QR, and the left vectors U that come out are
+    projected on, Δ̂ = U·Uᵀ·B·A, so that nothing is divided by a weight (as `truncated_svd_weighted`).
 
-    Law: residual ≤ (1 + 1e-6)·optimum + 2e-7·‖BA‖, and the residual that is reported is that of the float32 factors.
+    Law: residual as there, and the residual that is reported is that of the float32 factors.
 
     Args:
         A: (R, n), any float dtype.
@@ -62,6 +62,8 @@ def reduce_low_rank(A: Tensor, B: Tensor, *, weights: Tensor | None = None, **ru
                      rule.pop("max_rank", 256), **rule)  # fmt: skip
     if weights is not None and (weights.shape != A.shape[1:] or not bool((weights > 0).all())):
         raise MismatchError("There must be a positive weight for every column.", shape=tuple(weights.shape))
+    if weights is None and (quick := through_products(A, B, goal)) is not None:
+        return _of_triples(A, B, quick)
     core = core_of(A, B, weights)
     kept, reached = _chosen(core, goal)
     left = core.left @ core.P[:, :kept]
@@ -76,6 +78,23 @@ def reduce_low_rank(A: Tensor, B: Tensor, *, weights: Tensor | None = None, **ru
     plain = found.info(goal, reached, weighted=False)
     return Reduced(found.lora_A, found.lora_B, S.square(), plain,
                    None if weights is None else found.info(goal, reached, weighted=True))  # fmt: skip
+
+
+def _of_triples(A: Tensor, B: Tensor, quick: tuple[Tensor, Tensor, Tensor, SVDInfo]) -> Reduced:
+    """Factors from singular triples, with what is left of B·A, ‖BA‖² − 2⟨BA, Δ̂⟩ + ‖Δ̂‖², in float64."""
+    U, S, Vh, info = quick
+    down, up = (each.to(torch.float32) for each in balanced_factors(*(each.to(torch.float64) for each in (U, S, Vh))))
+    if non_finite_count(down) + non_finite_count(up):
+        raise NonFiniteError("The truncated factors overflow float32.", norm=info.norm)
+    wide, tall = down.to(torch.float64), up.to(torch.float64)
+    both = float(((tall.T @ B.to(torch.float64)) * (wide @ A.to(torch.float64).T)).sum())
+    size = float(((tall.T @ tall) * (wide @ wide.T)).sum())
+    left = math.sqrt(max(info.norm**2 - 2 * both + size, 0.0))
+    claimed = info.certificate
+    if claimed is not None:
+        claimed = max(left * (1 + claimed) / info.residual - 1, 0.0) + _DOUBT
+    info = dataclasses.replace(info, residual=left, captured=min(size / info.norm**2, 1.0), certificate=claimed)
+    return Reduced(down, up, S.to(torch.float64).square(), info, None)
 
 
 def _chosen(core: Core, goal: Goal) -> tuple[int, bool]:

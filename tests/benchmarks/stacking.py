@@ -26,6 +26,8 @@ SHAPES = ((768, 768), (4096, 4096), (14336, 4096))
 RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 KEPT = 16
 RUNS = 3
+DENSE, LARGEST_DENSE = 16, 4096
+"""The dense way takes the same at every rank, and minutes beyond this size."""
 
 
 def factors(shape: tuple[int, int], rank: int) -> tuple[Any, Any]:
@@ -114,7 +116,7 @@ def by_rank() -> list[dict[str, Any]]:
             words = ["-m", "tests.benchmarks.stacking", "--cell", *map(str, (*shape, rank))]
             ours = [cell([*words, "cores"]) for _ in range(RUNS)]
             row: dict[str, Any] = {"shape": shape, "rank": rank, "cores": ours}
-            if rank in {16, 1024} or (min(shape) < 1024 and rank == 512):
+            if rank == DENSE and max(shape) <= LARGEST_DENSE:
                 row["dense"] = [cell([*words, "dense"])]
             rows.append(row)
             print(row, flush=True)

@@ -22,8 +22,8 @@ whole processes are timed under [performance](performance.md).
 ## By rank
 
 Two random adapters of together rank R on one module, weights 0.7 and −1.3, brought to rank {kept}. *Cores*: from the
-factors, as `stack --rank` and `Adapter.truncate` do. *Dense*: ΔW formed in float32, then `torch.linalg.svd`, as PEFT's `svd` does,
-at some ranks only, once. *Peak* is that of the process, of which about 250 MiB are torch. *Gap* is the residual over that
+factors, as `stack --rank` and `Adapter.truncate` do. *Dense*: ΔW formed in float32, then `torch.linalg.svd`, as PEFT's `svd` does;
+it takes the same at every rank. *Peak* is that of the process, of which about 250 MiB are torch. *Gap* is the residual over that
 of the best approximation of the same rank, minus 1, computed in float64 along a way of its own.
 
 | ΔW | R | cores | spread | peak | gap | dense | peak |
