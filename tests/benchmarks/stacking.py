@@ -86,12 +86,14 @@ def dense(shape: tuple[int, int], rank: int) -> dict[str, float]:
 
 
 def operation(first: str, second: str, out: str) -> dict[str, float]:
-    """Ours on whole adapters: reading, decomposing, writing, syncing and hashing, without Python's start."""
+    """Ours on whole adapters: reading, decomposing, writing, syncing and hashing; imports are done."""
     import loratools as lt
 
-    begun = time.perf_counter()
-    lt.stack([first, second], out, rank=int(RANK), overwrite=True)
-    return {"operation_s": time.perf_counter() - begun}
+    for _ in range(2):  # the first imports torch and whatever else is needed
+        begun = time.perf_counter()
+        lt.stack([first, second], out, rank=int(RANK), overwrite=True)
+        took = time.perf_counter() - begun
+    return {"operation_s": took}
 
 
 def cell(words: list[str], python: str = sys.executable) -> dict[str, float]:
